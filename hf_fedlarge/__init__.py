@@ -1,0 +1,37 @@
+"""Federated fine-tuning of large Hugging Face models on machines too small for them.
+
+    global checkpoint → shrink → package → client training ×N → updates → aggregate → adapter → merge → checkpoint
+
+Each stage is a function here, a command of `hf-fedlarge`, and a thin program in `scripts/` or `trainers/`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from typing import Any
+
+# On import bitsandbytes, which peft imports too, warns that a kernel package which is not used here is absent.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+# GNU's OpenMP lets waiting threads spin. Where anything else runs on the same cores, as on any client's machine, a
+# training step then takes up to ten times as long; alone it gains some percent (docs/log.md). It must be known before
+# torch loads, and whoever sets it otherwise is heard.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+_HOME = {
+    "FedLargeError": "errors",
+    "load_package": "package",
+    "load_tokenizer": "package",
+    "plan_shrink": "shrink",
+    "shrink": "shrink",
+}
+__all__ = ["FedLargeError", "load_package", "load_tokenizer", "plan_shrink", "shrink"]
+
+
+def __getattr__(name: str) -> Any:
+    # Resolved on first use: importing torch, transformers and bitsandbytes takes seconds that `--help` need not wait.
+    if name in _HOME:
+        return getattr(importlib.import_module(f"hf_fedlarge.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'hf_fedlarge' has no attribute {name!r}")

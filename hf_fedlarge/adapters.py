@@ -1,0 +1,195 @@
+"""LoRA adapters: on a model, as tensors, and as PEFT directories in global layer numbers.
+
+Inside a client an adapter sits on the package's blocks, numbered from 0. Everywhere else it speaks of the base model's
+layers, so that any directory written here loads on the full model with `PeftModel.from_pretrained`, nothing of ours
+installed. peft is imported here alone. A client's `adapter_config.json` is never read; the manifest says what it is.
+LoRA: arXiv 2106.09685.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from hf_fedlarge.architectures import Architecture
+from hf_fedlarge.artifacts import write_json
+from hf_fedlarge.config import LoraSettings
+from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.tensors import Factors, SafetensorsWriter
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
+
+
+def target_linears(architecture: Architecture, lora: LoraSettings) -> list[str]:
+    """The matrices of a block that get an adapter: those whose path or last name is among `lora.targets`, or all.
+
+    Raises:
+        ConfigError: a target that no block has.
+    """
+    if lora.targets is None:
+        return list(architecture.linears)
+    known = {path.rpartition(".")[2] for path in architecture.linears} | set(architecture.linears)
+    for target in lora.targets:
+        if target not in known:
+            raise ConfigError(
+                f"The LoRA target {target!r} is no matrix of a {architecture.model_type} block; "
+                f"choose among {', '.join(architecture.linears)}."
+            )
+    return [path for path in architecture.linears if {path, path.rpartition(".")[2]} & set(lora.targets)]
+
+
+def expected_shapes(
+    architecture: Architecture, layers: list[int], lora: LoraSettings
+) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
+    """Module path in global numbers → shapes of A (r, in) and B (out, r) that an adapter on `layers` has.
+
+    Args:
+        architecture: of the package or of the full model; their blocks are alike.
+        layers: global numbers of the layers that have adapters.
+        lora: rank and targets.
+    """
+    shapes = {}
+    for layer in layers:
+        for path in target_linears(architecture, lora):
+            out_features, in_features = _out_in(architecture, path)
+            shapes[f"{architecture.blocks}.{layer}.{path}"] = ((lora.rank, in_features), (out_features, lora.rank))
+    return shapes
+
+
+def initial_factors(architecture: Architecture, layers: list[int], lora: LoraSettings, seed: int) -> dict[str, Factors]:
+    """A fresh adapter, the same on every machine: A uniform within ±1/sqrt(in), as peft draws it, and B zero."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for module, (a_shape, b_shape) in expected_shapes(architecture, layers, lora).items():
+        bound = a_shape[1] ** -0.5
+        A_RI = torch.empty(a_shape).uniform_(-bound, bound, generator=generator)
+        factors[module] = Factors(A_RI, torch.zeros(b_shape))
+    return factors
+
+
+def attach_lora(model: PreTrainedModel, architecture: Architecture, lora: LoraSettings) -> PeftModel:
+    """Put trainable fp32 adapters on every block of `model`, which is changed in place and wrapped."""
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        target_modules=_targets(architecture, lora),
+        fan_in_fan_out=bool(architecture.transposed),
+        task_type="CAUSAL_LM",
+    )
+    with _peft_warnings():
+        return get_peft_model(model, config)
+
+
+def set_factors(model: PeftModel, factors: dict[str, Factors], architecture: Architecture, layers: list[int]) -> None:
+    """Load an adapter in global numbers into a model whose block b is the base's layer `layers[b]`."""
+    modules = dict(model.get_base_model().named_modules())
+    with torch.no_grad():
+        for module, (A_RI, B_OR) in factors.items():
+            lora = modules[_renumber(module, architecture, layers.index(architecture.layer_of(f"{module}.")))]
+            lora.lora_A["default"].weight.copy_(A_RI)
+            lora.lora_B["default"].weight.copy_(B_OR)
+
+
+def get_factors(model: PeftModel, architecture: Architecture, layers: list[int]) -> dict[str, Factors]:
+    """The model's adapter in global numbers, copied to the CPU in fp32."""
+    factors = {}
+    for path, module in model.get_base_model().named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            layer = layers[architecture.layer_of(f"{path}.")]
+            A_RI, B_OR = module.lora_A["default"].weight, module.lora_B["default"].weight
+            factors[_renumber(path, architecture, layer)] = Factors(
+                A_RI.detach().float().cpu().clone(), B_OR.detach().float().cpu().clone()
+            )
+    return factors
+
+
+def write_adapter(
+    directory: Path, factors: dict[str, Factors], lora: LoraSettings, architecture: Architecture, base_id: str
+) -> None:
+    """Write PEFT's two files of an adapter in global layer numbers into `directory`, which exists."""
+    layers = sorted({architecture.layer_of(f"{module}.") for module in factors})
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        target_modules=_targets(architecture, lora),
+        layers_to_transform=layers,
+        layers_pattern=architecture.blocks.rpartition(".")[2],
+        fan_in_fan_out=bool(architecture.transposed),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_id,
+        inference_mode=True,
+    )
+    # peft keeps the targets as a set and writes them in its order, which differs from one process to the next.
+    write_json(directory / ADAPTER_CONFIG, config.to_dict() | {"target_modules": sorted(config.target_modules)})
+    tensors = {}
+    for module in sorted(factors):
+        A_RI, B_OR = factors[module]
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = A_RI.float()
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = B_OR.float()
+    infos = {name: (torch.float32, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with SafetensorsWriter(directory / ADAPTER_WEIGHTS, infos) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+
+
+def read_factors(directory: Path) -> dict[str, Factors]:
+    """Module path in global numbers → fp32 factors of an adapter whose files were checked before (`update.py`)."""
+    tensors = load_file(directory / ADAPTER_WEIGHTS)
+    suffix = ".lora_A.weight"
+    return {
+        key.removeprefix(_PREFIX).removesuffix(suffix): Factors(
+            A_RI.float(), tensors[f"{key.removesuffix(suffix)}.lora_B.weight"].float()
+        )
+        for key, A_RI in tensors.items()
+        if key.endswith(suffix)
+    }
+
+
+def tensor_shapes(expected: dict[str, tuple[tuple[int, int], tuple[int, int]]]) -> dict[str, tuple[int, int]]:
+    """Names and shapes of the tensors in an adapter's file, from `expected_shapes`."""
+    shapes = {}
+    for module, (a_shape, b_shape) in expected.items():
+        shapes[f"{_PREFIX}{module}.lora_A.weight"] = a_shape
+        shapes[f"{_PREFIX}{module}.lora_B.weight"] = b_shape
+    return shapes
+
+
+def plug_in(model: PreTrainedModel, directory: Path) -> PeftModel:
+    """The full model with an adapter directory plugged in, for evaluation: plain PEFT."""
+    with _peft_warnings():
+        return PeftModel.from_pretrained(model, directory)
+
+
+@contextmanager
+def _peft_warnings() -> Iterator[None]:
+    """Hide what peft 0.21 says that is not for our users: its own use of a name that transformers deprecated."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
+
+
+def _targets(architecture: Architecture, lora: LoraSettings) -> list[str]:
+    """PEFT matches a target by suffix; full paths inside the block keep it from matching anything else."""
+    return sorted(target_linears(architecture, lora))
+
+
+def _renumber(module: str, architecture: Architecture, layer: int) -> str:
+    return architecture.in_layer(f"{module}.", layer).removesuffix(".")
+
+
+def _out_in(architecture: Architecture, path: str) -> tuple[int, int]:
+    shape = architecture.parameters[f"{architecture.blocks}.0.{path}.weight"]
+    return (shape[1], shape[0]) if path in architecture.transposed else (shape[0], shape[1])

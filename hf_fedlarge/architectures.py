@@ -1,0 +1,249 @@
+"""What the rest needs to know of a model: where its decoder blocks are, which of their weights are matrices, its head.
+
+Everything is read off an empty model built from its configuration, so that any decoder-only `AutoModelForCausalLM`
+works without a table of families. A model that doesn't fit is refused by name, with the reason: encoder-decoders,
+mixtures of experts, state-space and multimodal models, and remote code, which is never run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.initialization import no_init_weights
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
+
+from hf_fedlarge.errors import ArchitectureError, ArtifactError
+
+# Fields that make a layer's arithmetic depend on its number or on how many there are, which dropping layers changes.
+_LAYER_NUMBER_FIELDS = ("scale_attn_by_inverse_layer_idx", "attention_types", "lambda_std_dev", "scale_depth")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The layout of a decoder-only model. Names are module or parameter paths in the transformers model.
+
+    Attributes:
+        model_type: transformers' name of the family.
+        blocks: path of the list of decoder blocks, such as `model.layers`.
+        layers: how many blocks there are.
+        linears: paths, inside a block, of its frozen matrices, such as `self_attn.q_proj`.
+        transposed: those among `linears` stored as (in, out), as GPT-2's `Conv1D` does.
+        embedding: path of the token embedding's module.
+        head: path of the output head's module; `tied` says that it shares the embedding's weight.
+        parameters: shape of every parameter, a tied head's weight left out.
+        prefix: the base model's attribute, which some checkpoints leave out of their tensors' names.
+        renamings: transformers' own, of names that checkpoints keep from earlier versions (GPT-NeoX's `embed_out`).
+    """
+
+    model_type: str
+    blocks: str
+    layers: int
+    linears: tuple[str, ...]
+    transposed: frozenset[str]
+    embedding: str
+    head: str
+    tied: bool
+    parameters: dict[str, tuple[int, ...]]
+    prefix: str
+    renamings: tuple[WeightRenaming, ...] = ()
+
+    def layer_of(self, name: str) -> int | None:
+        """The number of the block that the parameter or module `name` lies in, or None outside the blocks."""
+        match = re.match(rf"{re.escape(self.blocks)}\.(\d+)\.", name)
+        return int(match.group(1)) if match else None
+
+    def in_layer(self, name: str, layer: int) -> str:
+        """`name` of one block, renamed to lie in block `layer`."""
+        return re.sub(rf"^{re.escape(self.blocks)}\.\d+\.", f"{self.blocks}.{layer}.", name)
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether the parameter `name` is a block's matrix that the model stores as (in, out)."""
+        return (
+            self.layer_of(name) is not None
+            and name.split(".", self.blocks.count(".") + 2)[-1].removesuffix(".weight") in self.transposed
+        )
+
+    def linear_weights(self, layer: int) -> list[str]:
+        """Names of the frozen matrices of one block."""
+        return [f"{self.blocks}.{layer}.{linear}.weight" for linear in self.linears]
+
+    def tensor_names(self, stored: Iterable[str], where: Path) -> dict[str, str]:
+        """Parameter name → the name a checkpoint stores it under.
+
+        Raises:
+            ArtifactError: a parameter is missing, or the checkpoint holds more layers than the model.
+        """
+        stored_as = {self._current_name(name): name for name in stored}
+        names = {}
+        for name in self.parameters:
+            bare = name.removeprefix(f"{self.prefix}.")
+            found = stored_as.get(name, stored_as.get(bare))
+            if found is None:
+                raise ArtifactError(f"{where} lacks the tensor {name} of a {self.model_type} model; fetch it again.")
+            names[name] = found
+        for name in sorted(set(stored_as.values()) - set(names.values())):
+            layer = self.layer_of(name)
+            layer = self.layer_of(f"{self.prefix}.{name}") if layer is None else layer
+            if layer is not None and layer >= self.layers:
+                raise ArtifactError(f"{where} holds {name}, but its config says that there are {self.layers} layers.")
+        return names
+
+    def _current_name(self, stored: str) -> str:
+        for renaming in self.renamings:
+            stored, _ = renaming.rename_source_key(stored)
+        return stored
+
+
+def load_config(directory: Path) -> PretrainedConfig:
+    """The configuration of a checkpoint directory; custom code is refused, not run.
+
+    Raises:
+        ArtifactError: no readable `config.json`.
+        ArchitectureError: the model wants custom code, or is of a family that transformers doesn't know.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ArtifactError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint.")
+    try:
+        raw = json.loads(path.read_bytes())
+        model_type = raw.get("model_type")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"{path} is not a JSON object: {error}.") from error
+    if "auto_map" in raw:
+        raise ArchitectureError(f"{path} asks for custom code (auto_map), which is never run; use a stock model.")
+    if "quantization_config" in raw:
+        method = raw["quantization_config"].get("quant_method") if isinstance(raw["quantization_config"], dict) else "?"
+        raise ArchitectureError(f"{directory} is quantized already ({method}); shrink and merge need the full weights.")
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        raise ArchitectureError(f"{path} names the unknown architecture {model_type!r}.") from error
+
+
+def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model whose parameters are on the meta device and whose buffers are real; takes no memory to speak of."""
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def describe(config: PretrainedConfig) -> Architecture:
+    """Find the blocks, matrices, embedding and head of the model that `config` describes.
+
+    Raises:
+        ArchitectureError: the model can't be shrunk and streamed; the message names it and says why.
+    """
+    name = (config.architectures or [config.model_type])[0]
+
+    def refuse(reason: str) -> ArchitectureError:
+        return ArchitectureError(f"{name} can't be used: {reason}; a decoder-only causal language model is expected.")
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise refuse("it is an encoder-decoder model")
+    if config.get_text_config() is not config or hasattr(config, "vision_config"):
+        raise refuse("it is a multimodal model")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise refuse(f"transformers has no causal language model of the type {config.model_type!r}")
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise refuse("it reads in both directions (an encoder)")
+    if any(getattr(config, field, None) for field in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise refuse("it is a mixture of experts, which is not supported yet")
+    for field in _LAYER_NUMBER_FIELDS:
+        if getattr(config, field, None):
+            raise refuse(f"its {field} makes a layer depend on its number or on how many there are")
+
+    layers = getattr(config, "num_hidden_layers", None)
+    model = empty_model(config, torch.bfloat16)
+    stacks = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == layers
+        and all(isinstance(block, GradientCheckpointingLayer) for block in module)
+    ]
+    if len(stacks) != 1:
+        raise refuse(f"it has {len(stacks)} stacks of {layers} decoder blocks instead of one")
+    blocks = model.get_submodule(stacks[0])
+    layouts = {tuple((path, module.weight.shape) for path, module in _linears(block).items()) for block in blocks}
+    if len(layouts) != 1:
+        raise refuse("its decoder blocks differ in their matrices")
+    linears = _linears(blocks[0])
+    for path, parameter in blocks[0].named_parameters():
+        if parameter.dim() > 1 and path.removesuffix(".weight") not in linears:
+            shape = "×".join(map(str, parameter.shape))
+            raise refuse(f"its block's parameter {path} ({shape}) is neither a linear layer's weight nor a vector")
+
+    paths = {id(module): path for path, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
+        raise refuse("its embedding or its head is of an unusual kind")
+    tied = bool(config.tie_word_embeddings)
+    skipped = f"{paths[id(head)]}.weight" if tied else None
+    return Architecture(
+        model_type=config.model_type,
+        blocks=stacks[0],
+        layers=layers,
+        linears=tuple(linears),
+        transposed=frozenset(path for path, module in linears.items() if isinstance(module, Conv1D)),
+        embedding=paths[id(embedding)],
+        head=paths[id(head)],
+        tied=tied,
+        parameters={path: tuple(parameter.shape) for path, parameter in model.named_parameters() if path != skipped},
+        prefix=model.base_model_prefix,
+        renamings=tuple(item for item in get_model_conversion_mapping(model) if isinstance(item, WeightRenaming)),
+    )
+
+
+def shrink_config(config: PretrainedConfig, layers: list[int]) -> PretrainedConfig:
+    """A copy of `config` for a model of only these layers; lists with one entry a layer are cut likewise."""
+    values: dict[str, Any] = config.to_dict()
+    total = config.num_hidden_layers
+    # The family's own name of the field comes along: GPT-2 reads `n_layer`.
+    field = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    for key, value in values.items():
+        if isinstance(value, list) and len(value) == total and key not in ("architectures", "eos_token_id"):
+            values[key] = [value[layer] for layer in layers]
+    values[field] = len(layers)
+    if values.get("max_window_layers") is not None:
+        values["max_window_layers"] = sum(layer < values["max_window_layers"] for layer in layers)
+    return type(config).from_dict(values)
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a family does to its logits after the head: multiply by `scale`, then cap · tanh(logits / cap)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+
+def logit_transform(config: PretrainedConfig) -> LogitTransform:
+    """The transform that this configuration asks for: Gemma 2 caps, Cohere multiplies, Granite divides."""
+    scale = next(
+        (
+            value
+            for field in ("logit_scale", "output_multiplier", "lm_head_multiplier")
+            if (value := getattr(config, field, None)) is not None
+        ),
+        1.0,
+    )
+    if getattr(config, "logits_scaling", None) is not None:
+        scale = config.logits_scaling if config.model_type == "hyperclovax" else 1 / config.logits_scaling
+    return LogitTransform(float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+def _linears(block: nn.Module) -> dict[str, nn.Module]:
+    return {path: module for path, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}

@@ -1,0 +1,335 @@
+"""Model cards: what a published artifact is, told only with figures from its manifest and its run's summary.
+
+A figure that neither of them holds is printed as "not recorded". The templates, in `model_cards/`, are prose; every
+value they print passes `_print`, which escapes Markdown and HTML, so that no client's name can break out of a table.
+
+Left out: benchmarks, dates and the author's name (a card has to be the same for the same artifact), and evaluation
+results as YAML metadata, which the Hub would show as if somebody had verified them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hf_fedlarge.artifacts import (
+    AdapterManifest,
+    BaseModelEntry,
+    CheckpointManifest,
+    Contribution,
+    PackageManifest,
+    first_problem,
+    manifest_kind,
+    read_manifest,
+)
+from hf_fedlarge.errors import ArtifactError
+
+MARKER = "<!-- written by hf-fedlarge -->"
+PRIVACY = (
+    "Differential privacy: none. Updates were not encrypted or securely aggregated. "
+    "Dropping layers and quantizing protects nothing by itself."
+)
+NOT_RECORDED = "not recorded"
+
+PublishedManifest = PackageManifest | AdapterManifest | CheckpointManifest
+PUBLISHED_KINDS: dict[str, type[PackageManifest] | type[AdapterManifest] | type[CheckpointManifest]] = {
+    "package": PackageManifest,
+    "adapter": AdapterManifest,
+    "checkpoint": CheckpointManifest,
+}
+
+# A run of a thousand clients has tables nobody reads; the rest is counted, not printed.
+_MAX_ROWS = 300
+_MAX_TEXT = 300
+
+# The Hub refuses a card whose `license` is not an identifier of its list, so any other becomes `other` with a name.
+# https://huggingface.co/docs/hub/repositories-licenses
+_HUB_LICENSES = frozenset(
+    """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+    cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl
+    lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl apple-ascl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa
+    unlicense zlib pddl lgpl-lr deepfloyd-if-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma unknown other
+    """.split()  # noqa: SIM905 (one word a line would take a page)
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_RELATIONS = {"package": "quantized", "adapter": "adapter", "checkpoint": "finetune"}
+_CODECS = {
+    "nf4": "4-bit NormalFloat in blocks of 64, their scales quantized again",
+    "int8": "8-bit integers",
+    "dense": "not quantized",
+}
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~#!&$])")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+
+class _Losses(_Part):
+    base: float | None = None
+    package: float | None = None
+    merged: float | None = None
+
+
+class _Client(_Part):
+    client: str | None = None
+    weight: float | None = None
+    examples: int | None = None
+    tokens: int | None = None
+
+
+class _Refusal(_Part):
+    client: str | None = None
+    reason: str | None = None
+
+
+class _Round(_Part):
+    round: int | None = None
+    loss_small: float | None = None
+    loss_full: float | None = None
+    bytes_down_per_client: int | None = None
+    bytes_up_per_client: int | None = None
+    seconds: float | None = None
+    clients: list[_Client] = []
+    refused: list[_Refusal] = []
+
+
+class _Summary(_Part):
+    """What a card prints of `summary.json`; every key may be missing, and keys it doesn't know are left alone."""
+
+    loss: _Losses = _Losses()
+    rounds: list[_Round] = []
+    bytes_down: int | None = None
+    bytes_up: int | None = None
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    data: str | None = None
+    aggregator: str | None = None
+    held_out_examples: int | None = None
+
+
+def render_card(directory: Path, repo_id: str, summary: dict[str, Any] | None) -> str:
+    """The model card of a package, an adapter or a merged checkpoint, as Markdown with YAML front matter.
+
+    Args:
+        directory: the artifact; only its manifest is read.
+        repo_id: the Hub repository the card is for, `owner/name`.
+        summary: the run's `summary.json`, if there is one.
+
+    Raises:
+        ArtifactError: the directory is not an artifact that can be published, or the summary holds a wrong type.
+    """
+    manifest = read_published(directory)
+    try:
+        run = _Summary.model_validate(summary or {})
+    except ValidationError as error:
+        raise ArtifactError(
+            f"The run's summary doesn't fit a model card: {first_problem(error)}; correct it, or publish without it."
+        ) from error
+    facts = {"package": _package_facts, "adapter": _adapter_facts, "checkpoint": _checkpoint_facts}[manifest.kind]
+    contributions, cut = _contributions(manifest, run)
+    refusals = [(entry.round, refusal) for entry in run.rounds for refusal in entry.refused]
+    return (
+        _environment()
+        .get_template(f"{manifest.kind}.md.jinja")
+        .render(
+            front_matter=Markup(_front_matter(manifest)),  # safe_dump has quoted it
+            marker=Markup(MARKER),
+            privacy=PRIVACY,
+            repo_id=repo_id,
+            manifest=manifest,
+            base=manifest.base,
+            base_on_hub=_is_hub_id(manifest.base),
+            run=run,
+            summarized=summary is not None,
+            facts=[*_base_facts(manifest.base), *facts(manifest, run)],
+            clients=contributions,
+            clients_cut=cut,
+            refusals=refusals[:_MAX_ROWS],
+            refusals_cut=max(0, len(refusals) - _MAX_ROWS),
+        )
+    )
+
+
+def read_published(directory: Path) -> PublishedManifest:
+    """The manifest of a package, adapter or merged checkpoint.
+
+    Raises:
+        ArtifactError: the directory is none of the three, or its manifest doesn't hold together.
+    """
+    kind = manifest_kind(directory)
+    if kind not in PUBLISHED_KINDS:
+        found = f"is of kind {kind!r}" if kind else "has no manifest of hf-fedlarge (fedlarge.json)"
+        raise ArtifactError(f"{directory} {found}; only a package, an adapter or a merged checkpoint is published.")
+    return read_manifest(directory, PUBLISHED_KINDS[kind])
+
+
+def compress_ranges(numbers: Iterable[int]) -> str:
+    """Sorted numbers with runs written as ranges: 0, 1, 2, 4 becomes `0-2, 4`; none at all becomes `none`."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs) or "none"
+
+
+def _base_facts(base: BaseModelEntry) -> list[tuple[str, Any]]:
+    local = None if _is_hub_id(base) else "none: the base was a local directory, not a Hub repository"
+    return [
+        ("base model", _code(base.id)),
+        ("revision of the base", _code(base.revision) if base.revision else local),
+        ("digest of the base's weights (SHA-256)", _code(base.digest)),
+        ("license of the base", base.license),
+    ]
+
+
+def _package_facts(manifest: PackageManifest, run: _Summary) -> list[tuple[str, Any]]:
+    kept, every = manifest.kept_layers, [entry.layer for entry in manifest.layers]
+    counts = Counter(manifest.codecs.values())
+    return [
+        ("layers kept", f"{len(kept)} of {len(every)}: {compress_ranges(kept)}"),
+        ("layers dropped", compress_ranges(set(every) - set(kept))),
+        ("embeddings", manifest.embeddings),
+        (
+            "codecs, and how many weights",
+            "; ".join(f"{name} ({_CODECS[name]}): {counts[name]}" for name in sorted(counts)),
+        ),
+        ("size", _bytes(manifest.total_bytes)),
+        ("digest of this package", _code(manifest.digest)),
+    ]
+
+
+def _adapter_facts(manifest: AdapterManifest, run: _Summary) -> list[tuple[str, Any]]:
+    lora = manifest.lora
+    return [
+        ("round", manifest.round),
+        ("layers with an adapter", f"{len(manifest.layers)}: {compress_ranges(manifest.layers)}"),
+        ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, scale {lora.scale:g}{' (rsLoRA)' if lora.rslora else ''}"),
+        ("LoRA targets", ", ".join(lora.targets) if lora.targets else None),
+        ("aggregator", manifest.aggregator or run.aggregator),
+        ("weighting", manifest.weighting),
+        ("energy dropped by truncation", f"{manifest.energy_dropped:.3g}"),
+        ("size", _bytes(manifest.total_bytes)),
+        ("digest of the package trained on", _code(manifest.package)),
+        ("digest of the adapter before this round", _code(manifest.parent) if manifest.parent else "none: the first"),
+        ("digest of this adapter", _code(manifest.digest)),
+    ]
+
+
+def _checkpoint_facts(manifest: CheckpointManifest, run: _Summary) -> list[tuple[str, Any]]:
+    return [
+        ("rounds", len(run.rounds) or None),
+        ("weights changed", len(manifest.merged)),
+        ("aggregator", run.aggregator),
+        ("size", _bytes(manifest.total_bytes)),
+        ("digest of the adapter folded in", _code(manifest.adapter)),
+        ("digest of this checkpoint", _code(manifest.digest)),
+    ]
+
+
+def _contributions(manifest: PublishedManifest, run: _Summary) -> tuple[list[tuple[int | None, Any]], int]:
+    """(round, client) rows of the run, else those of the adapter's own round, and how many rows were cut."""
+    rows: list[tuple[int | None, _Client | Contribution]]
+    rows = [(entry.round, client) for entry in run.rounds for client in entry.clients]
+    if not rows and isinstance(manifest, AdapterManifest):
+        rows = [(manifest.round, contribution) for contribution in manifest.contributions]
+    return rows[:_MAX_ROWS], max(0, len(rows) - _MAX_ROWS)
+
+
+def _front_matter(manifest: PublishedManifest) -> str:
+    metadata: dict[str, Any] = {}
+    if _is_hub_id(manifest.base):
+        metadata["base_model"] = manifest.base.id
+        metadata["base_model_relation"] = _RELATIONS[manifest.kind]
+    metadata["library_name"] = "peft" if manifest.kind == "adapter" else "transformers"
+    if manifest.base.license:
+        identifier = manifest.base.license.strip().lower()
+        if identifier in _HUB_LICENSES:
+            metadata["license"] = identifier
+        else:
+            metadata["license"] = "other"
+            metadata["license_name"] = re.sub(r"[^a-z0-9.]+", "-", identifier)[:80].strip("-") or "unnamed"
+    metadata["tags"] = ["hf-fedlarge", "federated-learning", "lora", f"hf-fedlarge-{manifest.kind}"]
+    return yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+
+
+def _is_hub_id(base: BaseModelEntry) -> bool:
+    """Whether the base is a Hub repository: it has a revision, or an owner. A local directory's name has neither."""
+    return _HUB_ID.fullmatch(base.id) is not None and (base.revision is not None or "/" in base.id)
+
+
+def _environment() -> Environment:
+    directory = files("hf_fedlarge.model_cards")
+    environment = Environment(
+        loader=FunctionLoader(lambda name: (directory / name).read_text(encoding="utf-8")),
+        finalize=_print,  # in autoescape's place, which knows HTML but not Markdown
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(bytes=_bytes, loss=_loss, seconds=_seconds, share=_share, code=_code, literal=_literal)
+    return environment
+
+
+def _print(value: Any) -> str:
+    """What a template prints for `value`: all text is escaped, save what this module marked as finished."""
+    if value is None:
+        return NOT_RECORDED
+    if isinstance(value, Markup):
+        return str(value)
+    escaped = _MARKDOWN.sub(r"\\\1", _one_line(str(value)))
+    return escaped.replace("://", ":\\//")  # or GitHub's Markdown turns an address into a link
+
+
+def _one_line(text: str) -> str:
+    text = " ".join("".join(character if character.isprintable() else " " for character in text).split())
+    return text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 1]}…"
+
+
+def _code(text: str) -> Markup:
+    # Backslashes do not escape inside `code`, so what would end it, or a table's cell, is replaced.
+    cleaned = _one_line(text).replace("`", "'").replace("|", "/")
+    return Markup(f"`{cleaned}`")
+
+
+def _literal(text: str) -> Markup:
+    """A Python string literal for a code block; it has no newline, so it can't close the block."""
+    return Markup(json.dumps(_one_line(text)))
+
+
+def _bytes(count: int | None) -> str | None:
+    if count is None:
+        return None
+    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while abs(size) >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{count} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def _loss(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4f}"
+
+
+def _seconds(value: float | None) -> str | None:
+    return None if value is None else f"{value:.1f} s"
+
+
+def _share(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4g}"

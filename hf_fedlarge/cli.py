@@ -1,0 +1,264 @@
+"""The command line: one subcommand a stage, each a function of the library.
+
+Bad input gets one sentence on standard error and the exit code 2; nothing is written. Libraries load after the
+arguments are known to be right, so that `--help` comes at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hf_fedlarge.errors import ConfigError, FedLargeError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # `train` takes every argument of SFTConfig, so its own program parses them.
+    if arguments[:1] == ["train"]:
+        from hf_fedlarge.trainers.client import main as train
+
+        return train(arguments[1:])
+    options = build_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except FedLargeError as error:
+        print(f"hf-fedlarge {options.command}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # Whoever read our output has gone; point it elsewhere so that the interpreter's last flush can't fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands but `train`, which has its own."""
+    parser = argparse.ArgumentParser(prog="hf-fedlarge", description="Federated fine-tuning of large language models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
+
+    one = command("shrink", _shrink, "Make a package: drop layers, store the rest in 4 bits.")
+    one.add_argument("checkpoint", help="a Hugging Face directory, or a Hub id")
+    one.add_argument("-o", "--output", type=Path, required=True, help="the package directory to make")
+    one.add_argument("--revision", help="the Hub revision")
+    one.add_argument("--base-id", help="what to call the base model, where CHECKPOINT is a local copy of it")
+    one.add_argument("--keep-layers", default="0.75", help="a count, a fraction, or numbers such as 0-9,12 (0.75)")
+    one.add_argument("--embeddings", choices=("int8", "nf4", "bf16"), default="int8", help="embedding and head (int8)")
+    one.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    _overwrite(one)
+
+    commands.add_parser("train", help="Train adapters on a package with a client's data (train --help).")
+
+    one = command("aggregate", _aggregate, "Validate updates and aggregate them into an adapter.")
+    one.add_argument("updates", nargs="+", type=Path, metavar="UPDATE", help="update directories")
+    one.add_argument("--package", type=Path, required=True, help="the package they were trained on")
+    one.add_argument("-o", "--output", type=Path, required=True, help="the adapter directory to make")
+    one.add_argument("--aggregator", default="exact", help="exact (the products, truncated) or fedavg (the factors)")
+    one.add_argument("--adapter", type=Path, metavar="PREVIOUS", help="the adapter the clients started from")
+    one.add_argument("--weighting", default="tokens", help="tokens or examples (tokens)")
+    one.add_argument("--round", type=int, help="the round they must be for (that of the first)")
+    one.add_argument("--min-updates", type=int, default=1, help="fewer valid ones make no adapter (1)")
+    _overwrite(one)
+
+    one = command("merge", _merge, "Fold an adapter into the full checkpoint.")
+    one.add_argument("checkpoint", help="the full model: a directory, or a Hub id")
+    one.add_argument("adapter", type=Path, help="the adapter directory")
+    one.add_argument("-o", "--output", type=Path, required=True, help="the checkpoint directory to make")
+    one.add_argument("--revision", help="the Hub revision")
+    one.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    _overwrite(one)
+
+    one = command("evaluate", _evaluate, "Print the held-out loss of a checkpoint or package, as JSON.")
+    one.add_argument("model", help="a checkpoint (directory or Hub id) or a package directory")
+    one.add_argument("--adapter", type=Path, help="an adapter to plug in")
+    one.add_argument("--data", required=True, help="examples: a file, a Hub data set, or stdlib")
+    one.add_argument("--max-length", type=int, default=1024, help="tokens an example is cut at (1024)")
+    one.add_argument("--batch-size", type=int, default=8, help="examples computed together (8)")
+    one.add_argument("--examples", type=int, help="evaluate the first so many (all)")
+    one.add_argument("--assistant-only", action="store_true", help="count only what the assistant says")
+
+    one = command("run", _run, "Run a whole federation from a file; run it again to go on after an interruption.")
+    one.add_argument("federation", type=Path, help="the federation in YAML")
+    one.add_argument("--output", type=Path, help="the run directory (run, beside the file)")
+    one.add_argument("--launcher", choices=("inprocess", "accelerate"), help="how clients are started (the file's)")
+
+    one = command("push", _push, "Publish a checkpoint, an adapter or a package on the Hub.")
+    one.add_argument("directory", type=Path, help="a merged checkpoint, an adapter or a package")
+    one.add_argument("repo_id", help="owner/name on the Hub")
+    one.add_argument("--public", action="store_true", help="make the repository public (private)")
+    one.add_argument("--summary", type=Path, help="a run's summary.json, for the card's figures")
+    one.add_argument("--message", help="the commit message")
+    return parser
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """A run's summary as tables on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    rounds = Table(title="Rounds (held-out loss in nats per token)", title_justify="left")
+    for name in ("round", "package", "full model", "MB down a client", "MB up a client", "seconds", "refused"):
+        rounds.add_column(name, justify="right")
+    for entry in summary["rounds"]:
+        rounds.add_row(
+            str(entry["round"]),
+            f"{entry['loss_small']:.3f}",
+            f"{entry['loss_full']:.3f}",
+            f"{entry['bytes_down_per_client'] / 1e6:.1f}",
+            f"{entry['bytes_up_per_client'] / 1e6:.1f}",
+            f"{entry['seconds']:.0f}",
+            str(len(entry["refused"])),
+        )
+    console.print(rounds)
+    loss = summary["loss"]
+    totals = Table(show_header=False, box=None)
+    totals.add_row("held-out loss, base model", f"{loss['base']:.3f}")
+    totals.add_row("held-out loss, package before training", f"{loss['package']:.3f}")
+    totals.add_row("held-out loss, merged model", f"{loss['merged']:.3f}  ({loss['merged'] - loss['base']:+.3f})")
+    totals.add_row("MB down, MB up", f"{summary['bytes_down'] / 1e6:.1f}, {summary['bytes_up'] / 1e6:.1f}")
+    totals.add_row("peak memory of a process", f"{summary['peak_memory_bytes'] / 1e6:.0f} MB")
+    console.print(totals)
+    sample = summary["sample"]
+    if sample["prompt"]:
+        for title, text in (("asked", sample["prompt"]), ("before", sample["before"]), ("after", sample["after"])):
+            console.print(f"\n[bold]{title}[/bold]")
+            console.print(text, markup=False, highlight=False)
+
+
+def _shrink(options: argparse.Namespace) -> None:
+    from hf_fedlarge.artifacts import check_output
+    from hf_fedlarge.hub import resolve_checkpoint
+    from hf_fedlarge.shrink import plan_shrink, shrink
+
+    if not options.dry_run:
+        check_output(options.output, options.overwrite)
+    checkpoint, revision = resolve_checkpoint(options.checkpoint, options.revision)
+    plan = plan_shrink(checkpoint, keep_layers=options.keep_layers, embeddings=options.embeddings)
+    print(plan.describe())
+    if options.dry_run:
+        return
+    base_id = options.base_id or (options.checkpoint if revision else None)
+    with _progress("shrinking", plan.package_bytes) as advance:
+        manifest = shrink(
+            plan, options.output, base_id=base_id, revision=revision, overwrite=options.overwrite, progress=advance
+        )
+    print(f"{options.output}: {manifest.total_bytes / 1e6:.1f} MB, digest {manifest.digest[:12]}")
+
+
+def _aggregate(options: argparse.Namespace) -> None:
+    from hf_fedlarge.collect import aggregate_updates
+
+    collected = aggregate_updates(
+        options.updates,
+        options.package,
+        options.output,
+        aggregator=options.aggregator,
+        previous=options.adapter,
+        weighting=options.weighting,
+        round_number=options.round,
+        min_updates=options.min_updates,
+        overwrite=options.overwrite,
+    )
+    for _, cause in collected.refused:
+        print(cause, file=sys.stderr)
+    for entry in collected.manifest.contributions:
+        print(f"{entry.client}: weight {entry.weight:.4f} ({entry.tokens} tokens, {entry.examples} examples)")
+    print(f"{options.output}: {collected.manifest.energy_dropped:.2%} of the energy dropped by truncation")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from hf_fedlarge.hub import resolve_checkpoint
+    from hf_fedlarge.merge import merge, plan_merge
+
+    checkpoint, _ = resolve_checkpoint(options.checkpoint, options.revision)
+    plan = plan_merge(checkpoint, options.adapter)
+    print(plan.describe())
+    if options.dry_run:
+        return
+    with _progress("merging", plan.nbytes) as advance:
+        manifest = merge(checkpoint, options.adapter, options.output, overwrite=options.overwrite, progress=advance)
+    print(f"{options.output}: {len(manifest.merged)} matrices merged, digest {manifest.digest[:12]}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from hf_fedlarge.artifacts import manifest_kind
+    from hf_fedlarge.data import load_examples
+    from hf_fedlarge.evaluation import as_record, evaluate
+    from hf_fedlarge.hub import resolve_checkpoint
+
+    for name in ("max_length", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected 1 or more.")
+    local = Path(options.model)
+    model = local if manifest_kind(local) == "package" else resolve_checkpoint(options.model)[0]
+    data = load_examples(options.data)
+    if options.examples is not None:
+        if options.examples < 1:
+            raise ConfigError(f"--examples is {options.examples}; expected 1 or more.")
+        data = data.select(range(min(options.examples, len(data))))
+    evaluation = evaluate(
+        model,
+        data,
+        adapter=options.adapter,
+        max_length=options.max_length,
+        batch_size=options.batch_size,
+        assistant_only=options.assistant_only,
+    )
+    print(json.dumps(as_record(evaluation)))
+
+
+def _run(options: argparse.Namespace) -> None:
+    from hf_fedlarge.config import load_federation
+    from hf_fedlarge.rounds import run_federation
+    from hf_fedlarge.trainers.launch import LAUNCHERS
+
+    config = load_federation(options.federation)
+    if options.launcher:
+        config = config.model_copy(update={"launcher": options.launcher})
+    output = options.output or options.federation.parent / "run"
+    summary = run_federation(config, output, LAUNCHERS[config.launcher], lambda line: print(line, flush=True))
+    print_summary(summary)
+    print(f"\n{output / 'merged'} is the merged checkpoint; {output / 'summary.json'} has all figures.")
+
+
+def _push(options: argparse.Namespace) -> None:
+    from hf_fedlarge.hub import push
+
+    print(
+        push(
+            options.directory,
+            options.repo_id,
+            private=not options.public,
+            summary=options.summary,
+            commit_message=options.message,
+        )
+    )
+
+
+def _overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that hf-fedlarge made")
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None) as bar:
+        yield lambda done: bar.update(done - bar.n)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""Collect a round's updates into the next adapter: validate each, refuse the bad by name, aggregate the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hf_fedlarge.adapters import initial_factors, read_factors, write_adapter
+from hf_fedlarge.aggregate import AGGREGATORS
+from hf_fedlarge.architectures import Architecture, describe
+from hf_fedlarge.artifacts import (
+    AdapterManifest,
+    Contribution,
+    PackageManifest,
+    UpdateManifest,
+    check_output,
+    describe_files,
+    read_manifest,
+    staged_directory,
+    verify_files,
+    write_manifest,
+)
+from hf_fedlarge.config import LoraSettings
+from hf_fedlarge.errors import ArtifactError, ConfigError, UpdateRefusedError
+from hf_fedlarge.package import package_config
+from hf_fedlarge.tensors import Factors
+from hf_fedlarge.update import Expected, client_name, validate_update
+
+WEIGHTINGS = ("tokens", "examples")
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The adapter's manifest, and who was refused with the reason."""
+
+    manifest: AdapterManifest
+    refused: tuple[tuple[str, str], ...]
+
+
+def start_adapter(
+    package: Path, output: Path, lora: LoraSettings, seed: int, *, overwrite: bool = False
+) -> AdapterManifest:
+    """Write the adapter that a federation starts from, round 0: it changes nothing yet, and is the same for all.
+
+    Raises:
+        ArtifactError: `package` is not a package.
+        ConfigError: `lora` names a target that the model lacks.
+        OutputError: `output` exists or can't be written.
+    """
+    small = read_manifest(package, PackageManifest)
+    architecture = describe(package_config(package))
+    factors = initial_factors(architecture, small.kept_layers, lora, seed)
+    manifest = AdapterManifest(
+        files={},
+        base=small.base,
+        package=small.digest,
+        parent=None,
+        round=0,
+        layers=small.kept_layers,
+        lora=lora,
+        aggregator=None,
+    )
+    return _write(output, factors, manifest, architecture, overwrite)
+
+
+def aggregate_updates(
+    updates: list[Path],
+    package: Path,
+    output: Path,
+    *,
+    aggregator: str = "exact",
+    previous: Path | None = None,
+    weighting: str = "tokens",
+    round_number: int | None = None,
+    min_updates: int = 1,
+    overwrite: bool = False,
+) -> Collected:
+    """Validate updates and aggregate those that pass into an adapter in global layer numbers.
+
+    Args:
+        updates: update directories; a client may send one.
+        package: the package they were trained on.
+        output: the adapter directory to make.
+        aggregator: a name in `aggregate.AGGREGATORS`.
+        previous: the adapter the clients started from; None: they started by themselves.
+        weighting: `tokens` or `examples`; how much a client counts.
+        round_number: the round they must be for; None: that of the first valid one.
+        min_updates: fewer valid updates than this make no adapter.
+        overwrite: replace an adapter that is there already.
+
+    Raises:
+        UpdateRefusedError: too few were valid; each refusal is in the message, and nothing is written.
+        ConfigError: an unknown aggregator or weighting, or no update given.
+        ArtifactError: the package or the previous adapter is not what it should be.
+        OutputError: `output` exists or can't be written.
+    """
+    if aggregator not in AGGREGATORS:
+        raise ConfigError(f"The aggregator {aggregator!r} is not known; choose among {', '.join(AGGREGATORS)}.")
+    if weighting not in WEIGHTINGS:
+        raise ConfigError(f"The weighting {weighting!r} is not known; choose among {', '.join(WEIGHTINGS)}.")
+    if not updates:
+        raise ConfigError("No update was given; expected at least one update directory.")
+    check_output(output, overwrite)
+    small = read_manifest(package, PackageManifest)
+    architecture = describe(package_config(package))
+    parent = _read_previous(previous, small) if previous else None
+
+    accepted: list[tuple[Path, UpdateManifest]] = []
+    refused: list[tuple[str, str]] = []
+    for directory in updates:
+        try:
+            # Without a previous adapter the first valid update says which settings this round has.
+            lora = parent.lora if parent else accepted[0][1].lora if accepted else _own_settings(directory)
+            number = round_number if round_number is not None or not accepted else accepted[0][1].round
+            expected = Expected(small, architecture, lora, number, parent.digest if parent else None)
+            manifest = validate_update(directory, expected)
+            if manifest.client in {other.client for _, other in accepted}:
+                raise UpdateRefusedError(f"{manifest.client} refused: it sent more than one update; the first counts.")
+        except UpdateRefusedError as error:
+            refused.append((client_name(directory), str(error)))
+        else:
+            accepted.append((directory, manifest))
+    if len(accepted) < min_updates:
+        causes = " ".join(cause for _, cause in refused)
+        raise UpdateRefusedError(
+            f"{len(accepted)} of {len(updates)} updates are valid; at least {min_updates} are needed. {causes}"
+        )
+
+    # The order in which updates arrive must not show in the bytes.
+    accepted.sort(key=lambda item: item[1].client)
+    weights = torch.tensor([getattr(manifest, weighting) for _, manifest in accepted], dtype=torch.float64)
+    weights /= weights.sum()
+    lora = accepted[0][1].lora
+    all_factors = [read_factors(directory) for directory, _ in accepted]
+    result: dict[str, Factors] = {}
+    energy = dropped = 0.0
+    for module in sorted(all_factors[0]):
+        aggregate = AGGREGATORS[aggregator](
+            [factors[module] for factors in all_factors], weights, [lora.scale] * len(accepted), lora.rank, lora.scale
+        )
+        result[module] = aggregate.factors
+        energy += aggregate.energy
+        dropped += aggregate.dropped
+    manifest = AdapterManifest(
+        files={},
+        base=small.base,
+        package=small.digest,
+        parent=parent.digest if parent else None,
+        round=accepted[0][1].round,
+        layers=small.kept_layers,
+        lora=lora,
+        aggregator=aggregator,
+        weighting=weighting,
+        contributions=[
+            Contribution(
+                client=update.client,
+                digest=update.digest,
+                weight=float(weight),
+                examples=update.examples,
+                tokens=update.tokens,
+            )
+            for (_, update), weight in zip(accepted, weights, strict=True)
+        ],
+        energy_dropped=dropped / energy if energy else 0.0,
+    )
+    return Collected(_write(output, result, manifest, architecture, overwrite), tuple(refused))
+
+
+def _own_settings(directory: Path) -> LoraSettings:
+    try:
+        return read_manifest(directory, UpdateManifest).lora
+    except ArtifactError as error:
+        raise UpdateRefusedError(f"{directory.name} refused: {error}") from error
+
+
+def _read_previous(previous: Path, small: PackageManifest) -> AdapterManifest:
+    manifest = read_manifest(previous, AdapterManifest)
+    verify_files(previous, manifest, published=True)
+    if manifest.package != small.digest:
+        raise ArtifactError(
+            f"{previous} belongs to the package {manifest.package[:12]}…; expected {small.digest[:12]}…."
+        )
+    return manifest
+
+
+def _write(
+    output: Path, factors: dict[str, Factors], manifest: AdapterManifest, architecture: Architecture, overwrite: bool
+) -> AdapterManifest:
+    with staged_directory(output, overwrite=overwrite) as staging:
+        write_adapter(staging, factors, manifest.lora, architecture, manifest.base.id)
+        manifest = manifest.model_copy(update={"files": describe_files(staging)})
+        write_manifest(staging, manifest)
+    return manifest

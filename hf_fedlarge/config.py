@@ -1,0 +1,142 @@
+"""What a user can set, checked where it is read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hf_fedlarge.errors import ConfigError
+
+Embeddings = Literal["int8", "nf4", "bf16"]
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first of pydantic's complaints as `where: what`; a key may be hostile, so it is shown short and printable."""
+    problem = error.errors()[0]
+    where = ascii(".".join(str(part) for part in problem["loc"]))[1:-1][:120]
+    return f"{where}: {problem['msg']}" if where else problem["msg"]
+
+
+class Record(BaseModel):
+    """A frozen record that refuses unknown keys and never converts types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class LoraSettings(Record):
+    """The adapter's hyperparameters; `targets` None means every matrix of a block.
+
+    A module's product B A counts `scale` times: alpha / r, or alpha / sqrt(r).
+    """
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    rslora: bool = False
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: list[str] | None = None
+
+    @property
+    def scale(self) -> float:
+        """The factor before B A x (rsLoRA: arXiv 2312.03732)."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+def parse_layers(text: str | float | list[int], total: int) -> list[int] | int:
+    """`--keep-layers`: a count (`20`), a fraction (`0.75`), or global layer numbers (`0-9,12,14-29`).
+
+    Returns:
+        A count of layers to choose, or the layers chosen, sorted.
+
+    Raises:
+        ConfigError: none kept, more than there are, a layer twice, or not readable.
+    """
+    expected = f"expected a count from 1 to {total}, a fraction above 0 and up to 1, or a list such as 0-9,12"
+    if isinstance(text, list):
+        layers = text
+    elif re.fullmatch(r"\d+", str(text)):
+        count = int(text)
+        if not 1 <= count <= total:
+            raise ConfigError(f"--keep-layers {text} is out of range: the model has {total} layers; {expected}.")
+        return count
+    elif re.fullmatch(r"\d*\.\d+|\d+\.", str(text)):
+        fraction = float(text)
+        if not 0 < fraction <= 1 or round(fraction * total) < 1:
+            raise ConfigError(f"--keep-layers {text} keeps no valid share of {total} layers; {expected}.")
+        return round(fraction * total)
+    else:
+        layers = []
+        for part in str(text).split(","):
+            match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+            first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+            if first > last:
+                raise ConfigError(f"--keep-layers {text!r} can't be read at {part!r}; {expected}.")
+            layers.extend(range(first, min(last, first + total) + 1))
+    if not layers or len(set(layers)) != len(layers) or min(layers) < 0 or max(layers) >= total:
+        raise ConfigError(f"--keep-layers {text} names a layer twice, or one that is not in 0-{total - 1}; {expected}.")
+    return sorted(layers)
+
+
+class DataConfig(Record):
+    """Where the examples come from and how they are split among clients.
+
+    `source` is a file, a `datasets` Hub id or `stdlib`; `split` is `column` (one client a value of `column`), `iid` or
+    `dirichlet` (label skew over `column`). A share of each client's examples is held out for evaluation.
+    """
+
+    source: str
+    split: Literal["column", "iid", "dirichlet"] = "iid"
+    column: str | None = None
+    clients: list[str] | Annotated[int, Field(ge=1)] | None = None
+    alpha: Annotated[float, Field(gt=0)] = 0.5
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    max_examples: Annotated[int, Field(ge=2)] | None = None
+
+
+class FederationConfig(Record):
+    """A whole federation, as `federation.yaml` gives it.
+
+    `base_id` is what manifests and cards call the base model where `checkpoint` is a local copy of it; `training`
+    takes any argument of trl's `SFTConfig`.
+    """
+
+    checkpoint: str
+    revision: str | None = None
+    base_id: str | None = None
+    data: DataConfig
+    keep_layers: str | int | float | list[int] = 0.75
+    embeddings: Embeddings = "int8"
+    lora: LoraSettings = LoraSettings()
+    rounds: Annotated[int, Field(ge=1)] = 3
+    cohort: Annotated[int, Field(ge=1)] | None = None
+    min_updates: Annotated[int, Field(ge=1)] = 1
+    aggregator: Literal["exact", "fedavg"] = "exact"
+    weighting: Literal["tokens", "examples"] = "tokens"
+    seed: Annotated[int, Field(ge=0)] = 0
+    training: dict[str, Any] = {}
+    launcher: Literal["inprocess", "accelerate"] = "inprocess"
+    eval_examples: Annotated[int, Field(ge=1)] | None = None
+    sample_prompt: str | None = None
+
+
+def load_federation(path: Path) -> FederationConfig:
+    """Read and check a federation file.
+
+    Raises:
+        ConfigError: missing, not YAML, or a value that is wrong; the message names the key.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path} is not a file; expected a federation in YAML.")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds {type(raw).__name__}; expected keys such as checkpoint and data.")
+    try:
+        return FederationConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {first_problem(error)}.") from error

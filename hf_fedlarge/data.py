@@ -1,0 +1,255 @@
+"""Examples to train and evaluate on, loaded and checked.
+
+A data set has one of three forms, preferred in this order: chat `messages`; `prompt` with `completion`, where trl's
+`SFTTrainer` labels the completion only; plain `text`. Further columns stay, so that one can split by them, until
+`training_columns` drops them.
+
+Local files are parsed here, not by `datasets.load_dataset`: its Arrow cache would leave a copy of private data on disk
+and may serve an old one, its JSON reader turns text that looks like a date into a timestamp, and its errors don't say
+which line is wrong. The price is that a local file has to fit in memory. Public data sets of the Hub go through the
+usual Hugging Face cache.
+
+Left out: compressed files, several files at once, and `tools` columns of chats.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+from hf_fedlarge.errors import ConfigError, DataError, OutputError
+from hf_fedlarge.stdlib_corpus import standard_library_pairs
+
+STDLIB = "stdlib"
+FORMS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("text",))
+
+_SHAPES: dict[str, tuple[type, str]] = {"messages": (list, "a list of messages"), "text": (str, "a string")}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+
+
+def load_examples(source: str, *, split: str = "train", revision: str | None = None) -> Dataset:
+    """Load examples in one of the three forms.
+
+    Args:
+        source: a .jsonl, .json (a list of objects), .csv or .parquet file, the name `stdlib`, or a data set of the Hub
+            (`owner/name`). What exists as a path is taken as a path.
+        split: the Hub data set's split, slices such as `train[:100]` included; a local source has only `train`.
+        revision: the Hub data set's commit, tag or branch.
+
+    Raises:
+        DataError: nothing there, not readable, no usable column, or a row that is empty or of another shape.
+        ConfigError: a split or a revision of a local source.
+    """
+    path = Path(source)
+    local = path.exists() or path.suffix.lower() in _READERS or source == STDLIB
+    if local and (split != "train" or revision is not None):
+        raise ConfigError(f"{source} is local and has no splits or revisions; leave split and revision out.")
+    if path.exists():
+        dataset = _read_file(path)
+    elif path.suffix.lower() in _READERS:
+        raise DataError(f"There is no such file as {source}.")
+    elif source == STDLIB:
+        dataset = Dataset.from_list(standard_library_pairs())
+    elif _HUB_ID.fullmatch(source):
+        dataset = _load_from_hub(source, split, revision)
+    else:
+        raise DataError(f"{source!r} is not a file, {STDLIB!r}, or a Hub data set's id such as 'owner/name'.")
+    return usable_columns(dataset, source)
+
+
+def usable_columns(dataset: Dataset, source: str) -> Dataset:
+    """Keep the columns of the preferred form and those of no form, after checking every value of the form.
+
+    `source` is what errors call the data set.
+
+    Raises:
+        DataError: no examples, no usable column, or a value that is empty or of another shape; the row is named.
+    """
+    if len(dataset) == 0:
+        raise DataError(f"{source} holds no examples.")
+    form = _form(dataset, source)
+    number = 0
+    for batch in dataset.select_columns(list(form)).iter(batch_size=1000):
+        for row in zip(*(batch[column] for column in form), strict=True):
+            number += 1
+            _check_row(dict(zip(form, row, strict=True)), f"Row {number} of {source}")
+    others = {column for other in FORMS for column in other} - set(form)
+    return dataset.remove_columns([column for column in dataset.column_names if column in others])
+
+
+def training_columns(dataset: Dataset) -> Dataset:
+    """Keep only the columns of the data set's form: trainers read meaning into others, `tools` or `labels` say.
+
+    Raises:
+        DataError: no usable column.
+    """
+    return dataset.select_columns(list(_form(dataset, "The data set")))
+
+
+def from_rows(rows: list[dict[str, Any]]) -> Dataset:
+    """Examples held in memory as a data set.
+
+    Raises:
+        DataError: a column mixes types.
+    """
+    return _from_rows(rows, "The data set")
+
+
+def concatenate(parts: Sequence[Dataset]) -> Dataset:
+    """All examples of the parts, in order."""
+    return datasets.concatenate_datasets(list(parts))
+
+
+def write_jsonl(dataset: Dataset, path: Path) -> None:
+    """Write one JSON object a line, by way of a temporary name; `load_examples` gives the same rows back.
+
+    Raises:
+        DataError: a column holds what JSON can't, such as dates or bytes.
+        OutputError: the file can't be written.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            for row in dataset:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        temporary.replace(path)
+    except TypeError as error:
+        raise DataError(f"{path} can't be written as JSON, so convert or drop that column: {error}.") from error
+    except OSError as error:
+        raise OutputError(f"{path} can't be written: {error.strerror}.") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _load_from_hub(source: str, split: str, revision: str | None) -> Dataset:
+    try:
+        return datasets.load_dataset(source, split=split, revision=revision)
+    except Exception as error:  # whatever datasets, pyarrow, httpx or fsspec raise is about this one data set
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        raise DataError(f"{source} can't be loaded from the Hub: {_reason(cause or error)}.") from error
+
+
+def _read_file(path: Path) -> Dataset:
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None or not path.is_file():
+        raise DataError(f"{path} exists but is not a file that ends in {', '.join(_READERS)}.")
+    try:
+        return reader(path)
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror or _reason(error)}.") from error
+
+
+def _read_jsonl(path: Path) -> Dataset:
+    rows = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            row = _parse(line, f"Line {number} of {path} is not a JSON object")
+            if not isinstance(row, dict):
+                raise DataError(f"Line {number} of {path} is not a JSON object; expected one a line.")
+            rows.append(row)
+    return _from_rows(rows, path)
+
+
+def _read_json(path: Path) -> Dataset:
+    rows = _parse(path.read_bytes(), f"{path} is not JSON (one object a line belongs in a .jsonl)")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path} is not a list of JSON objects; one object a line belongs in a .jsonl.")
+    return _from_rows(rows, path)
+
+
+def _parse(text: bytes, problem: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{problem}: {_reason(error)}.") from error
+
+
+def _read_csv(path: Path) -> Dataset:
+    """Every value stays a string: what looks like a number in one client's file may not in another's."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            lines = [(reader.line_num, line) for line in reader if line]
+        except (csv.Error, ValueError) as error:
+            raise DataError(f"{path} is not CSV at or after line {reader.line_num}: {_reason(error)}.") from error
+    header = lines[0][1] if lines else []
+    if len(set(header)) < len(header):
+        raise DataError(f"{path} names a column twice in its header: {', '.join(header)}.")
+    for number, line in lines:
+        if len(line) != len(header):
+            raise DataError(f"Line {number} of {path} has {len(line)} values; its header names {len(header)} columns.")
+    return _from_rows([dict(zip(header, line, strict=True)) for _, line in lines[1:]], path)
+
+
+def _read_parquet(path: Path) -> Dataset:
+    try:
+        with pq.ParquetFile(path) as file:
+            table = file.read()
+        # Without the metadata columns are what they hold, not what a stranger's file declares them to be.
+        return Dataset(table.replace_schema_metadata(None))
+    except (ValueError, TypeError, pa.ArrowException) as error:
+        raise DataError(f"{path} is not Parquet that can be used: {_reason(error)}.") from error
+
+
+_READERS: dict[str, Callable[[Path], Dataset]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+def _from_rows(rows: list[dict[str, Any]], path: Path | str) -> Dataset:
+    # `Dataset.from_list` would drop every column that the first row lacks.
+    columns = dict.fromkeys(column for row in rows for column in row)
+    try:
+        return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
+    except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
+        raise DataError(f"{path} doesn't fit a table with one type a column: {_reason(error)}.") from error
+
+
+def _form(dataset: Dataset, source: str) -> tuple[str, ...]:
+    columns = dataset.column_names
+    for form in FORMS:
+        if set(form) <= set(columns):
+            return form
+    raise DataError(
+        f"{source} has the columns {', '.join(columns)}; expected 'messages', 'prompt' with 'completion', or 'text'."
+    )
+
+
+def _check_row(row: dict[str, Any], where: str) -> None:
+    for column, value in row.items():
+        shape, wanted = _SHAPES.get(column, ((str, list), "a string or a list of messages"))
+        if not value or (isinstance(value, str) and not value.strip()):
+            raise DataError(f"{where} has an empty {column!r}; fill it or remove the row.")
+        if not isinstance(value, shape):
+            raise DataError(f"{where} has {column!r} of type {type(value).__name__}; expected {wanted}.")
+        if isinstance(value, list) and not all(_is_message(message) for message in value):
+            raise DataError(f"{where} has a message in {column!r} without a role or without text as content.")
+    if len({type(value) for value in row.values()}) > 1:
+        raise DataError(f"{where} mixes a string and messages; 'prompt' and 'completion' must be of the same kind.")
+
+
+def _is_message(message: Any) -> bool:
+    parts = [message.get("role"), message.get("content")] if isinstance(message, dict) else [None]
+    return all(isinstance(part, str) and part.strip() for part in parts)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error as the tail of a sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,224 @@
+"""Held-out loss of a checkpoint or a package, with or without an adapter, and what it writes.
+
+The loss is the mean of −log p over labelled tokens of all examples together, so that figures of the small and the
+full model compare. Examples become tokens as trl's SFTTrainer makes them (a test compares the two): only the answer
+counts where there is a prompt, and an example is cut at `max_length`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+from hf_fedlarge.adapters import attach_lora, plug_in, read_factors, set_factors
+from hf_fedlarge.architectures import load_config
+from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, manifest_kind, read_manifest
+from hf_fedlarge.errors import ArtifactError, DataError
+from hf_fedlarge.package import load_package, load_tokenizer
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss in nats per labelled token, over so many tokens of so many examples."""
+
+    loss: float
+    tokens: int
+    examples: int
+
+
+def evaluate(
+    model_dir: Path,
+    data: Sequence[dict[str, Any]],
+    *,
+    adapter: Path | None = None,
+    max_length: int = 1024,
+    batch_size: int = 8,
+    assistant_only: bool = False,
+) -> Evaluation:
+    """Evaluate a package or a checkpoint directory on `data`.
+
+    Args:
+        model_dir: a package of ours, or any Hugging Face checkpoint with safetensors.
+        data: examples as `data.load_examples` gives them.
+        adapter: an adapter of ours to plug in; it must belong to the model.
+        max_length: tokens an example is cut at.
+        batch_size: examples computed together.
+        assistant_only: count only what the assistant says in `messages`.
+
+    Raises:
+        ArtifactError: not a model, or an adapter of another one.
+        DataError: no labelled token.
+    """
+    model = load_model(model_dir, adapter)
+    return evaluate_model(
+        model,
+        load_tokenizer(model_dir),
+        data,
+        max_length=max_length,
+        batch_size=batch_size,
+        assistant_only=assistant_only,
+    )
+
+
+def load_model(model_dir: Path, adapter: Path | None = None) -> torch.nn.Module:
+    """A package, streamed, or a checkpoint, whole in memory; with an adapter of ours plugged in if one is given.
+
+    Raises:
+        ArtifactError: neither a package nor a checkpoint, or the adapter is of another base or package.
+    """
+    manifest = read_manifest(adapter, AdapterManifest) if adapter else None
+    if manifest_kind(model_dir) == "package":
+        package = read_manifest(model_dir, PackageManifest)
+        if manifest and manifest.base.digest != package.base.digest:
+            raise ArtifactError(
+                f"{adapter} belongs to the base {manifest.base.digest[:12]}…, but {model_dir} was shrunk from "
+                f"{package.base.digest[:12]}…; give the adapter of the same base."
+            )
+        model = load_package(model_dir)
+        if adapter is None:
+            return model
+        layers = package.kept_layers
+        # A layer that the package dropped has nowhere to go; the rest of the adapter is evaluated.
+        factors = {
+            module: pair
+            for module, pair in read_factors(adapter).items()
+            if model.architecture.layer_of(f"{module}.") in layers
+        }
+        wrapped = attach_lora(model, model.architecture, manifest.lora)
+        set_factors(wrapped, factors, model.architecture, layers)
+        return wrapped.eval()
+    load_config(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", trust_remote_code=False)
+    return (plug_in(model, adapter) if adapter else model).eval()
+
+
+@torch.no_grad()
+def evaluate_model(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Sequence[dict[str, Any]],
+    *,
+    max_length: int = 1024,
+    batch_size: int = 8,
+    assistant_only: bool = False,
+) -> Evaluation:
+    """Evaluate a loaded model; it is in eval mode meanwhile, and left as it was.
+
+    Raises:
+        DataError: no example has a labelled token within `max_length`.
+    """
+    examples = [encode_example(row, tokenizer, max_length, assistant_only) for row in data]
+    examples = [example for example in examples if any(label != IGNORED for label in example["labels"][1:])]
+    if not examples:
+        raise DataError(f"None of the {len(data)} examples has a labelled token within {max_length} tokens.")
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    total, tokens = 0.0, 0
+    for batch in _batches(examples, batch_size, tokenizer):
+        outputs = model(
+            **{key: value.to(device) for key, value in batch.items()}, num_items_in_batch=1, use_cache=False
+        )
+        total += float(outputs.loss)
+        tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
+    model.train(training)
+    return Evaluation(loss=total / tokens, tokens=tokens, examples=len(examples))
+
+
+def encode_example(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int, assistant_only: bool = False
+) -> dict[str, list[int]]:
+    """`input_ids` and `labels` (−100 where nothing counts) of one example in any of the three forms."""
+    if "messages" in row:
+        template = None
+        if assistant_only and not has_generation_markers(tokenizer.chat_template):
+            template = get_training_chat_template(tokenizer)
+        encoded = _chat(tokenizer, row["messages"], chat_template=template, return_assistant_tokens_mask=assistant_only)
+        ids = encoded["input_ids"]
+        counted = encoded["assistant_masks"] if assistant_only else [1] * len(ids)
+    elif "prompt" in row:
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(prompt, str):
+            ending = "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
+            start = tokenizer(prompt)["input_ids"]
+            ids = tokenizer(prompt + completion + ending)["input_ids"]
+        else:
+            start = _chat(tokenizer, prompt, add_generation_prompt=True)["input_ids"]
+            ids = _chat(tokenizer, prompt + completion)["input_ids"]
+        shared = next((place for place, (a, b) in enumerate(zip(start, ids, strict=False)) if a != b), len(start))
+        counted = [0] * shared + [1] * (len(ids) - shared)
+    else:
+        ending = "" if row["text"].endswith(tokenizer.eos_token) else tokenizer.eos_token
+        ids = tokenizer(row["text"] + ending)["input_ids"]
+        counted = [1] * len(ids)
+    labels = [token if wanted else IGNORED for token, wanted in zip(ids, counted, strict=True)]
+    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+
+
+@torch.no_grad()
+def generate_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int = 48
+) -> str:
+    """The model's greedy answer to one user message, by the tokenizer's chat template if it has one."""
+    if tokenizer.chat_template:
+        inputs = _chat(
+            tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt"
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    ids = inputs["input_ids"].to(next(model.parameters()).device)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=_pad_id(tokenizer),
+    )
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def as_record(evaluation: Evaluation) -> dict[str, float]:
+    """The evaluation as plain data; an infinite or undefined loss is an error, not a figure.
+
+    Raises:
+        DataError: the loss is not finite.
+    """
+    if not math.isfinite(evaluation.loss):
+        raise DataError(f"The loss over {evaluation.tokens} tokens is {evaluation.loss}; the model is broken.")
+    return asdict(evaluation)
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> dict[str, Any]:
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def _batches(
+    examples: list[dict[str, list[int]]], size: int, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Padded batches, examples of like length together."""
+    examples = sorted(examples, key=lambda example: len(example["input_ids"]))
+    pad = _pad_id(tokenizer)
+    for start in range(0, len(examples), size):
+        part = examples[start : start + size]
+        width = max(len(example["input_ids"]) for example in part)
+        yield {
+            key: torch.tensor([example[key] + [filler] * (width - len(example[key])) for example in part])
+            for key, filler in (("input_ids", pad), ("labels", IGNORED))
+        } | {
+            "attention_mask": torch.tensor(
+                [[1] * len(example["input_ids"]) + [0] * (width - len(example["input_ids"])) for example in part]
+            )
+        }

@@ -1,0 +1,172 @@
+"""The output head and the cross-entropy, a slice of the vocabulary at a time.
+
+With a long vocabulary the logits dominate memory: 512 tokens × 49152 × 4 bytes are 100 MB, several times over. Here
+neither the dense head nor the logits exist. Over one slice of the head after another the softmax's denominator and the
+gradient of the hidden states accumulate with a running maximum, as FlashAttention does over keys (arXiv 2205.14135):
+the gradient of log Σ exp is the softmax-weighted mean of the head's rows. One pass over the head, dequantized once,
+gives the loss and its gradient, for labelled positions only. The label's own row is left out of the sums and enters
+with the probability of everything else: for a confident model the difference of two nearly equal means would be noise.
+
+Shapes: N labelled positions, D hidden, V vocabulary, R rows of the head in a slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_fedlarge.architectures import LogitTransform
+from hf_fedlarge.quantize import FrozenWeight
+
+_SLICE_BYTES = 2**24
+_POSITIONS = 1024
+
+
+class StreamedHead:
+    """An output head whose rows are dequantized a slice at a time into one reused buffer.
+
+    Args:
+        weight: (V, D), as stored.
+        bias: (V,) or None.
+        transform: what the family does to its logits, applied in `cross_entropy`; `logits` gives them raw.
+        dtype: of the dequantized rows.
+        device: where to compute.
+    """
+
+    def __init__(
+        self,
+        weight: FrozenWeight,
+        bias: torch.Tensor | None,
+        transform: LogitTransform,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.weight, self.bias, self.transform = weight, bias, transform
+        self.dtype, self.device = dtype, device
+        width = weight.shape[1] * dtype.itemsize
+        self.rows = min(weight.shape[0], max(256, _SLICE_BYTES // width))
+        self._buffer: torch.Tensor | None = None
+
+    def slices(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(start, stop, rows (R, D)) over the vocabulary; the rows are overwritten by the next slice."""
+        vocabulary, width = self.weight.shape
+        if self._buffer is None:
+            self._buffer = torch.empty(self.rows, width, dtype=self.dtype, device=self.device)
+        for start in range(0, vocabulary, self.rows):
+            stop = min(start + self.rows, vocabulary)
+            rows_RD = self._buffer[: stop - start]
+            self.weight.read_rows(start, stop, rows_RD)
+            yield start, stop, rows_RD
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Raw logits (…, V) of hidden states (…, D), differentiable in the hidden states."""
+        return _Logits.apply(hidden, self)
+
+    def cross_entropy(self, hidden_ND: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+        """Sum over positions of −log p(label), fp32 scalar, differentiable in the hidden states."""
+        return _CrossEntropy.apply(hidden_ND, labels_N, self)
+
+
+class _Logits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, head: StreamedHead) -> torch.Tensor:
+        ctx.head, ctx.dtype = head, hidden.dtype
+        hidden = hidden.to(head.dtype)
+        logits = hidden.new_empty(*hidden.shape[:-1], head.weight.shape[0])
+        for start, stop, rows_RD in head.slices():
+            logits[..., start:stop] = hidden @ rows_RD.T
+        return logits if head.bias is None else logits.add_(head.bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total: Any = 0
+        for start, stop, rows_RD in ctx.head.slices():
+            total = total + (grad[..., start:stop].to(rows_RD.dtype) @ rows_RD).float()
+        return total.to(ctx.dtype), None
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: torch.Tensor, labels_N: torch.Tensor, head: StreamedHead) -> torch.Tensor:
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            loss, grad_ND = _loss_and_gradient(hidden_ND.to(head.dtype), labels_N, head, ctx.needs_input_grad[0])
+        if grad_ND is not None:
+            ctx.save_for_backward(grad_ND.to(hidden_ND.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad_ND,) = ctx.saved_tensors
+        return grad_ND * grad.to(grad_ND.dtype), None, None
+
+
+def _loss_and_gradient(
+    hidden_ND: torch.Tensor, labels_N: torch.Tensor, head: StreamedHead, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    scale, cap = head.transform.scale, head.transform.cap
+    count = len(labels_N)
+    top_N = hidden_ND.new_full((count,), -torch.inf, dtype=torch.float32)
+    others_N = torch.zeros_like(top_N)  # Σ exp(z − top) over all but the label
+    label_logit_N = torch.zeros_like(top_N)
+    grad_ND = torch.zeros(hidden_ND.shape, dtype=torch.float32, device=hidden_ND.device) if with_gradient else None
+
+    for start, stop, rows_RD in head.slices():
+        bias_R = None if head.bias is None else head.bias[start:stop].float()
+        for first in range(0, count, _POSITIONS):
+            part = slice(first, first + _POSITIONS)
+            z_NR = (hidden_ND[part] @ rows_RD.T).float()
+            if bias_R is not None:
+                z_NR += bias_R
+            if scale != 1.0:
+                z_NR *= scale
+            if cap is not None:
+                z_NR = z_NR.div_(cap).tanh_().mul_(cap)
+            here_N = ((labels_N[part] >= start) & (labels_N[part] < stop)).nonzero()[:, 0]
+            own = here_N, labels_N[part][here_N] - start
+            label_logit_N[first + here_N] = z_NR[own]
+            new_top_N = torch.maximum(top_N[part], z_NR.amax(dim=1))
+            decay_N = (top_N[part] - new_top_N).exp()
+            top_N[part] = new_top_N
+            slope_NR = None if cap is None or grad_ND is None else 1 - (z_NR / cap).square()
+            p_NR = z_NR.sub_(new_top_N[:, None]).exp_()
+            p_NR[own] = 0
+            others_N[part] = others_N[part] * decay_N + p_NR.sum(dim=1)
+            if grad_ND is not None:
+                if slope_NR is not None:
+                    p_NR *= slope_NR
+                grad_ND[part] = grad_ND[part] * decay_N[:, None] + p_NR.to(rows_RD.dtype) @ rows_RD
+
+    sum_N = others_N + (label_logit_N - top_N).exp()
+    loss = (top_N + sum_N.log() - label_logit_N).sum()
+    if grad_ND is None:
+        return loss, None
+    pull_N = others_N if cap is None else others_N * (1 - (label_logit_N / cap).square())
+    label_rows_ND = head.weight.gather(labels_N, head.dtype).float()
+    return loss, grad_ND.sub_(label_rows_ND.mul_(pull_N[:, None])).mul_(scale / sum_N[:, None])
+
+
+def causal_loss(
+    head: StreamedHead, hidden_BSD: torch.Tensor, labels_BS: torch.Tensor, items: torch.Tensor | int | None
+) -> torch.Tensor:
+    """Next-token cross-entropy over the labelled positions (label ≠ −100), fp32.
+
+    Args:
+        head: the output head.
+        hidden_BSD: last hidden states.
+        labels_BS: labels aligned with the inputs; shifted by one here, as transformers does.
+        items: what to divide the sum by; None: the number of labelled positions.
+    """
+    targets = labels_BS[:, 1:].to(hidden_BSD.device)
+    mask = targets != -100
+    total = head.cross_entropy(hidden_BSD[:, :-1][mask], targets[mask])
+    if items is None:
+        items = mask.sum().clamp(min=1)
+    return total / items
+
+
+def freeze_head(module: nn.Linear, head: StreamedHead) -> None:
+    """Make an output head compute its logits by slices; it keeps no weight of its own."""
+    module.forward = head.logits

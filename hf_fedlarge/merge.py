@@ -1,0 +1,394 @@
+"""Folding an adapter into the full-depth, full-precision checkpoint, a few megabytes at a time.
+
+The output has the base's shards: the same files, tensors, order, dtypes and index, every matrix under an adapter
+replaced by W + scale · B A and everything else copied. A merged value is the fp64 result rounded once to the
+checkpoint's dtype, so nothing is lost that the dtype could hold. `peft` and `transformers` would need the whole model
+in memory; here it is one block of rows, besides the adapter itself.
+
+A merge that was killed goes on where it stopped: a finished shard is renamed into the staging directory and recorded
+there, and the same merge run again takes it over after checking its digest.
+
+Left out: adapters on embeddings, heads and norms (LoRA here targets the blocks' matrices only), and other formats than
+safetensors. Two merges into one output at the same time are not kept apart.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from hf_fedlarge.adapters import ADAPTER_WEIGHTS, expected_shapes, read_factors, tensor_shapes
+from hf_fedlarge.architectures import Architecture, describe, load_config
+from hf_fedlarge.artifacts import (
+    MANIFEST_NAME,
+    AdapterManifest,
+    BaseModelEntry,
+    CheckpointManifest,
+    Digest,
+    FileEntry,
+    FileName,
+    check_output,
+    file_entry,
+    read_manifest,
+    staged_directory,
+    verify_files,
+    write_json,
+    write_manifest,
+)
+from hf_fedlarge.config import Record
+from hf_fedlarge.errors import ArtifactError, OutputError
+from hf_fedlarge.tensors import (
+    INDEX_NAME,
+    CheckpointReader,
+    Factors,
+    SafetensorsWriter,
+    TensorInfo,
+    checkpoint_digest,
+    read_header,
+)
+
+STATE_NAME = ".merge.json"  # no copied file can be called so: their names start with a letter or a digit
+
+_BLOCK_BYTES = 4 * 2**20  # of fp64; four or five temporaries of this size exist at once
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Weights of other formats would be the unmerged ones; the card, the manifest and an adapter beside the weights (which
+# transformers would load on top of them) spoke of the base.
+_OTHER_WEIGHTS = {
+    *(".bin", ".h5", ".msgpack", ".gguf", ".pt", ".pth", ".onnx", ".py"),
+    *(".safetensors", ".ckpt", ".pkl", ".pickle", ".tflite", ".ot"),
+}
+_OF_THE_BASE = {MANIFEST_NAME, "README.md", "adapter_config.json"}
+
+
+@dataclass(frozen=True)
+class MergeTarget:
+    """One matrix that changes.
+
+    Attributes:
+        name: the tensor's name in the checkpoint.
+        module: the module's path in the transformers model, which is also its name in the adapter.
+        layer: the block it lies in.
+        transposed: stored as (in, out), so (B A)^T is added to it.
+        dtype: the dtype it has and keeps.
+    """
+
+    name: str
+    module: str
+    layer: int
+    transposed: bool
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What a merge will do, after everything was checked.
+
+    Attributes:
+        checkpoint: the base's directory.
+        adapter: the adapter's directory.
+        base: the base as the adapter's manifest names it; its digest is that of `checkpoint`.
+        adapter_digest: the digest of the adapter's manifest.
+        scale: the factor before B A.
+        targets: the matrices that change, in the order of the model.
+        shards: the files that are rewritten.
+        nbytes: bytes of all tensors in them.
+        copied: the files that are copied as they are.
+        left_out: the files that are not.
+    """
+
+    checkpoint: Path
+    adapter: Path
+    base: BaseModelEntry
+    adapter_digest: str
+    scale: float
+    targets: tuple[MergeTarget, ...]
+    shards: tuple[str, ...]
+    nbytes: int
+    copied: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    def describe(self) -> str:
+        """The plan for `--dry-run`, a few lines."""
+        layers = {target.layer for target in self.targets}
+        dtypes = sorted({str(target.dtype).removeprefix("torch.") for target in self.targets})
+        lines = [
+            f"merge {self.adapter} ({self.adapter_digest[:12]})",
+            f"into  {self.checkpoint} ({self.base.id}, {self.base.digest[:12]})",
+            f"change {len(self.targets)} matrices in {len(layers)} layers ({', '.join(dtypes)}), scale {self.scale:g}",
+            f"rewrite {self.nbytes / 1e6:,.1f} MB in {', '.join(self.shards)}",
+            f"copy {', '.join(self.copied) or 'no other file'}",
+            f"leave out {', '.join(self.left_out) or 'nothing'}",
+        ]
+        return "\n".join(lines)
+
+
+class _State(Record):
+    """What a merge that was stopped has finished, and which merge it was."""
+
+    base: Digest
+    adapter: Digest
+    shards: dict[FileName, FileEntry] = {}
+
+
+def plan_merge(checkpoint: Path, adapter: Path) -> MergePlan:
+    """Check that `adapter` belongs to and fits `checkpoint`, and say what merging them will do. Writes nothing.
+
+    Reads the whole checkpoint once, for its digest.
+
+    Args:
+        checkpoint: a safetensors checkpoint of a decoder-only model.
+        adapter: an adapter directory with its manifest.
+
+    Raises:
+        ArtifactError: one of the two is damaged or of another kind, the adapter was trained on another base, or it
+            has a module that is no matrix of the model's blocks, or of another shape.
+        ArchitectureError: the model is of a kind that can't be merged.
+    """
+    manifest = read_manifest(adapter, AdapterManifest)
+    verify_files(adapter, manifest)
+    architecture = describe(load_config(checkpoint))
+    reader = CheckpointReader(checkpoint)
+    names = architecture.tensor_names(reader.infos, checkpoint)
+    found = checkpoint_digest(checkpoint)
+    if found != manifest.base.digest:
+        raise ArtifactError(
+            f"{checkpoint} has the digest {found[:12]}…, but {adapter} was trained on {manifest.base.id} with the "
+            f"digest {manifest.base.digest[:12]}…; merge it into that one."
+        )
+
+    stored = {name: info.shape for name, info in read_header(adapter / ADAPTER_WEIGHTS).items()}
+    targets = []
+    lora = manifest.lora.model_copy(update={"targets": None})
+    for module, shapes in expected_shapes(architecture, list(range(architecture.layers)), lora).items():
+        wanted = tensor_shapes({module: shapes})
+        factors = {name: stored.pop(name) for name in wanted if name in stored}
+        if factors and factors != wanted:
+            raise ArtifactError(
+                f"{adapter} holds {factors} for the matrix {module} of {checkpoint}; expected {wanted}."
+            )
+        if factors:
+            targets.append(_target(architecture, module, reader.infos[names[f"{module}.weight"]], checkpoint))
+    for name in stored:
+        raise ArtifactError(
+            f"{adapter} holds {name}, which belongs to no matrix in the {architecture.layers} blocks of the "
+            f"{architecture.model_type} model in {checkpoint}."
+        )
+    for shard in reader.files:
+        if not _is_file_name(shard):
+            raise ArtifactError(
+                f"{checkpoint} has a shard called {shard!r}; expected letters, digits, '.', '_' and '-'."
+            )
+    copied, left_out = _other_files(checkpoint, reader)
+    return MergePlan(
+        checkpoint=checkpoint,
+        adapter=adapter,
+        base=manifest.base,
+        adapter_digest=manifest.digest,
+        scale=manifest.lora.scale,
+        targets=tuple(targets),
+        shards=tuple(reader.files),
+        nbytes=sum(info.nbytes for info in reader.infos.values()),
+        copied=copied,
+        left_out=left_out,
+    )
+
+
+def merge(
+    checkpoint: Path,
+    adapter: Path,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> CheckpointManifest:
+    """Write `checkpoint` with `adapter` folded in to `output`; run again after an interruption, it goes on.
+
+    Peak memory is the adapter's factors and some tens of megabytes, whatever the size of the model.
+
+    Args:
+        checkpoint: the base the adapter was trained on.
+        adapter: an adapter directory with its manifest.
+        output: the directory to make.
+        overwrite: replace an artifact of ours that is there already.
+        progress: called with the bytes of tensors that are done, of `MergePlan.nbytes`, after each block of rows.
+
+    Returns:
+        The output's manifest, which is written there as `fedlarge.json`.
+
+    Raises:
+        ArtifactError: as `plan_merge`, or a merged value is beyond its dtype; the message names the tensor.
+        ArchitectureError: as `plan_merge`.
+        OutputError: `output` exists, is one of the inputs, or can't be written.
+    """
+    check_output(output, overwrite)
+    if output.resolve() in (checkpoint.resolve(), adapter.resolve()):
+        raise OutputError(f"{output} is what would be merged; choose another output.")
+    plan = plan_merge(checkpoint, adapter)
+    reader = CheckpointReader(checkpoint)
+    factors = read_factors(adapter)
+    targets = {target.name: target for target in plan.targets}
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress:
+            progress(done)
+
+    with staged_directory(output, overwrite=overwrite, resume=True) as staging:
+        shards = _take_over(staging, plan)
+        for shard in plan.shards:
+            if shard in shards:
+                advance(sum(info.nbytes for info in reader.infos.values() if info.file == shard))
+                continue
+            shards[shard] = _write_shard(reader, shard, staging / shard, targets, factors, plan.scale, advance)
+            _save_state(staging, plan, shards)
+        for name in plan.copied:
+            shutil.copyfile(checkpoint / name, staging / name)
+        files = shards | {name: file_entry(staging / name) for name in plan.copied}
+        manifest = CheckpointManifest(
+            files=dict(sorted(files.items())),
+            base=plan.base,
+            adapter=plan.adapter_digest,
+            merged=[target.module for target in plan.targets],
+        )
+        write_manifest(staging, manifest)
+        (staging / STATE_NAME).unlink()
+    return manifest
+
+
+def round_fp64(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` rounded once, to the nearest value of `dtype`, ties to even; beyond its range infinite, NaN stays NaN.
+
+    torch goes from fp64 to fp16 and bf16 by way of fp32, and rounding twice is wrong where the first rounding makes
+    a tie. So 13 bits of precision are kept first, rounded to odd: cut, and the last one set if anything was lost.
+    That is two bits more than either dtype has, enough to see on which side of a tie x was (Boldo and Melquiond 2008,
+    https://doi.org/10.1109/TC.2007.70819), and few enough that fp32 holds them even where bf16 is subnormal.
+
+    Args:
+        x: fp64, of any shape.
+        dtype: float32, float16 or bfloat16.
+    """
+    assert x.dtype == torch.float64, x.dtype
+    assert dtype in _DTYPES, dtype
+    if dtype == torch.float32:
+        return x.float()
+    bits = x.view(torch.int64)
+    cut = (1 << 53 - 13) - 1
+    # The sum carries into the last kept bit unless all the bits that are cut are zero; "or" makes the carry stick.
+    odd = bits.bitwise_and(cut).add_(cut).bitwise_or_(bits).bitwise_and_(~cut)
+    return odd.view(torch.float64).to(dtype)
+
+
+def _target(architecture: Architecture, module: str, info: TensorInfo, checkpoint: Path) -> MergeTarget:
+    """The target for one matrix, whose stored tensor must be what the model's configuration says."""
+    expected = architecture.parameters[f"{module}.weight"]
+    if info.shape != expected or info.dtype not in _DTYPES:
+        raise ArtifactError(
+            f"{checkpoint} holds {info.name} as {info.dtype} of shape {info.shape}; expected {expected} in float32, "
+            f"float16 or bfloat16."
+        )
+    layer = architecture.layer_of(f"{module}.")
+    linear = module.removeprefix(f"{architecture.blocks}.{layer}.")
+    return MergeTarget(info.name, module, layer, linear in architecture.transposed, info.dtype)
+
+
+def _other_files(checkpoint: Path, reader: CheckpointReader) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of the files to copy, and of those to leave out; folders are in neither."""
+    copied, left_out = [], []
+    for path in sorted(checkpoint.iterdir()):
+        name = path.name
+        if not path.is_file() or name in reader.files:
+            continue
+        stale = path.suffix in _OTHER_WEIGHTS or name in _OF_THE_BASE
+        if name.endswith(".index.json"):
+            stale = name != INDEX_NAME or reader.index is None
+        (left_out if stale or not _is_file_name(name) else copied).append(name)
+    return tuple(copied), tuple(left_out)
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a manifest can list it: hidden files and names with spaces can't be."""
+    try:
+        TypeAdapter(FileName).validate_python(name)
+    except ValidationError:
+        return False
+    return True
+
+
+def _write_shard(
+    reader: CheckpointReader,
+    shard: str,
+    path: Path,
+    targets: dict[str, MergeTarget],
+    factors: dict[str, Factors],
+    scale: float,
+    advance: Callable[[int], None],
+) -> FileEntry:
+    """Write one shard, its targets merged, under a temporary name, flush it and rename it to `path`."""
+    infos = {name: info for name, info in reader.infos.items() if info.file == shard}
+    partial = path.with_name(f".{shard}.partial")
+    layout = {name: (info.dtype, info.shape) for name, info in infos.items()}
+    with SafetensorsWriter(partial, layout, reader.metadata(shard)) as writer:
+        for name, info in infos.items():
+            merged = _merger(targets[name], factors[targets[name].module], scale) if name in targets else None
+            block_bytes = _BLOCK_BYTES * info.dtype.itemsize // torch.float64.itemsize
+            for start, rows in reader.row_blocks(name, block_bytes):
+                writer.write(name, merged(start, rows) if merged else rows)
+                advance(rows.nbytes)
+        entry = writer.close()
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return entry
+
+
+def _merger(target: MergeTarget, factors: Factors, scale: float) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """A function of (first row, rows as stored) that gives those rows merged, in their dtype."""
+    A_RI, B_OR = factors.A_RI.double(), factors.B_OR.double()
+    left, right = (A_RI.T, B_OR.T) if target.transposed else (B_OR, A_RI)
+
+    def merged(start: int, rows: torch.Tensor) -> torch.Tensor:
+        total = torch.addmm(rows.double(), left[start : start + len(rows)], right, alpha=scale)
+        rounded = round_fp64(total, target.dtype)
+        if not rounded.abs().max().isfinite():  # several times as fast as asking every value
+            raise ArtifactError(
+                f"Merging {target.module} gives a value in {target.name} that {target.dtype} can't hold; "
+                f"the adapter or the checkpoint is damaged, or the dtype is too narrow."
+            )
+        return rounded
+
+    return merged
+
+
+def _take_over(staging: Path, plan: MergePlan) -> dict[str, FileEntry]:
+    """The shards that an earlier run of the same merge finished; whatever else lies in `staging` is removed."""
+    try:
+        state = _State.model_validate_json((staging / STATE_NAME).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        state = _State(base=plan.base.digest, adapter=plan.adapter_digest)
+    shards = {}
+    if (state.base, state.adapter) == (plan.base.digest, plan.adapter_digest):
+        for name, entry in state.shards.items():
+            if name in plan.shards and (staging / name).is_file() and file_entry(staging / name) == entry:
+                shards[name] = entry
+    # Recorded before anything is removed: killed in between, the next run must not trust what is being removed.
+    _save_state(staging, plan, shards)
+    for path in staging.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in shards and path.name != STATE_NAME:
+            path.unlink()
+    return shards
+
+
+def _save_state(staging: Path, plan: MergePlan, shards: dict[str, FileEntry]) -> None:
+    state = _State(base=plan.base.digest, adapter=plan.adapter_digest, shards=shards)
+    write_json(staging / STATE_NAME, state.model_dump(mode="json"))

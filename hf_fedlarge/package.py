@@ -1,0 +1,120 @@
+"""Load a package as a Hugging Face model whose frozen weights stay compressed and memory-mapped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_fedlarge.architectures import describe, empty_model, logit_transform
+from hf_fedlarge.artifacts import PackageManifest, read_manifest, verify_files
+from hf_fedlarge.errors import ArtifactError
+from hf_fedlarge.loss import StreamedHead
+from hf_fedlarge.quantize import FrozenWeight, decode
+from hf_fedlarge.streaming import attach
+
+
+class MappedTensors:
+    """The tensors of an artifact's safetensors files by name, memory-mapped for as long as they are referenced."""
+
+    def __init__(self, directory: Path, files: list[str]) -> None:
+        self._handles = {}
+        for file in files:
+            handle = safe_open(directory / file, framework="pt")
+            self._handles |= dict.fromkeys(handle.keys(), handle)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._handles[name].get_tensor(name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._handles
+
+
+def load_package(
+    directory: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    micro_batch_size: int | None = None,
+    verify: bool = True,
+) -> PreTrainedModel:
+    """A causal language model that streams its blocks from `directory` (see `hf_fedlarge.streaming`).
+
+    Args:
+        directory: a package made by `shrink`.
+        dtype: of the computation; dequantized weights have it too.
+        device: where to compute; the compressed weights stay in mapped host memory.
+        micro_batch_size: sequences computed at a time inside a block while training; None: the whole batch.
+        verify: check every file's size and SHA-256 first.
+
+    Returns:
+        A frozen model in eval mode; `model.engine` is its `StreamingEngine`, `model.package` its manifest. Called
+        with `labels` it returns the loss and no logits.
+
+    Raises:
+        ArtifactError: not a package, or damaged.
+        ArchitectureError: a family that can't be streamed.
+    """
+    directory, device = Path(directory), torch.device(device)
+    manifest = read_manifest(directory, PackageManifest)
+    if verify:
+        verify_files(directory, manifest, published=True)
+    config = package_config(directory)
+    architecture = describe(config)
+    tensors = MappedTensors(directory, [name for name in manifest.files if name.endswith(".safetensors")])
+    model = empty_model(config, dtype)
+
+    weights: dict[str, FrozenWeight] = {}
+    for name, shape in architecture.parameters.items():
+        if name not in tensors:
+            raise ArtifactError(f"{directory} lacks the tensor {name}; make the package again.")
+        codec = manifest.codecs.get(name)
+        if codec is None:
+            _set_parameter(model, name, tensors[name].to(device, dtype))
+            continue
+        weights[name] = decode(name, codec, tensors)
+        stored = tuple(reversed(shape)) if architecture.is_transposed(name) else shape
+        if weights[name].shape != stored:
+            raise ArtifactError(f"{directory} holds {name} as {weights[name].shape}; expected {stored}.")
+    for buffer_name, buffer in model.named_buffers():
+        module, _, leaf = buffer_name.rpartition(".")
+        model.get_submodule(module)._buffers[leaf] = buffer.to(device)
+
+    head_module = model.get_submodule(architecture.head)
+    head_name = architecture.embedding if architecture.tied else architecture.head
+    bias = head_module.bias.data if head_module.bias is not None else None
+    head = StreamedHead(weights[f"{head_name}.weight"], bias, logit_transform(config), dtype, device)
+    engine = attach(model, architecture, weights, head, device, micro_batch_size)
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    model.engine, model.package, model.architecture = engine, manifest, architecture
+    return model
+
+
+def package_config(directory: Path) -> Any:
+    """The transformers configuration of a package, without its note on quantization, which stock loaders read."""
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a package or checkpoint directory.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtifactError(f"{directory} holds no tokenizer that transformers can load ({error}).") from error
+
+
+def _set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, nn.Parameter(value, requires_grad=False))

@@ -1,0 +1,277 @@
+"""How a frozen matrix is stored small and read back: NF4 (bitsandbytes), int8 by rows, or dense.
+
+NF4 is QLoRA's 4-bit float (arXiv 2305.14314): blocks of 64 values share one scale, and the scales are quantized to 8
+bits in turn, in blocks of 256 around their mean. The tensors have the names and the meaning of bitsandbytes' own
+serialization, so that stock transformers reads them. int8 stores round(127 · row / max|row|) and one fp32 scale a row;
+embeddings and heads use it because a lookup or a slice of the vocabulary then needs only its own rows.
+
+bitsandbytes is imported here alone. `Linear4bit.forward` is never called: on some processors an evaluation repacks
+its weights and later gradients are wrong. On the CPU its C function dequantizes straight into the caller's buffer;
+allocating a fresh tensor each time, as its Python function does, costs 15 to 20 times as much.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import bitsandbytes.functional as bnb
+import torch
+from bitsandbytes.cextension import lib as _native
+
+BLOCK = 64
+NESTED_BLOCK = 256
+# The quantization state is JSON whose length varies with its digits. Trailing blanks make it known in advance.
+_STATE_BYTES = 256
+_NF4_STATE = "quant_state.bitsandbytes__nf4"
+_KERNELS = {
+    dtype: kernel
+    for dtype, name in (
+        (torch.bfloat16, "cdequantize_blockwise_cpu_nf4_bf16"),
+        (torch.float16, "cdequantize_blockwise_cpu_nf4_fp16"),
+        (torch.float32, "cdequantize_blockwise_cpu_nf4_fp32"),
+    )
+    if (kernel := getattr(_native._lib, name, None)) is not None  # `_native` itself never lacks a name
+}
+_NF4_CODE = bnb.get_4bit_type("nf4", device="cpu")
+
+Infos = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+class FrozenWeight(Protocol):
+    """A frozen matrix of `shape` (rows, columns), however it is stored."""
+
+    shape: tuple[int, int]
+
+    def read_rows(self, start: int, stop: int, out: torch.Tensor) -> None:
+        """Write rows [start, stop) into `out`, contiguous, of shape (stop - start, columns), in its dtype."""
+        ...
+
+    def gather(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The rows `index` (1-D, int64) as a new tensor (len(index), columns)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Nf4Weight:
+    """A matrix in NF4 with doubly quantized scales; the tensors may be memory-mapped and stay on the CPU.
+
+    Attributes:
+        shape: rows and columns of the matrix.
+        packed: uint8, two values a byte, the first in the high half.
+        absmax: uint8 (blocks,), the quantized scale of each block of 64 values in row-major order.
+        nested_code: fp32 (256,), what the codes of `absmax` mean.
+        nested_absmax: fp32, one scale for 256 entries of `absmax`.
+        offset: the mean of the scales, taken off before they were quantized.
+    """
+
+    shape: tuple[int, int]
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    nested_code: torch.Tensor
+    nested_absmax: torch.Tensor
+    offset: float
+
+    def read_rows(self, start: int, stop: int, out: torch.Tensor) -> None:
+        """See `FrozenWeight.read_rows`."""
+        columns = self.shape[1]
+        first, last = start * columns, stop * columns
+        kernel = _KERNELS.get(out.dtype)
+        # The AVX-512 kernel is wrong for rows that are no multiple of the block, so it is shown rows of one block;
+        # what doesn't start and end on a block goes by table.
+        if first % BLOCK or last % BLOCK or (kernel is None and out.device.type == "cpu"):
+            out.copy_(self._lookup(torch.arange(first, last)).view(out.shape))
+            return
+        packed = self.packed.view(-1)[first // 2 : last // 2]
+        scales = self._scales(first // BLOCK, last // BLOCK)
+        rows, width = (stop - start, columns) if columns % BLOCK == 0 else ((last - first) // BLOCK, BLOCK)
+        if out.device.type == "cpu":
+            kernel(
+                ctypes.c_void_p(packed.data_ptr()),
+                ctypes.c_void_p(scales.data_ptr()),
+                ctypes.c_void_p(out.data_ptr()),
+                ctypes.c_longlong(BLOCK),
+                ctypes.c_longlong(rows),
+                ctypes.c_longlong(width),
+            )
+        else:
+            packed, scales = packed.to(out.device, non_blocking=True), scales.to(out.device, non_blocking=True)
+            torch.ops.bitsandbytes.dequantize_4bit.out(
+                packed.view(-1, 1), scales, BLOCK, "nf4", out.shape, out.dtype, out=out
+            )
+
+    def gather(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See `FrozenWeight.gather`."""
+        columns = self.shape[1]
+        places = index.to("cpu")[:, None] * columns + torch.arange(columns)
+        return self._lookup(places.view(-1)).view(len(index), columns).to(index.device, dtype)
+
+    def _scales(self, first: int, last: int) -> torch.Tensor:
+        """Scales of the blocks [first, last), fp32."""
+        if first == 0 and last == len(self.absmax):
+            scales = bnb.dequantize_blockwise(
+                self.absmax, absmax=self.nested_absmax, code=self.nested_code, blocksize=NESTED_BLOCK
+            )
+            return scales.add_(self.offset)
+        blocks = torch.arange(first, last)
+        return self._scale_of(blocks)
+
+    def _scale_of(self, blocks: torch.Tensor) -> torch.Tensor:
+        codes = self.nested_code[self.absmax[blocks].long()]
+        return codes * self.nested_absmax[blocks // NESTED_BLOCK] + self.offset
+
+    def _lookup(self, places: torch.Tensor) -> torch.Tensor:
+        """The values at these places of the flattened matrix, fp32, by table."""
+        pairs = self.packed.view(-1)[places // 2]
+        codes = torch.where(places % 2 == 0, pairs >> 4, pairs & 15).long()
+        return _NF4_CODE[codes] * self._scale_of(places // BLOCK)
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """A matrix in int8 (rows, columns) with one fp32 scale a row."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+        return tuple(self.values.shape)
+
+    def read_rows(self, start: int, stop: int, out: torch.Tensor) -> None:
+        """See `FrozenWeight.read_rows`."""
+        values = self.values[start:stop].to(out.device, torch.float32)
+        out.copy_(values.mul_(self.scales[start:stop, None].to(out.device)))
+
+    def gather(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See `FrozenWeight.gather`."""
+        place = index.to("cpu")
+        return (self.values[place].float() * self.scales[place, None]).to(index.device, dtype)
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A matrix stored as it is."""
+
+    values: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+        return tuple(self.values.shape)
+
+    def read_rows(self, start: int, stop: int, out: torch.Tensor) -> None:
+        """See `FrozenWeight.read_rows`."""
+        out.copy_(self.values[start:stop])
+
+    def gather(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See `FrozenWeight.gather`."""
+        return self.values[index.to("cpu")].to(index.device, dtype)
+
+
+def encoded_infos(name: str, shape: tuple[int, int], codec: str) -> Infos:
+    """dtype and shape of the tensors that `encode` makes of the parameter `name`, in its order."""
+    rows, columns = shape
+    count = rows * columns
+    blocks = -(-count // BLOCK)
+    if codec == "nf4":
+        return {
+            f"{name}.nested_absmax": (torch.float32, (-(-blocks // NESTED_BLOCK),)),
+            f"{name}.nested_quant_map": (torch.float32, (256,)),
+            f"{name}.quant_map": (torch.float32, (16,)),
+            name: (torch.uint8, (-(-count // 2), 1)),
+            f"{name}.absmax": (torch.uint8, (blocks,)),
+            f"{name}.{_NF4_STATE}": (torch.uint8, (_STATE_BYTES,)),
+        }
+    if codec == "int8":
+        return {f"{name}_scale": (torch.float32, (rows,)), name: (torch.int8, shape)}
+    return {name: (torch.bfloat16, shape)}
+
+
+def encode(
+    name: str, shape: tuple[int, int], codec: str, row_blocks: Iterable[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Quantize a matrix that comes in blocks of rows; the dense whole is never in memory.
+
+    Args:
+        name: the parameter's name.
+        shape: its rows and columns.
+        codec: `nf4`, `int8` or `dense` (bf16).
+        row_blocks: its rows in order, float; for `nf4` all but the last a multiple of 64 values.
+
+    Returns:
+        The tensors that `encoded_infos` announces. NF4 equals `bitsandbytes.functional.quantize_4bit` of the whole.
+    """
+    if codec == "dense":
+        values, start = torch.empty(shape, dtype=torch.bfloat16), 0
+        for block in row_blocks:
+            values[start : start + len(block)] = block
+            start += len(block)
+        return {name: values}
+    if codec == "int8":
+        values, scales, start = torch.empty(shape, dtype=torch.int8), torch.empty(shape[0]), 0
+        for block in row_blocks:
+            stop = start + len(block)
+            scale = (block.float().abs().amax(dim=1) / 127).clamp_min_(torch.finfo(torch.float32).tiny)
+            scales[start:stop] = scale
+            values[start:stop] = (block / scale[:, None]).round_()
+            start = stop
+        return {f"{name}_scale": scales, name: values}
+    packed, absmax = [], []
+    for block in row_blocks:
+        data, state = bnb.quantize_4bit(
+            block.float().contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=False
+        )
+        packed.append(data)
+        absmax.append(state.absmax)
+    scales = torch.cat(absmax)
+    offset = scales.mean()
+    codes, nested = bnb.quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
+    state = {
+        "quant_type": "nf4",
+        "blocksize": BLOCK,
+        "dtype": "bfloat16",
+        "shape": list(shape),
+        "nested_blocksize": NESTED_BLOCK,
+        "nested_dtype": "float32",
+        "nested_offset": offset.item(),
+    }
+    text = json.dumps(state).encode().ljust(_STATE_BYTES)
+    assert len(text) == _STATE_BYTES
+    return {
+        f"{name}.nested_absmax": nested.absmax,
+        f"{name}.nested_quant_map": nested.code,
+        f"{name}.quant_map": _NF4_CODE,
+        name: torch.cat(packed),
+        f"{name}.absmax": codes,
+        f"{name}.{_NF4_STATE}": torch.frombuffer(bytearray(text), dtype=torch.uint8),
+    }
+
+
+class TensorSource(Protocol):
+    """Anything that gives stored tensors by name."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The stored tensor `name`."""
+        ...
+
+
+def decode(name: str, codec: str, tensors: TensorSource) -> FrozenWeight:
+    """The matrix `name`, over the stored tensors as they are (memory-mapped ones stay so)."""
+    if codec == "dense":
+        return DenseWeight(tensors[name])
+    if codec == "int8":
+        return Int8Weight(tensors[name], tensors[f"{name}_scale"])
+    state = json.loads(bytes(tensors[f"{name}.{_NF4_STATE}"].tolist()))
+    return Nf4Weight(
+        shape=tuple(state["shape"]),
+        packed=tensors[name],
+        absmax=tensors[f"{name}.absmax"],
+        nested_code=tensors[f"{name}.nested_quant_map"],
+        nested_absmax=tensors[f"{name}.nested_absmax"],
+        offset=state["nested_offset"],
+    )

@@ -1,0 +1,325 @@
+"""Shrink a checkpoint into a package: drop layers, store the rest in 4 bits, one tensor in memory at a time.
+
+Which layers go is a plan that can be printed before anything is written. Layers are dropped evenly from the middle:
+the first two and the last one carry the most (`docs/log.md`) and stay as long as the count allows. What stands in a
+dropped layer's place is for the package's layer map to say; so far nothing does.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+from transformers import BitsAndBytesConfig, PretrainedConfig
+
+from hf_fedlarge.architectures import Architecture, describe, empty_model, load_config, shrink_config
+from hf_fedlarge.artifacts import (
+    BaseModelEntry,
+    LayerEntry,
+    PackageManifest,
+    check_output,
+    file_entry,
+    staged_directory,
+    write_json,
+    write_manifest,
+)
+from hf_fedlarge.config import Embeddings, parse_layers
+from hf_fedlarge.errors import ArtifactError, ConfigError
+from hf_fedlarge.quantize import BLOCK, Infos, encode, encoded_infos
+from hf_fedlarge.tensors import (
+    INDEX_NAME,
+    CheckpointReader,
+    SafetensorsWriter,
+    checkpoint_digest,
+    plan_shards,
+    shard_names,
+)
+
+MAX_SHARD_BYTES = 2**30
+_ROW_BLOCK_BYTES = 2**23
+# Everything besides config and weights that a model directory needs to be used; never code.
+_COMPANIONS = (
+    "tokenizer*",
+    "*.model",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+)
+
+
+@dataclass(frozen=True)
+class ShrinkPlan:
+    """What shrinking will do: plain data, printed by `--dry-run`.
+
+    Attributes:
+        checkpoint: directory of the full model.
+        layers: how many it has.
+        kept: global numbers of the layers that stay; the index is the package's block number.
+        codecs: the package's matrices and how each is stored; parameters that are not listed stay dense vectors.
+        sources: the package's parameter name → the tensor of the checkpoint it is made from.
+        full_bytes, package_bytes: weights before and after.
+    """
+
+    checkpoint: Path
+    layers: int
+    kept: tuple[int, ...]
+    embeddings: Embeddings
+    codecs: dict[str, str]
+    sources: dict[str, str]
+    full_bytes: int
+    package_bytes: int
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """Global numbers of the layers that go."""
+        return tuple(layer for layer in range(self.layers) if layer not in self.kept)
+
+    def describe(self) -> str:
+        """The plan as a few lines of text."""
+        return (
+            f"{self.checkpoint}: keep {len(self.kept)} of {self.layers} layers\n"
+            f"  kept     {_ranges(self.kept)}\n"
+            f"  dropped  {_ranges(self.dropped) or 'none'}\n"
+            f"  storage  {len(self.codecs)} matrices: "
+            + ", ".join(
+                f"{sum(codec == wanted for codec in self.codecs.values())} {wanted}"
+                for wanted in ("nf4", "int8", "dense")
+                if wanted in self.codecs.values()
+            )
+            + f"\n  weights  {self.full_bytes / 1e6:.1f} MB → {self.package_bytes / 1e6:.1f} MB"
+            f" ({self.package_bytes / self.full_bytes:.1%})"
+        )
+
+
+def choose_layers(total: int, count: int) -> list[int]:
+    """`count` of `total` layers: the dropped ones spread evenly, sparing the first two and the last while possible."""
+    spared = {0, 1, total - 1}
+    middle = [layer for layer in range(total) if layer not in spared]
+    drop = total - count
+    if drop > len(middle):
+        # Too few are kept to spare any: spread the kept ones over the depth instead.
+        return sorted({round(index * (total - 1) / max(1, count - 1)) for index in range(count)})
+    dropped = {middle[int((index + 0.5) * len(middle) / drop)] for index in range(drop)}
+    return [layer for layer in range(total) if layer not in dropped]
+
+
+def plan_shrink(
+    checkpoint: Path, *, keep_layers: str | float | list[int] = 0.75, embeddings: Embeddings = "int8"
+) -> ShrinkPlan:
+    """Decide which layers stay and how each weight is stored, from the checkpoint's configuration and headers.
+
+    Args:
+        checkpoint: a directory with a configuration and safetensors.
+        keep_layers: a count, a fraction, or layer numbers (`config.parse_layers`).
+        embeddings: how the token embedding and the head are stored.
+
+    Raises:
+        ArtifactError: not a whole checkpoint.
+        ArchitectureError: a model that can't be shrunk.
+        ConfigError: `keep_layers` or `embeddings` is out of range.
+    """
+    if embeddings not in ("int8", "nf4", "bf16"):
+        raise ConfigError(f"--embeddings {embeddings} is not known; expected int8, nf4 or bf16.")
+    config = load_config(checkpoint)
+    full = describe(config)
+    wanted = parse_layers(keep_layers, full.layers)
+    kept = choose_layers(full.layers, wanted) if isinstance(wanted, int) else wanted
+    reader = CheckpointReader(checkpoint)
+    stored = full.tensor_names(reader.infos, checkpoint)
+    small = describe(shrink_config(config, kept))
+
+    sources, codecs, package_bytes = {}, {}, 0
+    matrices = {name for block in range(small.layers) for name in small.linear_weights(block)}
+    ends = {f"{small.embedding}.weight", f"{small.head}.weight"}
+    for name, shape in small.parameters.items():
+        block = small.layer_of(name)
+        sources[name] = stored[name if block is None else full.in_layer(name, kept[block])]
+        if name in matrices:
+            codecs[name] = "nf4"
+        elif name in ends:
+            codecs[name] = "dense" if embeddings == "bf16" else embeddings
+        info = reader.infos[sources[name]]
+        if info.shape != shape or not info.dtype.is_floating_point:
+            raise ArtifactError(
+                f"{checkpoint} holds {info.name} as {info.dtype} {info.shape}; its config asks for floats {shape}."
+            )
+        package_bytes += _bytes(_infos(small, name, shape, codecs.get(name)))
+    return ShrinkPlan(
+        checkpoint=checkpoint,
+        layers=full.layers,
+        kept=tuple(kept),
+        embeddings=embeddings,
+        codecs=codecs,
+        sources=sources,
+        full_bytes=sum(info.nbytes for info in reader.infos.values()),
+        package_bytes=package_bytes,
+    )
+
+
+def shrink(
+    plan: ShrinkPlan,
+    output: Path,
+    *,
+    base_id: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> PackageManifest:
+    """Write the package that `plan` describes.
+
+    Args:
+        plan: from `plan_shrink`.
+        output: the directory to make.
+        base_id: what the manifest calls the base model; None: the checkpoint directory's name.
+        revision: its revision on the Hub, if it came from there.
+        overwrite: replace a package that is there already.
+        progress: called with the bytes that are written, of `ShrinkPlan.package_bytes`.
+
+    Raises:
+        OutputError: `output` exists or can't be written.
+    """
+    check_output(output, overwrite)
+    config = load_config(plan.checkpoint)
+    small_config = shrink_config(config, list(plan.kept))
+    small = describe(small_config)
+    reader = CheckpointReader(plan.checkpoint)
+    infos = {name: _infos(small, name, shape, plan.codecs.get(name)) for name, shape in small.parameters.items()}
+    shards = plan_shards({name: _bytes(parts) for name, parts in infos.items()}, MAX_SHARD_BYTES)
+    with staged_directory(output, overwrite=overwrite) as staging:
+        files, weight_map, done = {}, {}, 0
+        for file, names in zip(shard_names(len(shards)), shards, strict=True):
+            parts = {part: info for name in names for part, info in infos[name].items()}
+            # Wider types first, so that every tensor is aligned to its type when the file is mapped.
+            ordered = dict(sorted(parts.items(), key=lambda item: -item[1][0].itemsize))
+            with SafetensorsWriter(staging / file, ordered) as writer:
+                for name in names:
+                    for part, tensor in _encoded(plan, small, reader, name).items():
+                        writer.write(part, tensor)
+                    done += _bytes(infos[name])
+                    if progress:
+                        progress(done)
+                files[file] = writer.close()
+            weight_map |= dict.fromkeys(parts, file)
+        if len(shards) > 1:
+            total = sum(_bytes(parts) for parts in infos.values())
+            write_json(staging / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _write_config(staging, small_config, small, plan)
+        _copy_companions(plan.checkpoint, staging)
+        blocks = {layer: block for block, layer in enumerate(plan.kept)}
+        manifest = PackageManifest(
+            files=files | {path.name: file_entry(path) for path in sorted(staging.iterdir()) if path.name not in files},
+            base=BaseModelEntry(
+                id=base_id or plan.checkpoint.resolve().name,
+                revision=revision,
+                digest=checkpoint_digest(plan.checkpoint),
+                license=read_license(plan.checkpoint),
+            ),
+            model_type=small.model_type,
+            layers=[LayerEntry(layer=layer, block=blocks.get(layer)) for layer in range(plan.layers)],
+            embeddings=plan.embeddings,
+            codecs=plan.codecs,
+        )
+        write_manifest(staging, manifest)
+    return manifest
+
+
+def read_license(checkpoint: Path) -> str | None:
+    """The licence that the checkpoint's model card declares, or None."""
+    card = checkpoint / "README.md"
+    if not card.is_file():
+        return None
+    match = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        header = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        return None
+    found = header.get("license") if isinstance(header, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _infos(architecture: Architecture, name: str, shape: tuple[int, ...], codec: str | None) -> Infos:
+    """The tensors that the parameter `name` becomes; a vector, which has no codec, is stored in bf16."""
+    if codec is None:
+        return {name: (torch.bfloat16, shape)}
+    return encoded_infos(name, _stored_shape(architecture, name, shape), codec)
+
+
+def _stored_shape(architecture: Architecture, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """(out, in) also where the model's layer has it the other way round: bitsandbytes stores it so."""
+    return (shape[1], shape[0]) if architecture.is_transposed(name) else (shape[0], shape[1])
+
+
+def _encoded(
+    plan: ShrinkPlan, architecture: Architecture, reader: CheckpointReader, name: str
+) -> dict[str, torch.Tensor]:
+    source, codec = plan.sources[name], plan.codecs.get(name)
+    if codec is None:
+        return {name: reader.read(source).to(torch.bfloat16)}
+    shape = _stored_shape(architecture, name, architecture.parameters[name])
+    if architecture.is_transposed(name):
+        blocks = iter(reader.read(source).T.split(BLOCK * 16))
+    else:
+        # Multiples of 64 rows are whole quantization blocks, whatever the width.
+        blocks = (rows for _, rows in reader.row_blocks(source, _ROW_BLOCK_BYTES, multiple=BLOCK))
+    return encode(name, shape, codec, blocks)
+
+
+def _bytes(infos: Infos) -> int:
+    return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in infos.values())
+
+
+def _write_config(staging: Path, config: PretrainedConfig, architecture: Architecture, plan: ShrinkPlan) -> None:
+    """The small model's configuration. Stock transformers loads it where all it needs is bitsandbytes' NF4."""
+    config.dtype = torch.bfloat16
+    values = config.to_diff_dict() | {"architectures": config.architectures, "dtype": "bfloat16"}
+    if plan.embeddings == "bf16":
+        inside = {
+            f"{architecture.blocks}.{block}.{path}"
+            for block in range(architecture.layers)
+            for path in architecture.linears
+        }
+        outside = [path for path in _linear_paths(config) if path not in inside]
+        values["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=outside,
+        ).to_dict()
+    else:
+        # A method that stock loaders don't know makes them refuse; they would take the integers for weights.
+        values["quantization_config"] = {"quant_method": "hf_fedlarge", "embeddings": plan.embeddings}
+    write_json(staging / "config.json", values)
+
+
+def _linear_paths(config: PretrainedConfig) -> list[str]:
+    model = empty_model(config, torch.bfloat16)
+    return [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _copy_companions(checkpoint: Path, staging: Path) -> None:
+    for pattern in _COMPANIONS:
+        for path in sorted(checkpoint.glob(pattern)):
+            if path.is_file() and path.suffix != ".py":
+                shutil.copyfile(path, staging / path.name)
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """Sorted numbers as `0-3,5`."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(map(str, part)) for part in parts)

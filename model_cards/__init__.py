@@ -1,0 +1,1 @@
+"""Jinja templates of the model cards; `hf_fedlarge.cards` renders them."""

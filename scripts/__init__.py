@@ -1,0 +1,1 @@
+"""The server's side: one thin program a stage, each the same as the `hf-fedlarge` command."""

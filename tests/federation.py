@@ -1,0 +1,74 @@
+"""A tiny federation's pieces for tests: a checkpoint, its package, clients' examples, updates made without training."""
+
+from pathlib import Path
+
+import torch
+from families import make_checkpoint
+
+from hf_fedlarge.adapters import initial_factors
+from hf_fedlarge.architectures import describe
+from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, UpdateManifest, read_manifest
+from hf_fedlarge.config import LoraSettings
+from hf_fedlarge.data import from_rows, write_jsonl
+from hf_fedlarge.package import package_config
+from hf_fedlarge.shrink import plan_shrink, shrink
+from hf_fedlarge.tensors import Factors
+from hf_fedlarge.update import write_update
+
+LORA = LoraSettings(rank=4, alpha=8.0)
+
+
+def make_federation(path: Path, family: str = "llama") -> tuple[Path, Path]:
+    """(checkpoint of four layers, package of three of them)."""
+    checkpoint = make_checkpoint(path / "checkpoint", family, layers=4, tokenizer=True)
+    shrink(plan_shrink(checkpoint, keep_layers="0,2,3"), path / "package")
+    return checkpoint, path / "package"
+
+
+def make_examples(path: Path, count: int = 12, seed: int = 0) -> Path:
+    """A file of conversational prompts and completions that are easy to learn."""
+    words = ["red", "green", "blue", "white"]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"Say {words[(index + seed) % 4]} {index}."}],
+            "completion": [{"role": "assistant", "content": words[(index + seed) % 4] * (1 + index % 3)}],
+        }
+        for index in range(count)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(from_rows(rows), path)
+    return path
+
+
+def make_update(
+    output: Path,
+    package: Path,
+    client: str,
+    *,
+    seed: int = 0,
+    adapter: Path | None = None,
+    round_number: int = 1,
+    lora: LoraSettings = LORA,
+    examples: int = 10,
+    tokens: int = 100,
+) -> dict[str, Factors]:
+    """Write an update with random factors, as a client would; returns the factors."""
+    small = read_manifest(package, PackageManifest)
+    architecture = describe(package_config(package))
+    generator = torch.Generator().manual_seed(seed)
+    factors = {
+        module: Factors(A_RI, torch.randn(B_OR.shape, generator=generator))
+        for module, (A_RI, B_OR) in initial_factors(architecture, small.kept_layers, lora, seed).items()
+    }
+    manifest = UpdateManifest(
+        files={},
+        client=client,
+        round=round_number,
+        package=small.digest,
+        adapter=read_manifest(adapter, AdapterManifest).digest if adapter else None,
+        lora=lora,
+        examples=examples,
+        tokens=tokens,
+    )
+    write_update(output, factors, manifest, architecture, small.base.id)
+    return factors

@@ -1,0 +1,39 @@
+"""A federation that kills itself before or after its n-th step, for tests of what is left."""
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+from hf_fedlarge.trainers.launch import LAUNCHERS
+
+from hf_fedlarge import rounds
+from hf_fedlarge.config import load_federation
+
+STEPS = ("write_json", "write_jsonl", "shrink", "start_adapter", "aggregate_updates", "merge")
+
+
+def run_until(federation: Path, output: Path, step: int) -> None:
+    """Run, and die by SIGKILL at the `step`-th beginning or end of a step; end in peace if there are fewer."""
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    left = step
+
+    def count():
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(function):
+        def wrapper(*arguments, **options):
+            count()
+            result = function(*arguments, **options)
+            count()
+            return result
+
+        return wrapper
+
+    for name in STEPS:
+        setattr(rounds, name, counted(getattr(rounds, name)))
+    rounds.run_federation(load_federation(federation), output, counted(LAUNCHERS["inprocess"]))

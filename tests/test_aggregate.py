@@ -1,0 +1,256 @@
+"""Every aggregator against the dense fp64 sum, which the library never makes."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_fedlarge.aggregate import AGGREGATORS, exact, fedavg
+from hf_fedlarge.config import LoraSettings
+from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.tensors import Factors
+
+reproducible = settings(deadline=None, derandomize=True, max_examples=60)
+
+RELATIVE = 1e-6  # what fp32 factors keep of an fp64 product
+
+
+def make_factors(rank, out_features, in_features, seed):
+    generator = torch.Generator().manual_seed(seed)
+    A_RI = torch.randn(rank, in_features, generator=generator)
+    return Factors(A_RI, torch.randn(out_features, rank, generator=generator))
+
+
+def product(factors, scale):
+    return scale * factors.B_OR.double() @ factors.A_RI.double()
+
+
+def dense_sum(factors, weights, scales):
+    """The oracle: normalised weights times dense products, added up."""
+    total = sum(weights)
+    return sum(
+        weight / total * product(client, scale) for client, weight, scale in zip(factors, weights, scales, strict=True)
+    )
+
+
+def aggregate(how, factors, weights, scales, rank, scale):
+    return AGGREGATORS[how](factors, torch.tensor(weights, dtype=torch.float64), scales, rank, scale)
+
+
+def assert_close(found, expected, reference=None):
+    size = (expected if reference is None else reference).norm().item()
+    assert (found - expected).norm().item() <= RELATIVE * size
+
+
+@st.composite
+def federations(draw):
+    """Clients of mixed ranks, scales (alpha / r or rsLoRA) and weights, and what is wanted of the aggregate."""
+    out_features, in_features = draw(st.integers(1, 12)), draw(st.integers(1, 12))
+    count = draw(st.integers(1, 5))
+    seed = draw(st.integers(0, 2**32))
+    ranks = draw(st.lists(st.integers(1, 6), min_size=count, max_size=count))
+    factors = [make_factors(rank, out_features, in_features, seed + i) for i, rank in enumerate(ranks)]
+    weights = draw(st.lists(st.floats(1e-3, 1e3), min_size=count, max_size=count))
+    scales = [
+        LoraSettings(rank=rank, alpha=draw(st.floats(0.5, 64)), rslora=draw(st.booleans())).scale for rank in ranks
+    ]
+    return factors, weights, scales, draw(st.integers(1, 14)), draw(st.floats(0.1, 10))
+
+
+@reproducible
+@given(federations())
+def test_exact_is_the_best_approximation_of_the_dense_sum(federation):
+    factors, weights, scales, rank, scale = federation
+    found = aggregate("exact", *federation)
+    dense = dense_sum(factors, weights, scales)
+    out_features, in_features = dense.shape
+    assert found.factors.A_RI.shape == (rank, in_features)
+    assert found.factors.B_OR.shape == (out_features, rank)
+    assert found.factors.A_RI.dtype == found.factors.B_OR.dtype == torch.float32
+
+    U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
+    best = U[:, :rank] * S[:rank] @ Vh[:rank]
+    error = (product(found.factors, scale) - dense).norm().item()
+    assert error == pytest.approx((best - dense).norm().item(), abs=RELATIVE * dense.norm().item())
+    assert found.energy == pytest.approx(S.square().sum().item(), rel=1e-9)
+    assert found.dropped == pytest.approx(S[rank:].square().sum().item(), abs=1e-9 * found.energy)
+
+
+@reproducible
+@given(federations())
+def test_rows_of_a_are_orthonormal_whatever_the_rank(federation):
+    A_RI = aggregate("exact", *federation).factors.A_RI.double()
+    rank, in_features = A_RI.shape
+    first = A_RI[:in_features]
+    torch.testing.assert_close(first @ first.T, torch.eye(len(first), dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(A_RI.norm(dim=1), torch.ones(rank, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+@reproducible
+@given(federations(), st.randoms(use_true_random=False))
+def test_order_of_clients_is_irrelevant(federation, random):
+    factors, weights, scales, _, scale = federation
+    dense = dense_sum(factors, weights, scales)
+    order = random.sample(range(len(factors)), len(factors))
+    shuffled = ([values[i] for i in order] for values in (factors, weights, scales))
+    # In full rank: where two singular values are equal, which direction a truncation drops is anybody's choice.
+    one = aggregate("exact", factors, weights, scales, min(dense.shape), scale)
+    other = aggregate("exact", *shuffled, min(dense.shape), scale)
+    assert_close(product(one.factors, scale), product(other.factors, scale))
+    assert one.energy == pytest.approx(other.energy, rel=1e-9)
+
+
+def test_order_of_clients_is_irrelevant_to_the_factors_too():
+    factors = [make_factors(4, 20, 30, seed) for seed in range(3)]
+    aggregates = [
+        aggregate("exact", [factors[i] for i in order], [1.0, 1.0, 1.0], [2.0] * 3, 4, 2.0).factors
+        for order in itertools.permutations(range(3))
+    ]
+    for other in aggregates[1:]:
+        torch.testing.assert_close(other.A_RI, aggregates[0].A_RI, atol=1e-6, rtol=0)
+        torch.testing.assert_close(other.B_OR, aggregates[0].B_OR, atol=1e-5, rtol=0)
+
+
+@reproducible
+@given(federations())
+def test_one_client_comes_back_as_it_was(federation):
+    factors, weights, scales, _, scale = federation
+    client, own = factors[0], scales[0]
+    found = aggregate("exact", [client], weights[:1], [own], len(client.A_RI), scale)
+    assert_close(product(found.factors, scale), product(client, own))
+    same = aggregate("fedavg", [client], weights[:1], [own], len(client.A_RI), own)
+    assert torch.equal(same.factors.A_RI, client.A_RI)
+    assert torch.equal(same.factors.B_OR, client.B_OR)
+
+
+@reproducible
+@given(federations())
+def test_identical_updates_average_to_themselves(federation):
+    factors, weights, scales, _, scale = federation
+    client, own, rank = factors[0], scales[0], len(factors[0].A_RI)
+    count = len(weights)
+    found = aggregate("exact", [client] * count, weights, [own] * count, rank, scale)
+    assert_close(product(found.factors, scale), product(client, own))
+    assert found.dropped <= 1e-12 * found.energy
+    mean = aggregate("fedavg", [client] * count, weights, [own] * count, rank, own)
+    assert_close(product(mean.factors, own), product(client, own))
+    assert mean.dropped <= 1e-12 * mean.energy
+
+
+@pytest.mark.parametrize("how", AGGREGATORS)
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_client_of_weight_zero_has_no_influence(how, position):
+    factors = [make_factors(4, 10, 8, seed) for seed in range(2)]
+    poison = Factors(torch.full((7, 8), torch.nan), torch.full((10, 7), torch.inf))
+    without = aggregate(how, factors, [1.0, 3.0], [2.0, 2.0], 4, 2.0)
+    crowd = [*factors[:position], poison, *factors[position:]]
+    weights, scales = [1.0, 3.0], [2.0, 2.0]
+    weights.insert(position, 0.0)
+    scales.insert(position, 99.0)
+    found = aggregate(how, crowd, weights, scales, 4, 2.0)
+    assert torch.equal(found.factors.A_RI, without.factors.A_RI)
+    assert torch.equal(found.factors.B_OR, without.factors.B_OR)
+    assert found[1:] == without[1:]
+
+
+@pytest.mark.parametrize("how", AGGREGATORS)
+@reproducible
+@given(factor=st.floats(1e-6, 1e6))
+def test_only_the_ratio_of_weights_counts(how, factor):
+    factors = [make_factors(3, 6, 9, seed) for seed in range(3)]
+    weights = [1.0, 2.5, 0.5]
+    one = aggregate(how, factors, weights, [2.0] * 3, 3, 2.0)
+    other = aggregate(how, factors, [weight * factor for weight in weights], [2.0] * 3, 3, 2.0)
+    assert_close(product(one.factors, 2.0), product(other.factors, 2.0))
+
+
+@reproducible
+@given(scale=st.floats(1e-3, 1e3))
+def test_the_scale_asked_for_does_not_change_the_product(scale):
+    factors = [make_factors(3, 6, 9, seed) for seed in range(3)]
+    one = aggregate("exact", factors, [1.0, 2.0, 3.0], [0.5, 1.0, 4.0], 4, 1.0)
+    other = aggregate("exact", factors, [1.0, 2.0, 3.0], [0.5, 1.0, 4.0], 4, scale)
+    assert_close(product(one.factors, 1.0), product(other.factors, scale))
+    assert one[1:] == other[1:]
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (3, 2), (1, 1)])
+def test_no_update_at_all_gives_a_fresh_adapter(shape):
+    silent = [Factors(make_factors(4, *shape, seed).A_RI, torch.zeros(shape[0], 4)) for seed in range(2)]
+    found = aggregate("exact", silent, [1.0, 2.0], [2.0, 2.0], 4, 2.0)
+    assert not found.factors.B_OR.any()
+    assert found.factors.A_RI.norm(dim=1).gt(0.9).all()
+    assert found.energy == found.dropped == 0
+    again = aggregate("exact", silent[::-1], [2.0, 1.0], [2.0, 2.0], 4, 2.0)
+    assert torch.equal(found.factors.A_RI, again.factors.A_RI)
+
+
+def test_clients_that_cancel_give_zero_and_not_noise():
+    client = make_factors(4, 30, 20, 0)
+    opposite = Factors(client.A_RI, -client.B_OR)
+    found = aggregate("exact", [client, opposite], [1.0, 1.0], [2.0, 2.0], 4, 2.0)
+    assert not found.factors.B_OR.any()
+    assert found.energy == 0
+
+
+def test_a_direction_of_no_weight_can_still_learn():
+    client = make_factors(2, 10, 12, 0)
+    found = aggregate("exact", [client], [1.0], [1.0], 5, 1.0)
+    assert not found.factors.B_OR[:, 2:].any()
+    A_RI = found.factors.A_RI.clone().requires_grad_()
+    B_OR = found.factors.B_OR.clone().requires_grad_()
+    (B_OR @ A_RI @ torch.randn(12, 3, generator=torch.Generator().manual_seed(1))).square().sum().backward()
+    assert B_OR.grad[:, 2:].norm(dim=0).gt(0).all()
+
+
+def test_signs_are_those_of_the_largest_entries_of_b():
+    B_OR = aggregate("exact", [make_factors(4, 9, 7, 0)], [1.0], [1.0], 4, 1.0).factors.B_OR
+    assert B_OR.gather(0, B_OR.abs().argmax(0, keepdim=True)).gt(0).all()
+
+
+@reproducible
+@given(st.integers(0, 2**32), st.lists(st.floats(0.01, 100), min_size=2, max_size=5))
+def test_fedavg_is_the_mean_of_the_factors(seed, weights):
+    factors = [make_factors(3, 7, 5, seed + i) for i in range(len(weights))]
+    scale = 1.5
+    found = aggregate("fedavg", factors, weights, [scale] * len(weights), 3, scale)
+    shares = [weight / sum(weights) for weight in weights]
+    mean_A = sum(share * client.A_RI.double() for share, client in zip(shares, factors, strict=True))
+    mean_B = sum(share * client.B_OR.double() for share, client in zip(shares, factors, strict=True))
+    assert_close(found.factors.A_RI.double(), mean_A)
+    assert_close(found.factors.B_OR.double(), mean_B)
+
+    dense = dense_sum(factors, weights, [scale] * len(weights))
+    assert found.energy == pytest.approx(dense.square().sum().item(), rel=1e-9)
+    lost = dense - scale * mean_B @ mean_A
+    assert found.dropped == pytest.approx(lost.square().sum().item(), rel=1e-9, abs=1e-12 * found.energy)
+
+
+def test_averaging_factors_is_not_averaging_products():
+    factors = [make_factors(8, 64, 48, seed) for seed in range(8)]
+    found = fedavg(factors, torch.ones(8, dtype=torch.float64), [2.0] * 8, 8, 2.0)
+    assert found.dropped > 0.5 * found.energy
+    assert exact(factors, torch.ones(8, dtype=torch.float64), [2.0] * 8, 48, 2.0).dropped == 0
+
+
+@pytest.mark.parametrize("how", AGGREGATORS)
+@pytest.mark.parametrize("weights", [[1.0, -1.0], [0.0, 0.0], [1.0, float("nan")], [1.0, float("inf")], [1e308, 1e308]])
+def test_bad_weights_are_refused(how, weights):
+    with pytest.raises(ConfigError, match="finite ones, none negative, not all zero"):
+        aggregate(how, [make_factors(2, 3, 4, seed) for seed in range(2)], weights, [1.0, 1.0], 2, 1.0)
+
+
+@pytest.mark.parametrize("how", AGGREGATORS)
+@pytest.mark.parametrize(("rank", "scale"), [(0, 1.0), (-1, 1.0), (2, 0.0), (2, float("nan")), (2, -1.0)])
+def test_bad_rank_or_scale_is_refused(how, rank, scale):
+    with pytest.raises(ConfigError, match="expected positive numbers"):
+        aggregate(how, [make_factors(2, 3, 4, 0)], [1.0], [1.0], rank, scale)
+
+
+@pytest.mark.parametrize(("ranks", "scales"), [((2, 3), (1.0, 1.0)), ((2, 2), (1.0, 2.0)), ((3, 3), (1.0, 1.0))])
+def test_fedavg_refuses_mixed_ranks_and_scales(ranks, scales):
+    factors = [make_factors(rank, 5, 6, rank) for rank in ranks]
+    with pytest.raises(ConfigError, match="use the aggregator exact"):
+        aggregate("fedavg", factors, [1.0, 1.0], list(scales), 2, 1.0)

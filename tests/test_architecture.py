@@ -1,0 +1,100 @@
+"""Rules of the house that are easier to keep than to restore: who may import whom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = ROOT / "hf_fedlarge"
+
+# Imports point down: a module may import those of the lines above its own.
+LEVELS = [
+    {"errors"},
+    {"config", "stdlib_corpus"},
+    {"artifacts"},
+    {"tensors", "architectures", "quantize", "data", "partition", "cards"},
+    {"adapters", "hub", "loss", "aggregate"},
+    {"shrink", "streaming", "update"},
+    {"package", "merge"},
+    {"collect", "evaluation", "plan"},
+    {"rounds"},
+    {"cli"},
+]
+LEVEL = {module: number for number, modules in enumerate(LEVELS) for module in modules}
+
+# A library that only one module knows can be swapped by touching one file.
+ONE_IMPORTER = {
+    "bitsandbytes": {"quantize"},
+    "peft": {"adapters"},
+    "datasets": {"data"},
+    "huggingface_hub": {"hub"},
+    "pyarrow": {"data"},
+}
+
+
+def imported(path: Path, typing_only: bool = False) -> set[str]:
+    """Dotted names that a file imports at run time, at any depth."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    names = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+MODULES = sorted(path.stem for path in LIBRARY.glob("*.py") if path.stem != "__init__")
+
+
+def test_every_module_has_a_level():
+    assert set(MODULES) == set(LEVEL)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module):
+    for name in imported(LIBRARY / f"{module}.py"):
+        parts = name.split(".")
+        if parts[0] == "hf_fedlarge" and parts[1] in LEVEL:
+            assert LEVEL[parts[1]] < LEVEL[module], f"{module} imports {parts[1]}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_each_library_has_one_importer(module):
+    roots = {name.split(".")[0] for name in imported(LIBRARY / f"{module}.py")}
+    for library, importers in ONE_IMPORTER.items():
+        assert library not in roots or module in importers, f"{module} imports {library}"
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"cli"}))
+def test_the_library_needs_neither_trainers_nor_scripts(module):
+    for name in imported(LIBRARY / f"{module}.py"):
+        assert not name.startswith(("hf_fedlarge.trainers", "hf_fedlarge.scripts")), name
+
+
+def test_aggregation_is_tensor_functions_alone():
+    allowed = {"torch", "collections", "typing", "__future__", "hf_fedlarge", "itertools", "functools", "math"}
+    names = imported(LIBRARY / "aggregate.py")
+    assert {name.split(".")[0] for name in names} <= allowed
+    assert {name.split(".")[1] for name in names if name.startswith("hf_fedlarge")} <= {"errors", "tensors"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "trainers").glob("*.py")), ids=lambda path: path.name)
+def test_no_file_beside_the_client_program_shadows_a_library(path):
+    assert path.stem not in {"datasets", "evaluate", "accelerate", "transformers", "trl", "peft", "torch"}
+
+
+def test_modules_stay_small():
+    for folder in (LIBRARY, ROOT / "trainers", ROOT / "scripts"):
+        for path in folder.rglob("*.py"):
+            assert len(path.read_text().splitlines()) <= 400, path

@@ -1,0 +1,279 @@
+import importlib
+import re
+from itertools import pairwise
+
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+
+from hf_fedlarge.artifacts import (
+    AdapterManifest,
+    BaseModelEntry,
+    CheckpointManifest,
+    Contribution,
+    LayerEntry,
+    PackageManifest,
+    UpdateManifest,
+    describe_files,
+    write_manifest,
+)
+from hf_fedlarge.cards import MARKER, PRIVACY, compress_ranges, render_card
+from hf_fedlarge.config import LoraSettings
+from hf_fedlarge.errors import ArtifactError
+
+BASE = BaseModelEntry(id="org/base", revision="b" * 40, digest="0" * 64, license="apache-2.0")
+SUMMARY = {
+    "loss": {"base": 3.408, "package": 3.934, "merged": 2.906},
+    "rounds": [
+        {
+            "round": 1,
+            "loss_small": 3.5,
+            "loss_full": 3.1,
+            "bytes_down_per_client": 4_000_000,
+            "bytes_up_per_client": 2_500_000,
+            "seconds": 61.25,
+            "clients": [
+                {"client": "anna", "weight": 0.75, "examples": 30, "tokens": 900},
+                {"client": "ben", "weight": 0.25, "examples": 10, "tokens": 300},
+            ],
+            "refused": [{"client": "eve", "reason": "NaN in lora_A"}],
+        }
+    ],
+    "bytes_down": 8_000_000,
+    "bytes_up": 5_000_000,
+    "seconds": 61.25,
+    "peak_memory_bytes": 911_000_000,
+    "data": "docstrings of the standard library",
+    "aggregator": "exact",
+    "held_out_examples": 64,
+}
+
+
+def make_artifact(directory, kind, files, **fields):
+    directory.mkdir()
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    fields.setdefault("base", BASE)
+    write_manifest(directory, kind(files=describe_files(directory), **fields))
+    return directory
+
+
+def make_package(directory, embeddings="int8", **fields):
+    files = {"config.json": b"{}", "model.safetensors": b"four bits", "tokenizer.json": b"{}"}
+    layers = [LayerEntry(layer=0, block=0), LayerEntry(layer=1, block=1), LayerEntry(layer=2, block=None)]
+    fields = {"model_type": "llama", "layers": [*layers, LayerEntry(layer=3, block=2)]} | fields
+    codecs = {"a": "nf4", "b": "nf4", "norm": "dense"}
+    return make_artifact(directory, PackageManifest, files, embeddings=embeddings, codecs=codecs, **fields)
+
+
+def make_adapter(directory, weights=b"adapter", **fields):
+    files = {"adapter_config.json": b"{}", "adapter_model.safetensors": weights}
+    contributions = [Contribution(client="carla", digest="c" * 64, weight=1.0, examples=8, tokens=80)]
+    fields = {"parent": None, "round": 4, "layers": [0, 1, 3], "contributions": contributions} | fields
+    lora = LoraSettings(rank=8, alpha=16.0, targets=["q_proj"])
+    common = {"package": "d" * 64, "lora": lora, "aggregator": "exact", "weighting": "examples"}
+    return make_artifact(directory, AdapterManifest, files, **common, **fields)
+
+
+def make_checkpoint(directory, files=(), **fields):
+    files = {"config.json": b"{}", "model.safetensors": b"sixteen bits", **dict(files)}
+    merged = ["model.layers.0.q.weight", "model.layers.3.q.weight"]
+    return make_artifact(directory, CheckpointManifest, files, adapter="e" * 64, merged=merged, **fields)
+
+
+def metadata(card):
+    start, block, _ = card.split("---\n", 2)
+    assert start == ""
+    return yaml.safe_load(block)
+
+
+def rows(card):
+    """Each table row of the card as a browser would show it: cells as text, in order."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(card.split("---\n", 2)[2])
+    cells = [
+        (token.map, "".join(child.content for child in token.children))
+        for before, token in pairwise(tokens)
+        if before.type in ("td_open", "th_open")
+    ]
+    table = {}
+    for line, text in cells:
+        table.setdefault(line[0], []).append(text)
+    return list(table.values())
+
+
+def test_package_card_tells_layers_codecs_and_base(tmp_path):
+    card = render_card(make_package(tmp_path / "p"), "me/small", None)
+    assert metadata(card) == {
+        "base_model": "org/base",
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "license": "apache-2.0",
+        "tags": ["hf-fedlarge", "federated-learning", "lora", "hf-fedlarge-package"],
+    }
+    facts = {row[0]: row[1] for row in rows(card) if len(row) == 2}
+    assert facts["layers kept"] == "3 of 4: 0-1, 3"
+    assert facts["layers dropped"] == "2"
+    assert facts["embeddings"] == "int8"
+    assert facts["codecs, and how many weights"] == (
+        "dense (not quantized): 1; nf4 (4-bit NormalFloat in blocks of 64, their scales quantized again): 2"
+    )
+    assert facts["revision of the base"] == BASE.revision
+    assert facts["digest of the base's weights (SHA-256)"] == BASE.digest
+    assert facts["size"] == "13 B"
+    assert MARKER in card
+    assert PRIVACY in card
+    assert "## Rounds" not in card
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "line"),
+    [
+        ("bf16", 'AutoModelForCausalLM.from_pretrained("me/small")'),
+        ("int8", 'load_package(snapshot_download("me/small"))'),
+        ("nf4", 'load_package(snapshot_download("me/small"))'),
+    ],
+)
+def test_package_card_says_how_to_load_it(tmp_path, embeddings, line):
+    card = render_card(make_package(tmp_path / "p", embeddings), "me/small", None)
+    assert line in card
+    assert ("from hf_fedlarge import" in card) == (embeddings != "bf16")
+
+
+def test_adapter_card_without_a_summary_uses_the_manifest_and_invents_nothing(tmp_path):
+    card = render_card(make_adapter(tmp_path / "a"), "me/adapter", None)
+    head = metadata(card)
+    assert (head["base_model_relation"], head["library_name"]) == ("adapter", "peft")
+    table = rows(card)
+    assert ["LoRA", "rank 8, alpha 16, scale 2"] in table
+    assert ["aggregator", "exact"] in table
+    assert ["weighting", "examples"] in table
+    assert ["layers with an adapter", "3: 0-1, 3"] in table
+    assert ["4", "carla", "1", "8", "80"] in table
+    assert ["base", "not recorded"] in table
+    assert "Rounds: not recorded." in card
+    assert "Held-out examples: not recorded. Data: not recorded." in card
+    assert "Sent to clients: not recorded. Sent by clients: not recorded." in card
+    assert f'AutoModelForCausalLM.from_pretrained("org/base", revision="{"b" * 40}")' in card
+    assert 'PeftModel.from_pretrained(base, "me/adapter")' in card
+
+
+def test_checkpoint_card_takes_its_figures_from_the_summary(tmp_path):
+    card = render_card(make_checkpoint(tmp_path / "c"), "me/model", SUMMARY)
+    head = metadata(card)
+    assert (head["base_model_relation"], head["library_name"]) == ("finetune", "transformers")
+    table = rows(card)
+    for row in (
+        ["rounds", "1"],
+        ["weights changed", "2"],
+        ["aggregator", "exact"],
+        ["base", "3.4080"],
+        ["package, before training", "3.9340"],
+        ["base with the adapter merged", "2.9060"],
+        ["1", "2", "1", "3.5000", "3.1000", "4.0 MB", "2.5 MB", "61.2 s"],
+        ["1", "anna", "0.75", "30", "900"],
+        ["1", "ben", "0.25", "10", "300"],
+        ["1", "eve", "NaN in lora_A"],
+    ):
+        assert row in table, row
+    assert "Held-out examples: 64. Data: docstrings of the standard library." in card
+    assert "Sent to clients: 8.0 MB. Sent by clients: 5.0 MB. Time: 61.2 s. Peak memory: 911.0 MB." in card
+    assert 'AutoModelForCausalLM.from_pretrained("me/model")' in card
+
+
+def test_every_key_of_the_summary_may_be_missing(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "c")
+    assert "Rounds: not recorded." in render_card(checkpoint, "me/model", {})
+    partial = {"rounds": [{"clients": [{"client": "anna"}], "refused": [{}]}], "of_another_version": 1}
+    table = rows(render_card(checkpoint, "me/model", partial))
+    assert ["not recorded", "1", "1", *["not recorded"] * 5] in table
+    assert ["not recorded", "anna", *["not recorded"] * 3] in table
+
+
+def test_a_summary_of_the_wrong_shape_is_refused(tmp_path):
+    with pytest.raises(ArtifactError, match=r"doesn't fit a model card: rounds\.0\.seconds"):
+        render_card(make_checkpoint(tmp_path / "c"), "me/model", {"rounds": [{"seconds": "long"}]})
+
+
+def test_names_cannot_break_out_of_table_code_or_front_matter(tmp_path):
+    evil = "x | 1 |\n\n# Hi <script>alert(1)</script> [a](http://b) `c` **d** \u202e {{ 7 * 7 }} &lt; http://e.f"
+    summary = {"rounds": [{"round": 1, "clients": [{"client": evil, "weight": 1.0}], "refused": []}], "data": evil}
+    base = BASE.model_copy(update={"license": "mine:\n- {x}", "id": 'o"rg`|\n```\n---\nlicense: mit'})
+    card = render_card(make_adapter(tmp_path / "a", base=base), "me/adapter", summary)
+
+    head = metadata(card)
+    assert head["license"] == "other"
+    assert re.fullmatch(r"[a-z0-9.-]+", head["license_name"])
+    assert "base_model" not in head
+    client = next(row for row in rows(card) if row[0] == "1" and len(row) == 5)
+    assert client[1].startswith("x | 1 | # Hi <script>alert(1)</script> [a](http://b) `c` **d** {{ 7 * 7 }}")
+    assert client[2:] == ["1", "not recorded", "not recorded"]
+
+    tokens = MarkdownIt("commonmark").enable("table").parse(card.split("---\n", 2)[2])
+    inline = [child for token in tokens for child in token.children or []]
+    assert not {token.type for token in [*tokens, *inline]} & {"html_inline", "link_open", "strong_open", "image"}
+    html = [token.content.strip() for token in tokens if token.type == "html_block"]
+    assert html == [MARKER]
+    assert [token.type for token in tokens].count("fence") == 1
+    headings = [after.content for token, after in pairwise(tokens) if token.type == "heading_open"]
+    assert headings == ["me/adapter", "Use", "Evaluation", "Rounds", "Clients", "Privacy", "Limits"]
+
+
+def test_a_local_base_is_no_metadata_the_hub_would_refuse(tmp_path):
+    base = BaseModelEntry(id="SmolLM2-135M", digest="0" * 64)
+    card = render_card(make_adapter(tmp_path / "a", base=base), "me/adapter", None)
+    assert not {"base_model", "base_model_relation", "license"} & metadata(card).keys()
+    assert "none: the base was a local directory" in card
+    assert "license of the base | not recorded" in card
+    assert 'from_pretrained("SmolLM2-135M")  # your copy' in card
+
+
+def test_licenses_the_hub_does_not_list_are_named(tmp_path):
+    def of(name, text):
+        directory = make_checkpoint(tmp_path / name, base=BASE.model_copy(update={"license": text}))
+        return metadata(render_card(directory, "me/model", None))
+
+    assert of("spdx", "Apache-2.0")["license"] == "apache-2.0"
+    own = of("own", "Our Licence (v2)")
+    assert (own["license"], own["license_name"]) == ("other", "our-licence-v2")
+
+
+def test_a_crowd_of_clients_is_cut_and_counted(tmp_path):
+    clients = [{"client": f"c{number}"} for number in range(1000)]
+    card = render_card(make_checkpoint(tmp_path / "c"), "me/model", {"rounds": [{"round": 1, "clients": clients}]})
+    assert "| c299 |" in card
+    assert "| c300 |" not in card
+    assert "700 more rows are not shown." in card
+
+
+def test_the_same_artifact_gives_the_same_card(tmp_path):
+    adapter = make_adapter(tmp_path / "a")
+    assert render_card(adapter, "me/adapter", SUMMARY) == render_card(adapter, "me/adapter", SUMMARY)
+
+
+def test_updates_and_foreign_directories_have_no_card(tmp_path):
+    update = make_update(tmp_path / "u")
+    with pytest.raises(ArtifactError, match="is of kind 'update'; only a package, an adapter"):
+        render_card(update, "me/update", None)
+    with pytest.raises(ArtifactError, match=r"has no manifest of hf-fedlarge \(fedlarge.json\)"):
+        render_card(tmp_path, "me/nothing", None)
+
+
+def make_update(directory):
+    directory.mkdir()
+    (directory / "adapter_model.safetensors").write_bytes(b"private")
+    fields = {"client": "anna", "round": 1, "package": "d" * 64, "adapter": None, "lora": LoraSettings()}
+    manifest = UpdateManifest(files=describe_files(directory), examples=1, tokens=1, **fields)
+    write_manifest(directory, manifest)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [([], "none"), ([5], "5"), ([3, 1, 2, 2], "1-3"), ([0, 1, 2, 4, 6, 7], "0-2, 4, 6-7")],
+)
+def test_ranges(numbers, text):
+    assert compress_ranges(numbers) == text
+
+
+def test_templates_are_part_of_the_installed_package():
+    assert importlib.import_module("hf_fedlarge.model_cards").__doc__

@@ -1,0 +1,260 @@
+"""The client program: the same update however it is started, honest figures, resuming, and bad input."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+from federation import LORA, make_examples, make_federation
+from hf_fedlarge.trainers.client import ClientArguments, train_client
+from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig, StreamingLoraTrainer
+from safetensors.torch import load_file
+
+from hf_fedlarge.adapters import ADAPTER_WEIGHTS, attach_lora
+from hf_fedlarge.artifacts import AdapterManifest, UpdateManifest, read_manifest, verify_files
+from hf_fedlarge.cli import main
+from hf_fedlarge.collect import aggregate_updates, start_adapter
+from hf_fedlarge.data import load_examples
+from hf_fedlarge.evaluation import encode_example
+from hf_fedlarge.package import load_package, load_tokenizer
+
+TRAINING = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "max_length": 64,
+    "disable_tqdm": True,
+    "logging_strategy": "no",
+    "seed": 7,
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A directory with `package`, `adapter`, `train.jsonl` and `held_out.jsonl`."""
+    path = tmp_path_factory.mktemp("client")
+    make_federation(path)
+    start_adapter(path / "package", path / "adapter", LORA, seed=1)
+    make_examples(path / "train.jsonl", count=16)
+    make_examples(path / "held_out.jsonl", count=6, seed=1)
+    return path
+
+
+def train(home, output, arguments=None, **training):
+    client = {
+        "package": str(home / "package"),
+        "adapter": str(home / "adapter"),
+        "data": str(home / "train.jsonl"),
+        "eval_data": str(home / "held_out.jsonl"),
+        "output": str(output),
+        "client": "ann",
+    }
+    config = StreamingLoraConfig(output_dir=str(output), **TRAINING | training)
+    return train_client(ClientArguments(**client | (arguments or {})), config)
+
+
+def command_line(home, target, **options):
+    options = {
+        "package": home / "package",
+        "adapter": home / "adapter",
+        "data": home / "train.jsonl",
+        "eval_data": home / "held_out.jsonl",
+        "output": target,
+        "client": "ann",
+        **TRAINING,
+        **options,
+    }
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def launch(*command):
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+
+
+def weights(update):
+    return load_file(update / ADAPTER_WEIGHTS)
+
+
+def test_training_lowers_the_held_out_loss_and_the_update_says_what_was_done(home, tmp_path):
+    manifest = train(home, tmp_path / "update", max_steps=12)
+    assert manifest == read_manifest(tmp_path / "update", UpdateManifest)
+    verify_files(tmp_path / "update", manifest)
+    assert (manifest.client, manifest.round, manifest.examples) == ("ann", 1, 16)
+    assert manifest.adapter == read_manifest(home / "adapter", AdapterManifest).digest
+    assert manifest.loss_after < manifest.loss_before - 0.5
+    tokenizer = load_tokenizer(home / "package")
+    rows = [encode_example(row, tokenizer, 64) for row in load_examples(str(home / "train.jsonl"))]
+    assert manifest.tokens == 3 * sum(len(row["input_ids"]) for row in rows)  # 12 steps of 4 are 3 epochs of 16
+    assert manifest.measured["seconds"] > 0
+    assert manifest.measured["peak_memory_bytes"] > 2**20
+    assert {path.name for path in tmp_path.iterdir()} == {"update"}
+    accepted = aggregate_updates([tmp_path / "update"], home / "package", tmp_path / "next", previous=home / "adapter")
+    assert not accepted.refused
+
+
+def test_accelerate_launch_the_command_and_a_call_give_the_same_bytes(home, tmp_path):
+    digest = train(home, tmp_path / "call").digest
+    assert main(["train", *command_line(home, tmp_path / "command")]) == 0
+    assert read_manifest(tmp_path / "command", UpdateManifest).digest == digest
+    client = os.path.join(os.path.dirname(__file__), "..", "trainers", "client.py")
+    accelerate = ["accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1"]
+    accelerate += ["--mixed_precision=no", "--dynamo_backend=no"]
+    result = launch(*accelerate, client, *command_line(home, tmp_path / "launched"))
+    assert result.returncode == 0, result.stderr
+    assert read_manifest(tmp_path / "launched", UpdateManifest).digest == digest
+
+
+# Adam divides by the gradient's size, which turns rounding into a step; plain descent shows what was computed.
+DESCENT = {"optim": "sgd", "learning_rate": 0.5, "bf16": False}
+
+
+def assert_same_training(one, two):
+    start, one, two = weights(one.parent / "start"), weights(one), weights(two)
+    for name, tensor in one.items():
+        assert torch.dist(tensor, two[name]) < 1e-4 * torch.dist(tensor, start[name])
+
+
+def test_two_processes_make_the_update_of_one_on_the_same_global_batch(home, tmp_path):
+    (tmp_path / "start").symlink_to(home / "adapter")
+    words = command_line(home, tmp_path / "two", **DESCENT, per_device_train_batch_size=2)
+    # `accelerate launch` starts several processes on CPUs by MPI only; torchrun sets up the same group over gloo.
+    result = launch("torch.distributed.run", "--nproc-per-node=2", "-m", "hf_fedlarge.trainers.client", *words)
+    assert result.returncode == 0, result.stderr
+    train(home, tmp_path / "one", **DESCENT)
+    assert_same_training(tmp_path / "one", tmp_path / "two")
+    one, two = (read_manifest(tmp_path / name, UpdateManifest) for name in ("one", "two"))
+    assert one.tokens == two.tokens
+
+
+def test_accumulation_is_one_larger_batch(home, tmp_path):
+    (tmp_path / "start").symlink_to(home / "adapter")
+    train(home, tmp_path / "one", **DESCENT)
+    train(home, tmp_path / "four", **DESCENT, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    assert_same_training(tmp_path / "one", tmp_path / "four")
+
+
+class PowerCut(BaseException):
+    pass
+
+
+def test_interrupted_training_resumes_from_its_checkpoint_with_the_same_bytes(home, tmp_path, monkeypatch):
+    whole = train(home, tmp_path / "whole", max_steps=6, save_steps=2)
+    step, calls = StreamingLoraTrainer.training_step, []
+
+    def cut(self, *args, **kwargs):
+        calls.append(self.state.global_step)
+        if len(calls) == 4:
+            raise PowerCut
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(StreamingLoraTrainer, "training_step", cut)
+    with pytest.raises(PowerCut):
+        train(home, tmp_path / "cut", max_steps=6, save_steps=2)
+    assert not (tmp_path / "cut").exists()
+    resumed = train(home, tmp_path / "cut", max_steps=6, save_steps=2)
+    assert calls[4:] == [2, 3, 4, 5]
+    assert resumed.digest == whole.digest
+
+
+def test_a_checkpoint_of_another_training_is_not_resumed(home, tmp_path, monkeypatch):
+    expected = train(home, tmp_path / "expected", max_steps=3)
+    monkeypatch.setattr(StreamingLoraTrainer, "_save_checkpoint", lambda *args: (_ for _ in ()).throw(PowerCut))
+    with pytest.raises(PowerCut):
+        train(home, tmp_path / "update", save_steps=2, learning_rate=1.0)
+    monkeypatch.undo()
+    assert train(home, tmp_path / "update", max_steps=3).digest == expected.digest
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"packing": True, "max_length": 128},
+        {"packing": True, "packing_strategy": "wrapped", "max_length": 128},
+        {"completion_only_loss": False},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3},
+        {"optim": "adamw_torch", "weight_decay": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 1},
+    ],
+)
+def test_arguments_of_sftconfig_work(home, tmp_path, options):
+    manifest = train(home, tmp_path / "update", **options)
+    assert manifest.loss_after < manifest.loss_before
+
+
+@pytest.mark.parametrize("form", ["messages", "text", "strings"])
+def test_every_form_of_data_trains(home, tmp_path, form):
+    rows = {
+        "messages": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello you"}]},
+        "text": {"text": "The rain in Spain stays mainly in the plain."},
+        "strings": {"prompt": "The rain in Spain", "completion": " stays in the plain."},
+    }
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(rows[form]) + "\n" for _ in range(8)))
+    options = {"assistant_only_loss": True} if form == "messages" else {}
+    manifest = train(home, tmp_path / "update", {"data": str(tmp_path / "data.jsonl"), "eval_data": None}, **options)
+    assert manifest.loss_after < manifest.loss_before
+    assert manifest.examples == 7  # one was held out
+
+
+def test_a_client_without_an_adapter_starts_its_own(home, tmp_path):
+    manifest = train(home, tmp_path / "update", {"adapter": None, "lora_rank": 2, "lora_targets": ["q_proj"]})
+    assert manifest.adapter is None
+    assert {tuple(t.shape) for n, t in weights(tmp_path / "update").items() if "lora_A" in n} == {(2, 64)}
+    assert all("q_proj" in name for name in weights(tmp_path / "update"))
+
+
+def test_evaluation_counts_the_tokens_that_trl_trains_on(home, tmp_path):
+    """Our encoding of an example and trl's preparation of it are the same, in each form."""
+    tokenizer = load_tokenizer(home / "package")
+    long = [{"role": "user", "content": "a" * 80}, {"role": "assistant", "content": "b" * 80}]
+    cases = [
+        ({"messages": long}, {}),
+        ({"messages": long}, {"assistant_only_loss": True}),
+        ({"prompt": long[:1], "completion": long[1:]}, {}),
+        ({"prompt": "What? ", "completion": "That."}, {}),
+        ({"text": "Just text."}, {}),
+    ]
+    for row, options in cases:
+        model = load_package(home / "package")
+        config = StreamingLoraConfig(output_dir=str(tmp_path / "x"), max_length=100, disable_tqdm=True, **options)
+        trainer = StreamingLoraTrainer(
+            attach_lora(model, model.architecture, LORA),
+            config,
+            train_dataset=Dataset.from_list([row]),
+            processing_class=tokenizer,
+        )
+        ours = encode_example(row, tokenizer, 100, options.get("assistant_only_loss", False))
+        theirs = trainer.train_dataset[0]
+        assert ours["input_ids"] == theirs["input_ids"]
+        assert ours["labels"] == theirs["labels"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"package": "nowhere"}, "nowhere is not a directory; expected a package"),
+        ({"package": "{home}/adapter"}, "is of kind 'adapter'; expected a package"),
+        ({"adapter": "{home}/package"}, "is of kind 'package'; expected an adapter"),
+        ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"data": "{home}/package/config.json"}, "config.json"),
+        ({"output": "{home}/adapter"}, "exists already"),
+        ({"client": "../x"}, "client: String should match pattern"),
+        ({"max_length": 4}, "no example|fully masked|DataError|labelled"),
+        ({"loss_type": "dft"}, "--loss_type dft can't be used"),
+        ({"fp16": "True", "bf16": "False"}, "--fp16 True can't be used"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_exit_code_2(home, tmp_path, capsys, options, sentence):
+    options = {name: str(value).format(home=home) for name, value in options.items()}
+    before = sorted(path.name for path in home.iterdir())
+    assert main(["train", *command_line(home, tmp_path / "update", **options)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("hf-fedlarge train: ")
+    assert re.search(sentence, error), error
+    assert not (tmp_path / "update").exists()
+    assert sorted(path.name for path in home.iterdir()) == before

@@ -1,0 +1,281 @@
+"""A federation from file to merged checkpoint: what it makes, and that a kill anywhere changes nothing."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import killed
+import pytest
+import torch
+import yaml
+from families import make_checkpoint
+from federation import make_update
+from hf_fedlarge.trainers.launch import LAUNCHERS, ClientFailedError
+from transformers import AutoModelForCausalLM
+
+from hf_fedlarge.artifacts import AdapterManifest, CheckpointManifest, read_manifest, sha256_of, verify_files
+from hf_fedlarge.cli import main
+from hf_fedlarge.config import load_federation
+from hf_fedlarge.data import from_rows, write_jsonl
+from hf_fedlarge.errors import ArtifactError, ConfigError, DataError, OutputError, UpdateRefusedError
+from hf_fedlarge.plan import CheckIn, sample_cohort
+from hf_fedlarge.rounds import run_federation
+
+COLOURS = ("red", "green", "blue", "white")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A checkpoint, examples of four teams, and a federation of them."""
+    path = tmp_path_factory.mktemp("federation")
+    make_checkpoint(path / "checkpoint", layers=4, tokenizer=True)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"Say {COLOURS[index % 4]} {index}."}],
+            "completion": [{"role": "assistant", "content": COLOURS[index % 4] * 2}],
+            "team": f"team-{COLOURS[index % 4]}",
+        }
+        for index in range(48)
+    ]
+    write_jsonl(from_rows(rows), path / "data.jsonl")
+    federation = {
+        "checkpoint": str(path / "checkpoint"),
+        "data": {"source": str(path / "data.jsonl"), "split": "column", "column": "team", "held_out": 0.2},
+        "keep_layers": 3,
+        "lora": {"rank": 4, "alpha": 8},
+        "rounds": 2,
+        "cohort": 3,
+        "training": {
+            "max_steps": 3,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "max_length": 64,
+            "disable_tqdm": True,
+            "logging_strategy": "no",
+        },
+        "sample_prompt": "Say red.",
+    }
+    (path / "federation.yaml").write_text(yaml.safe_dump(federation))
+    return path
+
+
+def config_of(home, **changes):
+    return load_federation(home / "federation.yaml").model_copy(update=changes)
+
+
+def run(home, output, train=LAUNCHERS["inprocess"], **changes):
+    return run_federation(config_of(home, **changes), output, train)
+
+
+def fingerprint(output):
+    """What must not depend on kills, launchers or time: every adapter, and every file of the merged checkpoint."""
+    adapters = [
+        read_manifest(path / "adapter", AdapterManifest).digest
+        for path in sorted((output / "rounds").iterdir())
+        if not path.name.startswith(".")
+    ]
+    return adapters, {path.name: sha256_of(path) for path in (output / "merged").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(home, tmp_path_factory):
+    """An uninterrupted run's directory and summary."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    return output, run(home, output)
+
+
+def test_a_run_ends_with_a_better_full_model_and_honest_figures(home, whole):
+    output, summary = whole
+    assert summary == json.loads((output / "summary.json").read_text())
+    loss = summary["loss"]
+    assert loss["merged"] < loss["base"] - 0.1
+    assert len(summary["rounds"]) == 2
+    first, second = summary["rounds"]
+    assert second["loss_full"] == pytest.approx(loss["merged"], abs=0.02)
+    assert second["loss_small"] < loss["package"]
+
+    package = sum(entry.stat().st_size for entry in (output / "package").iterdir() if entry.name != "fedlarge.json")
+    adapter = read_manifest(output / "rounds" / "0000" / "adapter", AdapterManifest).total_bytes
+    assert first["bytes_down"] == 3 * (package + adapter)
+    newcomers = {c["client"] for c in second["clients"]} - {c["client"] for c in first["clients"]}
+    assert second["bytes_down"] == 3 * read_manifest(
+        output / "rounds" / "0001" / "adapter", AdapterManifest
+    ).total_bytes + package * len(newcomers)
+    assert summary["bytes_down"] == first["bytes_down"] + second["bytes_down"]
+    assert summary["bytes_up"] > 6 * adapter * 0.9
+    assert sum(entry["weight"] for entry in first["clients"]) == pytest.approx(1)
+    assert summary["peak_memory_bytes"] > 2**20
+    assert isinstance(summary["sample"]["before"], str)
+
+    merged = read_manifest(output / "merged", CheckpointManifest)
+    verify_files(output / "merged", merged)
+    model = AutoModelForCausalLM.from_pretrained(output / "merged")
+    assert model.config.num_hidden_layers == 4
+    assert model.dtype == torch.bfloat16
+
+
+def test_held_out_examples_are_never_trained_on(whole):
+    output, _ = whole
+    held_out = set((output / "held_out.jsonl").read_text().splitlines())
+    trained = {line for path in output.glob("clients/*/train.jsonl") for line in path.read_text().splitlines()}
+    assert len(held_out) == 8
+    assert len(trained) == 40
+    assert not held_out & trained
+
+
+def test_a_client_in_its_own_process_gives_the_same_bytes(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    run(home, tmp_path / "one", rounds=1, cohort=1)
+    run(home, tmp_path / "two", train=LAUNCHERS["accelerate"], rounds=1, cohort=1)
+    assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "two")
+
+
+def test_a_finished_run_can_be_given_more_rounds(home, whole, tmp_path):
+    run(home, tmp_path / "run", rounds=1)
+    run(home, tmp_path / "run", rounds=2)
+    assert fingerprint(tmp_path / "run") == fingerprint(whole[0])
+
+
+def test_killed_anywhere_a_rerun_ends_with_the_same_bytes(home, whole, tmp_path):
+    """SIGKILL before and after every step in turn, each time in a run that goes on from where the last was killed."""
+    output = tmp_path / "run"
+    # Children of a server that has imported everything once; importing anew takes seconds each time.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hf_fedlarge.rounds", "hf_fedlarge.trainers.launch"])
+    kills = 0
+    # Each rerun gets further than what was done already, or is killed while doing it.
+    for step in (2, 5, 9, 12, 13, 14, 12, 8, 7, 6, 8, 5, 4):
+        process = context.Process(target=killed.run_until, args=(home / "federation.yaml", output, step))
+        process.start()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        kills += process.exitcode != 0
+    assert kills >= 8
+    run(home, output)
+    assert fingerprint(output) == fingerprint(whole[0])
+
+
+def test_other_settings_do_not_go_on_with_a_run(home, whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    with pytest.raises(ConfigError, match="was run with other settings for aggregator, seed"):
+        run(home, tmp_path / "run", seed=1, aggregator="fedavg")
+
+
+def test_two_servers_on_one_run_are_kept_apart(home, tmp_path):
+    def train(job):
+        with pytest.raises(OutputError, match="is in use by another server"):
+            run(home, tmp_path / "run")
+        LAUNCHERS["inprocess"](job)
+
+    run(home, tmp_path / "run", train=train, rounds=1, cohort=1)
+
+
+def test_a_client_that_fails_or_cheats_is_named_and_the_round_goes_on(home, tmp_path):
+    def train(job):
+        if job.client == "team-red":
+            raise ClientFailedError("out of memory")
+        if job.client == "team-blue":
+            make_update(job.output, job.package, "team-blue", round_number=7)
+        else:
+            LAUNCHERS["inprocess"](job)
+
+    summary = run(home, tmp_path / "run", train=train, rounds=1, cohort=None)
+    [entry] = summary["rounds"]
+    assert {client["client"] for client in entry["clients"]} == {"team-green", "team-white"}
+    reasons = {refused["client"]: refused["reason"] for refused in entry["refused"]}
+    assert reasons["team-red"] == "out of memory"
+    assert "expected round 1" in reasons["team-blue"]
+
+
+def test_a_round_below_its_quorum_commits_nothing(home, tmp_path):
+    def train(job):
+        if job.client != "team-green":
+            raise ClientFailedError("the battery is empty")
+        LAUNCHERS["inprocess"](job)
+
+    with pytest.raises(UpdateRefusedError, match="1 of 1 updates are valid; at least 2 are needed"):
+        run(home, tmp_path / "run", train=train, cohort=None, min_updates=2)
+    assert not (tmp_path / "run" / "rounds" / "0001").exists()
+
+
+def test_a_damaged_package_is_not_trained_on(home, whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "rounds" / "0002")
+    with (tmp_path / "run" / "package" / "model.safetensors").open("r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"\xff")
+    with pytest.raises(ArtifactError, match="has the digest"):
+        run(home, tmp_path / "run")
+
+
+def test_the_command_runs_it_and_prints_the_figures(home, whole, tmp_path, capsys):
+    shutil.copytree(whole[0], tmp_path / "run")
+    assert main(["run", str(home / "federation.yaml"), "--output", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    assert f"{whole[1]['loss']['base']:.3f}" in printed
+    assert f"{whole[1]['loss']['merged']:.3f}" in printed
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"checkpoint": "/nowhere"}, "no such directory"),
+        ({"keep_layers": 0}, "out of range"),
+        ({"keep_layers": "0-9"}, "not in 0-3"),
+        ({"cohort": 9}, "4 of 4 clients have data"),
+        ({"rounds": 0}, "rounds: Input should be greater than or equal to 1"),
+        ({"aggregator": "mean"}, "aggregator: Input should be 'exact' or 'fedavg'"),
+        ({"colour": "red"}, "colour: Extra inputs are not permitted"),
+        ({"data": {"source": "nowhere.jsonl"}}, "nowhere.jsonl"),
+        ({"lora": {"rank": 0}}, "lora.rank: Input should be greater"),
+        ({"lora": {"targets": ["no_proj"]}}, "LoRA target 'no_proj' is no matrix"),
+        ({"training": {"speed": 9}}, "training arguments are wrong"),
+    ],
+)
+def test_a_bad_federation_gets_one_sentence_and_exit_code_2(home, tmp_path, capsys, changes, sentence):
+    raw = yaml.safe_load((home / "federation.yaml").read_text()) | changes
+    (tmp_path / "federation.yaml").write_text(yaml.safe_dump(raw))
+    assert main(["run", str(tmp_path / "federation.yaml")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("hf-fedlarge run: ")
+    assert sentence in error
+    assert not (tmp_path / "run" / "rounds" / "0001").exists()
+
+
+@pytest.mark.parametrize("text", ["- a list", "{", "", "\x00"])
+def test_a_file_that_is_no_federation(tmp_path, capsys, text):
+    (tmp_path / "federation.yaml").write_text(text)
+    assert main(["run", str(tmp_path / "federation.yaml")]) == 2
+    assert main(["run", str(tmp_path / "missing.yaml")]) == 2
+    assert "is not a file" in capsys.readouterr().err
+
+
+def test_cohorts_are_drawn_evenly_and_repeat():
+    clients = [CheckIn(f"c{index}", examples=5) for index in range(10)]
+    drawn = [tuple(sample_cohort(clients, 3, seed=1, round_number=number)) for number in range(300)]
+    assert drawn == [tuple(sample_cohort(clients[::-1], 3, seed=1, round_number=number)) for number in range(300)]
+    counts = [sum(client.client in cohort for cohort in drawn) for client in clients]
+    assert all(60 < count < 120 for count in counts)
+    assert all(len(set(cohort)) == 3 for cohort in drawn)
+
+
+def test_clients_without_data_or_memory_are_left_out():
+    clients = [CheckIn("a", 5, 100), CheckIn("b", 5, 10), CheckIn("c", 0, 100), CheckIn("d", 5)]
+    assert sample_cohort(clients, None, 0, 1, needed_bytes=50) == ["a", "d"]
+    with pytest.raises(ConfigError, match="2 of 4 clients"):
+        sample_cohort(clients, 3, 0, 1, needed_bytes=50)
+
+
+def test_an_example_too_few_is_said(tmp_path):
+    write_jsonl(from_rows([{"text": "one"}]), tmp_path / "data.jsonl")
+    make_checkpoint(tmp_path / "checkpoint", layers=4, tokenizer=True)
+    federation = {
+        "checkpoint": str(tmp_path / "checkpoint"),
+        "data": {"source": str(tmp_path / "data.jsonl"), "clients": 1},
+    }
+    Path(tmp_path / "federation.yaml").write_text(yaml.safe_dump(federation))
+    with pytest.raises((ConfigError, DataError), match="hold out"):
+        run_federation(load_federation(tmp_path / "federation.yaml"), tmp_path / "run", LAUNCHERS["inprocess"])

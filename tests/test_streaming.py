@@ -1,0 +1,363 @@
+"""The gate: a streamed model computes what a plain model with the same dequantized weights computes."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, PAD, make_dense, make_package
+from transformers import AutoModelForCausalLM, BloomConfig
+
+from hf_fedlarge.adapters import attach_lora, expected_shapes, set_factors
+from hf_fedlarge.architectures import describe
+from hf_fedlarge.config import LoraSettings
+from hf_fedlarge.errors import ArchitectureError
+from hf_fedlarge.package import load_package
+from hf_fedlarge.shrink import plan_shrink, shrink
+from hf_fedlarge.tensors import Factors
+
+LORA = LoraSettings(rank=4, alpha=8.0)
+BATCH, LENGTH = 8, 14
+MICRO_BATCH_SIZES = (None, 3, 1)  # 1, 3 (of 3, 3 and 2 sequences) and 8 micro-batches
+every_family = pytest.mark.parametrize("family", sorted(FAMILIES))
+some_families = pytest.mark.parametrize("family", ["gemma2", "gpt2", "llama"])
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """family → its package, made once."""
+    root = tmp_path_factory.mktemp("packages")
+    return functools.cache(lambda family: make_package(root / family, family))
+
+
+@pytest.fixture(scope="module")
+def truth(package):
+    """family, seed → (loss, gradient) by plain autograd in fp32."""
+    model = functools.cache(lambda family: with_adapter(make_dense(package(family))))
+    return functools.cache(lambda family, seed=0: gradient_of(model(family), some_batch(seed)))
+
+
+def some_batch(seed=0):
+    """Padded on the right; labels on some positions only, on none of the last sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, 260, (BATCH, LENGTH), generator=generator)
+    lengths = torch.randint(5, LENGTH + 1, (BATCH,), generator=generator)
+    mask = (torch.arange(LENGTH) < lengths[:, None]).long()
+    ids[mask == 0] = PAD
+    unlabelled = (mask == 0) | (torch.rand(ids.shape, generator=generator) < 0.3)
+    unlabelled[-1] = True
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(unlabelled, -100)}
+
+
+def with_adapter(model, lora=LORA):
+    """The model in training mode, with an adapter whose factors are all far from zero."""
+    architecture = describe(model.config)
+    layers = list(range(architecture.layers))
+    generator = torch.Generator().manual_seed(1)
+    factors = {
+        module: Factors(torch.randn(a, generator=generator) / a[1] ** 0.5, torch.randn(b, generator=generator) * 0.2)
+        for module, (a, b) in expected_shapes(architecture, layers, lora).items()
+    }
+    adapted = attach_lora(model, architecture, lora)
+    set_factors(adapted, factors, architecture, layers)
+    return adapted.train()
+
+
+def adapter_parameters(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def gradient_of(model, batch, *, autocast=False, backward_inside=False, loss_of=lambda outputs: outputs.loss):
+    """(loss, all adapter gradients as one vector)."""
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = loss_of(model(**batch))
+        if backward_inside:
+            loss.backward()
+    if not backward_inside:
+        loss.backward()
+    return loss.item(), torch.cat([parameter.grad.flatten() for parameter in adapter_parameters(model)]).double()
+
+
+def distance(vector, truth):
+    return ((vector - truth).norm() / truth.norm()).item()
+
+
+# Gradients
+
+
+@every_family
+def test_fp32_gradients_equal_plain_autograd_for_any_number_of_micro_batches(package, truth, family):
+    true_loss, true_gradient = truth(family)
+    streamed = with_adapter(load_package(package(family), dtype=torch.float32))
+    for size in MICRO_BATCH_SIZES:
+        streamed.engine.micro_batch_size = size
+        loss, gradient = gradient_of(streamed, some_batch())
+        assert loss == pytest.approx(true_loss, rel=1e-5)
+        assert distance(gradient, true_gradient) <= 1e-5, f"micro_batch_size={size}"
+
+
+def assert_as_near_as_plain_bf16(package, truth, family, dtype, sizes, **options):
+    """bf16's own error depends on the model (OPT's kinks: 8 %), so plain bf16 autograd is what ours is held against."""
+    plain_model = with_adapter(make_dense(package(family), dtype))
+    streamed = with_adapter(load_package(package(family), dtype=dtype))
+    seeds = range(3)
+    truths = [truth(family, seed)[1] for seed in seeds]
+    plain = [gradient_of(plain_model, some_batch(seed), **options)[1] for seed in seeds]
+    plain_error = sum(map(distance, plain, truths))
+    for size in sizes:
+        streamed.engine.micro_batch_size = size
+        ours = [gradient_of(streamed, some_batch(seed), **options)[1] for seed in seeds]
+        assert min(torch.cosine_similarity(*pair, dim=0) for pair in zip(ours, plain, strict=True)) >= 0.999
+        error = sum(map(distance, ours, truths))
+        assert error <= 1.2 * plain_error, f"micro_batch_size={size}: {error:.3g}, plain {plain_error:.3g}"
+
+
+@every_family
+def test_bf16_gradients_are_as_near_the_fp32_truth_as_plain_bf16_autograd(package, truth, family):
+    assert_as_near_as_plain_bf16(package, truth, family, torch.bfloat16, MICRO_BATCH_SIZES)
+
+
+@every_family
+def test_so_they_are_under_autocast(package, truth, family):
+    assert_as_near_as_plain_bf16(package, truth, family, torch.float32, [3], autocast=True)
+
+
+@some_families
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_so_they_are_if_backward_runs_inside_autocast(package, truth, family, dtype):
+    assert_as_near_as_plain_bf16(package, truth, family, dtype, [None, 3], autocast=True, backward_inside=True)
+
+
+@some_families
+@pytest.mark.parametrize("size", MICRO_BATCH_SIZES)
+def test_the_loss_is_divided_by_the_number_of_items_where_the_trainer_gives_it(package, family, size):
+    batch = some_batch() | {"num_items_in_batch": torch.tensor(11)}
+    loss, gradient = gradient_of(with_adapter(make_dense(package(family))), batch)
+    streamed = with_adapter(load_package(package(family), dtype=torch.float32, micro_batch_size=size))
+    streamed_loss, streamed_gradient = gradient_of(streamed, batch)
+    assert streamed_loss == pytest.approx(loss, rel=1e-5)
+    assert distance(streamed_gradient, gradient) <= 1e-5
+
+
+@every_family
+def test_a_loss_of_ones_own_on_the_logits_has_the_right_gradient(package, family):
+    batch = some_batch()
+    labels = batch.pop("labels")
+
+    def loss_of(outputs):
+        return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    _, gradient = gradient_of(with_adapter(make_dense(package(family))), batch, loss_of=loss_of)
+    streamed = with_adapter(load_package(package(family), dtype=torch.float32, micro_batch_size=3))
+    assert distance(gradient_of(streamed, batch, loss_of=loss_of)[1], gradient) <= 1e-5
+
+
+def test_gradients_reach_the_inputs_of_a_model_without_adapters(package):
+    def input_gradient(model):
+        embeddings = torch.randn(BATCH, LENGTH, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        model.train()(inputs_embeds=embeddings, labels=some_batch()["labels"]).loss.backward()
+        return embeddings.grad
+
+    streamed = load_package(package("llama"), dtype=torch.float32, micro_batch_size=3)
+    assert distance(input_gradient(streamed), input_gradient(make_dense(package("llama")))) <= 1e-5
+
+
+def test_gradients_reach_hooks_as_those_of_data_parallelism_need(package):
+    streamed = with_adapter(load_package(package("llama"), dtype=torch.float32, micro_batch_size=3))
+    calls = []
+    for parameter in adapter_parameters(streamed):
+        parameter.register_post_accumulate_grad_hook(lambda parameter: calls.append(id(parameter)))
+    gradient_of(streamed, some_batch())
+    assert sorted(calls) == sorted(map(id, adapter_parameters(streamed)))
+
+
+@every_family
+def test_training_goes_on_unchanged_after_an_evaluation(package, family):
+    # Stock 4-bit layers fail here: one evaluation repacks their weights and later gradients are wrong.
+    for dtype in (torch.float32, torch.bfloat16):
+        streamed = with_adapter(load_package(package(family), dtype=dtype))
+        before = gradient_of(streamed, some_batch())
+        streamed.eval()
+        with torch.no_grad():
+            streamed(**some_batch())
+        with torch.inference_mode():
+            streamed(input_ids=some_batch()["input_ids"])
+        streamed.generate(input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
+        streamed.train()
+        after = gradient_of(streamed, some_batch())
+        assert after[0] == before[0]
+        assert torch.equal(after[1], before[1])
+
+
+def test_transformers_own_checkpointing_changes_nothing_and_costs_no_visit(package, truth):
+    streamed = with_adapter(load_package(package("llama"), dtype=torch.float32))
+    streamed.activation_checkpointing_enable()
+    _, gradient = gradient_of(streamed, some_batch())
+    assert distance(gradient, truth("llama")[1]) <= 1e-5
+    assert streamed.engine.counters.visits == 2 * 3
+
+
+# Dropout
+
+
+def test_dropout_is_the_same_in_the_recomputation(package):
+    lora = LORA.model_copy(update={"dropout": 0.3})
+
+    def gradient(model):
+        torch.manual_seed(5)
+        return gradient_of(model, some_batch())
+
+    # One micro-batch draws in the order of plain autograd, so that the masks are the same.
+    streamed = with_adapter(load_package(package("llama"), dtype=torch.float32), lora)
+    plain_loss, plain = gradient(with_adapter(make_dense(package("llama")), lora))
+    loss, ours = gradient(streamed)
+    assert loss == pytest.approx(plain_loss, rel=1e-5)
+    assert distance(ours, plain) <= 1e-5
+    assert distance(gradient_of(streamed, some_batch())[1], plain) > 0.01  # another seed's masks
+
+
+def test_dropout_of_several_micro_batches_is_differentiated_as_it_was_drawn(package):
+    lora = LORA.model_copy(update={"dropout": 0.3})
+    streamed = with_adapter(load_package(package("llama"), dtype=torch.float32, micro_batch_size=3), lora)
+
+    def loss_and_gradient():
+        torch.manual_seed(5)
+        return gradient_of(streamed, some_batch())
+
+    loss, gradient = loss_and_gradient()
+    again = loss_and_gradient()
+    assert again[0] == loss
+    assert torch.equal(again[1], gradient)
+
+    def move(step):
+        start = 0
+        for parameter in adapter_parameters(streamed):
+            part = gradient[start : start + parameter.numel()].view(parameter.shape)
+            parameter.data.add_(part / gradient.norm(), alpha=step)
+            start += parameter.numel()
+
+    step = 3e-3
+    move(step)
+    above, _ = loss_and_gradient()
+    move(-2 * step)
+    below, _ = loss_and_gradient()
+    assert (above - below) / (2 * step) == pytest.approx(gradient.norm().item(), rel=1e-2)
+
+
+def test_backward_leaves_the_random_state_alone(package):
+    streamed = with_adapter(load_package(package("llama")), LORA.model_copy(update={"dropout": 0.3}))
+    loss = streamed(**some_batch()).loss
+    state = torch.get_rng_state()
+    loss.backward()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# What it costs
+
+
+@pytest.mark.parametrize("size", MICRO_BATCH_SIZES)
+def test_a_step_dequantizes_each_matrix_at_most_twice(package, size):
+    streamed = with_adapter(load_package(package("llama"), micro_batch_size=size))
+    counters, blocks, matrices = streamed.engine.counters, 3, 7
+    steps = []
+    for _ in range(3):
+        before = counters.dequantizations
+        gradient_of(streamed, some_batch())
+        steps.append(counters.dequantizations - before)
+    # The last block stays for its backward, and the first for the next step's forward.
+    assert steps == [matrices * (2 * blocks - 1), matrices * (2 * blocks - 2), matrices * (2 * blocks - 2)]
+    assert counters.visits == 3 * 2 * blocks
+
+
+def test_the_arena_holds_one_block(package):
+    engine = load_package(package("llama"), dtype=torch.bfloat16).engine
+    one_block = (2 * 64 * 64 + 2 * 32 * 64) + 3 * 64 * 128
+    assert engine.counters.arena_bytes == 2 * one_block
+
+
+def test_packed_weights_stay_in_the_files_they_are_mapped_from(package):
+    streamed = load_package(package("llama"))
+    mappings = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, _, _, _, _, *path = line.split(maxsplit=5)
+        first, last = (int(end, 16) for end in span.split("-"))
+        mappings.append((first, last, path[0] if path else ""))
+
+    def home(tensor):
+        return next(path for first, last, path in mappings if first <= tensor.data_ptr() < last)
+
+    weights = [linear.weight for linears in streamed.engine._linears.values() for linear in linears]
+    expected = str((package("llama") / "model.safetensors").resolve())
+    assert {home(weight.packed) for weight in weights} == {expected}
+    assert {home(weight.absmax) for weight in weights} == {expected}
+
+
+# Visits
+
+
+@every_family
+def test_outside_a_visit_no_matrix_has_a_value(package, family):
+    streamed = load_package(package(family), dtype=torch.float32)
+    architecture, dense = streamed.architecture, dict(make_dense(package(family)).named_parameters())
+    streamed(input_ids=torch.tensor([[5, 6, 7]]))
+    blocks = list(streamed.get_submodule(architecture.blocks))
+
+    def weights(block):
+        return [blocks[block].get_submodule(path).weight for path in architecture.linears]
+
+    def visit_and_fail(block):
+        with streamed.engine.visit(blocks[block]):
+            raise RuntimeError("in the middle")
+
+    with streamed.engine.visit(blocks[1]):
+        for path, weight in zip(architecture.linears, weights(1), strict=True):
+            assert torch.equal(weight, dense[f"{architecture.blocks}.1.{path}.weight"])
+        assert all(weight.isnan().all() for block in (0, 2) for weight in weights(block))
+    with pytest.raises(RuntimeError, match="in the middle"):
+        visit_and_fail(2)
+    ends = [streamed.get_submodule(path).weight for path in (architecture.embedding, architecture.head)]
+    assert all(weight.isnan().all() for weight in [*weights(0), *weights(1), *weights(2), *ends])
+
+
+# Evaluation and generation
+
+
+@every_family
+def test_generate_gives_the_plain_model_s_tokens(package, family):
+    dense, streamed = make_dense(package(family)), load_package(package(family), dtype=torch.float32)
+    prompt = {
+        "input_ids": torch.tensor([[PAD, PAD, 50, 60, 70, 80], [90, 91, 92, 93, 94, 95]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]),
+    }
+    options = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(streamed.generate(**prompt, **options), dense.generate(**prompt, **options))
+
+
+@every_family
+def test_the_cache_continues_where_the_prompt_ended(package, family):
+    streamed = load_package(package(family), dtype=torch.float32)
+    ids = torch.randint(4, 260, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = streamed(ids).logits
+        prompt = streamed(ids[:, :9], use_cache=True)
+        rest = streamed(ids[:, 9:], past_key_values=prompt.past_key_values, use_cache=True)
+    assert prompt.past_key_values.get_seq_length() == 12
+    torch.testing.assert_close(torch.cat([prompt.logits, rest.logits], dim=1), whole, rtol=1e-4, atol=1e-4)
+
+
+# What can't be split
+
+
+def test_arguments_that_mix_sequences_and_heads_are_refused_in_micro_batches_only(tmp_path):
+    config = BloomConfig(
+        vocab_size=300, hidden_size=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0, pad_token_id=PAD
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "full")
+    shrink(plan_shrink(tmp_path / "full", keep_layers="0,1"), tmp_path / "package")
+    streamed = with_adapter(load_package(tmp_path / "package", dtype=torch.float32))
+    _, expected = gradient_of(with_adapter(make_dense(tmp_path / "package")), some_batch())
+    assert distance(gradient_of(streamed, some_batch())[1], expected) <= 1e-5
+    streamed.engine.micro_batch_size = 3
+    with pytest.raises(ArchitectureError, match="can't be split; set no micro-batch size"):
+        gradient_of(streamed, some_batch())

@@ -1,0 +1,261 @@
+"""Train LoRA adapters on a package with a client's own data, and write an update.
+
+    accelerate launch trainers/client.py --package PACKAGE --data DATA.jsonl --output UPDATE
+    accelerate launch -m hf_fedlarge.trainers.client --package PACKAGE --data DATA.jsonl --output UPDATE
+    hf-fedlarge train --package PACKAGE --data DATA.jsonl --output UPDATE
+
+    # from the federation's current adapter, as client `lab-3` of round 2, 50 steps of 2 x 4 sequences, packed
+    hf-fedlarge train --package PACKAGE --adapter ADAPTER --data DATA.jsonl --output UPDATE --client lab-3 --round 2 \\
+        --max_steps 50 --per_device_train_batch_size 2 --gradient_accumulation_steps 4 --packing
+
+DATA is a .jsonl, .csv or .parquet file or a data set of the Hub with `messages`, `prompt` and `completion`, or `text`.
+Any argument of trl's SFTConfig may follow. Interrupted training resumes when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_fedlarge.errors import ConfigError, DataError, FedLargeError
+
+if TYPE_CHECKING:
+    from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig
+
+    from hf_fedlarge.artifacts import UpdateManifest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ClientArguments:
+    """What the client program takes besides SFTConfig's arguments."""
+
+    package: str = field(metadata={"help": "The package directory, made by `hf-fedlarge shrink`."})
+    data: str = field(metadata={"help": "Training examples: a file, or a data set of the Hub."})
+    output: str = field(metadata={"help": "The update directory to make."})
+    adapter: str | None = field(default=None, metadata={"help": "The federation's adapter to start from."})
+    eval_data: str | None = field(default=None, metadata={"help": "Held-out examples; else a share of --data."})
+    held_out: float = field(default=0.1, metadata={"help": "Share of --data held out where --eval_data is not given."})
+    eval_examples: int = field(default=64, metadata={"help": "Held-out examples to evaluate at most; 0: none."})
+    client: str = field(default="client", metadata={"help": "This client's name."})
+    round: int = field(default=1, metadata={"help": "The round this update is for."})
+    lora_rank: int = field(default=16, metadata={"help": "Rank; the adapter's, where --adapter is given."})
+    lora_alpha: float = field(default=32.0, metadata={"help": "Alpha; likewise."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' input; likewise."})
+    rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(rank); likewise."})
+    lora_targets: list[str] | None = field(default=None, metadata={"help": "Matrices with adapters; default: all."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace an update that is there already."})
+    verify: bool = field(default=True, metadata={"help": "Check the package's digests before loading it."})
+
+
+def train_client(client: ClientArguments, config: StreamingLoraConfig) -> UpdateManifest:
+    """Train and write the update directory; on a process that is not the first, train along and write nothing.
+
+    Args:
+        client: what to train on what.
+        config: how to train; its output directory is replaced by one beside the update.
+
+    Returns:
+        The update's manifest.
+
+    Raises:
+        FedLargeError: bad input, in one sentence; nothing is written.
+    """
+    # Here, so that `--help` and argument errors come at once.
+    import torch
+    from hf_fedlarge.trainers.streaming_trainer import StreamingLoraTrainer
+    from pydantic import ValidationError
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from hf_fedlarge.adapters import attach_lora, get_factors, initial_factors, read_factors, set_factors
+    from hf_fedlarge.artifacts import (
+        AdapterManifest,
+        PackageManifest,
+        UpdateManifest,
+        check_output,
+        read_manifest,
+        verify_files,
+    )
+    from hf_fedlarge.config import LoraSettings, first_problem
+    from hf_fedlarge.data import load_examples, training_columns
+    from hf_fedlarge.evaluation import evaluate_model
+    from hf_fedlarge.package import load_package, load_tokenizer
+    from hf_fedlarge.partition import hold_out
+    from hf_fedlarge.update import write_update
+
+    started = time.monotonic()
+    package_dir, output = Path(client.package), Path(client.output)
+    check_output(output, client.overwrite)
+    package = read_manifest(package_dir, PackageManifest)
+    parent = None
+    if client.adapter:
+        parent = read_manifest(Path(client.adapter), AdapterManifest)
+        verify_files(Path(client.adapter), parent)
+        if parent.package != package.digest:
+            raise ConfigError(
+                f"--adapter {client.adapter} belongs to the package {parent.package[:12]}…, but --package is "
+                f"{package.digest[:12]}…; give the two that belong together."
+            )
+    try:
+        lora = (
+            parent.lora
+            if parent
+            else LoraSettings(
+                rank=client.lora_rank,
+                alpha=client.lora_alpha,
+                rslora=client.rslora,
+                dropout=client.lora_dropout,
+                targets=client.lora_targets,
+            )
+        )
+        fresh = UpdateManifest(
+            client=client.client,
+            round=client.round,
+            package=package.digest,
+            adapter=parent.digest if parent else None,
+            lora=lora,
+            examples=0,
+            tokens=0,
+            files={},
+        )
+    except ValidationError as error:
+        raise ConfigError(f"The client's arguments are wrong: {first_problem(error)}.") from error
+
+    data = load_examples(client.data)
+    if client.eval_data:
+        held_out = load_examples(client.eval_data)
+    else:
+        data, held_out = hold_out(data, client.held_out, seed=0)
+    if held_out is not None:
+        held_out = held_out.select(range(min(client.eval_examples, len(held_out))))
+
+    work = output.with_name(f".{output.name}.work")
+    config.output_dir = str(work)
+    state = {"client": asdict(client), "package": package.digest, "adapter": fresh.adapter, "config": config.to_dict()}
+    checkpoint = _prepare_work(work, json.loads(json.dumps(state, default=str)), get_last_checkpoint)
+
+    device = config.device
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    model = load_package(package_dir, dtype=dtype, device=device, verify=client.verify)
+    tokenizer = load_tokenizer(package_dir)
+    layers = package.kept_layers
+    factors = (
+        read_factors(Path(client.adapter))
+        if client.adapter
+        else initial_factors(model.architecture, layers, lora, config.seed)
+    )
+    peft_model = attach_lora(model, model.architecture, lora)
+    set_factors(peft_model, factors, model.architecture, layers)
+    try:
+        trainer = StreamingLoraTrainer(
+            peft_model, config, train_dataset=training_columns(data), processing_class=tokenizer
+        )
+    except (ValueError, RuntimeError) as error:
+        raise DataError(f"{client.data} can't be trained on: {error}") from error
+    if len(trainer.train_dataset) == 0:
+        raise DataError(f"{client.data} has no example with a labelled token within {config.max_length} tokens.")
+
+    def held_out_loss() -> float | None:
+        if not held_out or not trainer.is_world_process_zero():
+            return None
+        try:
+            return evaluate_model(
+                peft_model,
+                tokenizer,
+                held_out,
+                max_length=config.max_length or 2**20,
+                batch_size=config.per_device_eval_batch_size,
+                assistant_only=config.assistant_only_loss,
+            ).loss
+        except DataError as error:
+            logger.warning("No held-out loss: %s", error)
+            return None
+
+    before = held_out_loss()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    after = held_out_loss()
+    manifest = fresh.model_copy(
+        update={
+            "examples": len(data),
+            "tokens": int(trainer.state.num_input_tokens_seen),
+            "loss_before": before,
+            "loss_after": after,
+            "measured": {
+                "seconds": round(time.monotonic() - started, 3),
+                "peak_memory_bytes": float(peak_memory_bytes()),
+                "steps": float(trainer.state.global_step),
+            },
+        }
+    )
+    if trainer.is_world_process_zero():
+        trained = get_factors(peft_model, model.architecture, layers)
+        if not all(torch.isfinite(matrix).all() for pair in trained.values() for matrix in pair):
+            raise DataError("Training diverged: the adapter holds NaN or infinity; lower --learning_rate.")
+        manifest = write_update(
+            output, trained, manifest, model.architecture, package.base.id, overwrite=client.overwrite
+        )
+        shutil.rmtree(work, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    return manifest
+
+
+def peak_memory_bytes() -> int:
+    """The process's largest resident size so far, memory-mapped pages included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _prepare_work(work: Path, state: dict[str, Any], get_last_checkpoint: Any) -> str | None:
+    """The checkpoint to resume from, if `work` holds one of the very same training; otherwise `work` is emptied."""
+    note = work / "client.json"
+    if note.is_file() and json.loads(note.read_text()) == state:
+        checkpoint = get_last_checkpoint(work)
+        if checkpoint:
+            logger.warning("Resuming from %s.", checkpoint)
+        return checkpoint
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    note.write_text(json.dumps(state))
+    return None
+
+
+def parse_arguments(arguments: list[str] | None = None) -> tuple[ClientArguments, Any]:
+    """The command line as the client's arguments and a `StreamingLoraConfig`.
+
+    Raises:
+        ConfigError: a training argument has a value that trl or transformers refuses.
+    """
+    from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser((ClientArguments, StreamingLoraConfig), prog="hf-fedlarge train", allow_abbrev=False)
+    parser.description = "Train LoRA adapters on a package with a client's own data, and write an update."
+    try:
+        client, config = parser.parse_args_into_dataclasses(arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"The training arguments are wrong: {error}") from error
+    return client, config
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; bad input gets one sentence and the exit code 2."""
+    try:
+        client, config = parse_arguments(arguments)
+        manifest = train_client(client, config)
+    except FedLargeError as error:
+        print(f"hf-fedlarge train: {error}", file=sys.stderr)
+        return 2
+    print(f"{client.output}: {manifest.tokens} tokens, loss {manifest.loss_before} → {manifest.loss_after}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

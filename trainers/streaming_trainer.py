@@ -1,0 +1,99 @@
+"""A trl SFTTrainer for streamed models.
+
+From trl come data preparation (chat templates, completion- and assistant-only loss), packing, optimizers, schedules,
+logging, checkpoints and data parallelism. What changes:
+
+- Gradient accumulation happens inside the engine's visits: the loop hands the model all micro-batches of an optimizer
+  step at once, and each block computes them one after the other with the matrices it dequantized once.
+- The loss comes from the model, slice by slice of the vocabulary, not from trl's fused head, which needs a dense one.
+- Recomputation is the engine's, so gradient checkpointing is off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.nn.parallel import DistributedDataParallel
+from trl import SFTConfig, SFTTrainer
+
+from hf_fedlarge.errors import ConfigError
+
+# What rests on dense logits or weights, which a streamed model has not, or would recompute its blocks once more.
+_UNSUPPORTED = {
+    "label_smoothing_factor": 0.0,
+    "loss_type": "nll",
+    "use_liger_kernel": False,
+    "activation_offloading": False,
+    "torch_compile": False,
+    "fp16": False,
+    "auto_find_batch_size": False,
+    "activation_checkpointing": False,
+}
+
+
+@dataclass
+class StreamingLoraConfig(SFTConfig):
+    """trl's SFTConfig with defaults for LoRA on a client; every argument of it may be given.
+
+    `per_device_train_batch_size` sequences are computed at a time, `gradient_accumulation_steps` times, for a step.
+    """
+
+    learning_rate: float = field(default=2e-4, metadata={"help": "LoRA wants ten times what full fine-tuning does."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "A round is short and others follow it."})
+    activation_checkpointing: bool | None = field(default=False, metadata={"help": "The engine recomputes already."})
+    report_to: str = field(default="none", metadata={"help": "Where to report; nowhere unless asked."})
+    save_steps: float = field(default=50, metadata={"help": "Steps between checkpoints, for resuming."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept while training."})
+    include_num_input_tokens_seen: str = field(default="non_padding", metadata={"help": "Counts tokens; leave it."})
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Batches of token ids are tiny."})
+
+    def __post_init__(self) -> None:
+        for name, supported in _UNSUPPORTED.items():
+            if (getattr(self, name) or supported) != supported:
+                raise ConfigError(
+                    f"--{name} {getattr(self, name)} can't be used with a streamed model, which has no dense "
+                    f"logits or weights and recomputes its blocks itself; leave it at {supported}."
+                )
+        # With a batch of one line a data set may be shorter than a batch: never drop it.
+        self.use_cpu = self.use_cpu or not torch.cuda.is_available()
+        super().__post_init__()
+
+
+class StreamingLoraTrainer(SFTTrainer):
+    """Trains the LoRA adapters of a streamed model.
+
+    Args:
+        model: from `load_package` and `attach_lora`.
+        args: the batch and accumulation it gives are computed as `engine.micro_batch_size` says afterwards.
+        kwargs: as for SFTTrainer.
+    """
+
+    def __init__(self, model: PeftModel, args: StreamingLoraConfig, **kwargs: Any) -> None:
+        model.engine.micro_batch_size = args.per_device_train_batch_size
+        args.per_device_train_batch_size *= args.gradient_accumulation_steps
+        args.gradient_accumulation_steps = 1
+        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        buffers = [name for name, _ in model.named_buffers()]
+        # Frozen weights are the same everywhere and hold placeholders: there is nothing to broadcast.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen + buffers)
+        super().__init__(model=model, args=args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The model's own loss. Across processes gradients are averaged, so their share is scaled up to a sum."""
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        loss = outputs.loss
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: a training checkpoint is no publication."""
