@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -78,17 +79,8 @@ def initial_factors(architecture: Architecture, layers: list[int], lora: LoraSet
 
 def attach_lora(model: PreTrainedModel, architecture: Architecture, lora: LoraSettings) -> PeftModel:
     """Put trainable fp32 adapters on every block of `model`, which is changed in place and wrapped."""
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        use_rslora=lora.rslora,
-        target_modules=_targets(architecture, lora),
-        fan_in_fan_out=bool(architecture.transposed),
-        task_type="CAUSAL_LM",
-    )
     with _peft_warnings():
-        return get_peft_model(model, config)
+        return get_peft_model(model, _peft_config(architecture, lora))
 
 
 def set_factors(model: PeftModel, factors: dict[str, Factors], architecture: Architecture, layers: list[int]) -> None:
@@ -119,16 +111,11 @@ def write_adapter(
 ) -> None:
     """Write PEFT's two files of an adapter in global layer numbers into `directory`, which exists."""
     layers = sorted({architecture.layer_of(f"{module}.") for module in factors})
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        use_rslora=lora.rslora,
-        target_modules=_targets(architecture, lora),
+    config = _peft_config(
+        architecture,
+        lora,
         layers_to_transform=layers,
         layers_pattern=architecture.blocks.rpartition(".")[2],
-        fan_in_fan_out=bool(architecture.transposed),
-        task_type="CAUSAL_LM",
         base_model_name_or_path=base_id,
         inference_mode=True,
     )
@@ -181,9 +168,18 @@ def _peft_warnings() -> Iterator[None]:
         yield
 
 
-def _targets(architecture: Architecture, lora: LoraSettings) -> list[str]:
-    """PEFT matches a target by suffix; full paths inside the block keep it from matching anything else."""
-    return sorted(target_linears(architecture, lora))
+def _peft_config(architecture: Architecture, lora: LoraSettings, **more: Any) -> LoraConfig:
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        # PEFT matches a target by suffix; whole paths inside the block keep it from matching anything else.
+        target_modules=sorted(target_linears(architecture, lora)),
+        fan_in_fan_out=bool(architecture.transposed),
+        task_type="CAUSAL_LM",
+        **more,
+    )
 
 
 def _renumber(module: str, architecture: Architecture, layer: int) -> str:

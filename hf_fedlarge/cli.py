@@ -221,7 +221,10 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from transformers.utils import logging
+
     from hf_fedlarge.config import load_federation
+    from hf_fedlarge.data import hide_progress
     from hf_fedlarge.rounds import run_federation
     from hf_fedlarge.trainers.launch import LAUNCHERS
 
@@ -229,6 +232,9 @@ def _run(options: argparse.Namespace) -> None:
     if options.launcher:
         config = config.model_copy(update={"launcher": options.launcher})
     output = options.output or options.federation.parent / "run"
+    # Of all the bars of all the clients, those of the training steps tell enough.
+    hide_progress()
+    logging.disable_progress_bar()
     summary = run_federation(config, output, LAUNCHERS[config.launcher], lambda line: print(line, flush=True))
     print_summary(summary)
     print(f"\n{output / 'merged'} is the merged checkpoint; {output / 'summary.json'} has all figures.")

@@ -96,6 +96,11 @@ def training_columns(dataset: Dataset) -> Dataset:
     return dataset.select_columns(list(_form(dataset, "The data set")))
 
 
+def hide_progress() -> None:
+    """Keep `datasets` from drawing a bar for each small step on each client's examples."""
+    datasets.disable_progress_bars()
+
+
 def from_rows(rows: list[dict[str, Any]]) -> Dataset:
     """Examples held in memory as a data set.
 

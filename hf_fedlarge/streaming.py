@@ -136,15 +136,15 @@ class StreamingEngine:
                 arguments |= arguments.pop(parameter.name, {})
         hidden = arguments.pop(next(iter(signature.parameters)))
         parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
-        if torch.is_grad_enabled() and (parameters or hidden.requires_grad):
+        caches = {key for key, value in arguments.items() if isinstance(value, Cache)}
+        # In evaluation a cache is meant to be filled; in training it is transformers' default, which nobody reads.
+        if torch.is_grad_enabled() and (parameters or hidden.requires_grad) and (block.training or not caches):
             # A recomputation would write to the cache a second time.
-            arguments = {key: None if isinstance(value, Cache) else value for key, value in arguments.items()}
-            if "use_cache" in arguments:
-                arguments["use_cache"] = False
+            arguments |= dict.fromkeys(caches)
             run = _Recomputation(self, block, forward, arguments)
             output = _BlockVisit.apply(run, hidden, *parameters)
             return output if run.companions is None else (output, *run.companions)
-        with self.visit(block):
+        with torch.no_grad(), self.visit(block):
             return forward(hidden, **arguments)
 
 

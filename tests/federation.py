@@ -16,6 +16,15 @@ from hf_fedlarge.tensors import Factors
 from hf_fedlarge.update import write_update
 
 LORA = LoraSettings(rank=4, alpha=8.0)
+TRAINING = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "max_length": 64,
+    "disable_tqdm": True,
+    "logging_strategy": "no",
+    "seed": 7,
+}
 
 
 def make_federation(path: Path, family: str = "llama") -> tuple[Path, Path]:

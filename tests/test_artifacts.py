@@ -233,6 +233,18 @@ def test_files_that_are_not_the_manifest_s_are_refused_by_name(tmp_path, damage,
         assert word in message
 
 
+def test_a_published_artifact_may_hold_links_and_a_card_but_nothing_else(tmp_path):
+    directory = make_artifact(tmp_path / "artifact")
+    manifest = read_manifest(directory, CheckpointManifest)
+    replace_by_link(directory / "data.bin")
+    (directory / "README.md").write_text("a card")
+    verify_files(directory, manifest, published=True)
+    flip_a_bit(tmp_path / "elsewhere")
+    assert "data.bin has the digest" in refusal(lambda: verify_files(directory, manifest, published=True))
+    (directory / "extra").write_bytes(b"")
+    assert "holds extra" in refusal(lambda: verify_files(directory, manifest, published=True))
+
+
 # Outputs
 
 

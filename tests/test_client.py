@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
-from federation import LORA, make_examples, make_federation
+from federation import LORA, TRAINING, make_examples, make_federation
 from hf_fedlarge.trainers.client import ClientArguments, train_client
 from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig, StreamingLoraTrainer
 from safetensors.torch import load_file
@@ -21,16 +21,6 @@ from hf_fedlarge.collect import aggregate_updates, start_adapter
 from hf_fedlarge.data import load_examples
 from hf_fedlarge.evaluation import encode_example
 from hf_fedlarge.package import load_package, load_tokenizer
-
-TRAINING = {
-    "max_steps": 4,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-2,
-    "max_length": 64,
-    "disable_tqdm": True,
-    "logging_strategy": "no",
-    "seed": 7,
-}
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from federation import LORA, make_examples, make_federation, make_update
+from federation import LORA, TRAINING, make_examples, make_federation, make_update
 from hf_fedlarge.trainers.client import ClientArguments, train_client
 from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig
 
@@ -10,16 +10,6 @@ from hf_fedlarge.adapters import attach_lora, get_factors, read_factors, set_fac
 from hf_fedlarge.architectures import describe, load_config
 from hf_fedlarge.collect import aggregate_updates, start_adapter
 from hf_fedlarge.package import load_package
-
-TRAINING = {
-    "max_steps": 4,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-2,
-    "max_length": 64,
-    "disable_tqdm": True,
-    "logging_strategy": "no",
-    "seed": 3,
-}
 
 
 @pytest.fixture(scope="module")

@@ -97,6 +97,11 @@ def test_fp32_gradients_equal_plain_autograd_for_any_number_of_micro_batches(pac
         assert distance(gradient, true_gradient) <= 1e-5, f"micro_batch_size={size}"
 
 
+def test_gradients_can_be_taken_in_evaluation_mode_too(package, truth):
+    streamed = with_adapter(load_package(package("llama"), dtype=torch.float32)).eval()
+    assert distance(gradient_of(streamed, some_batch())[1], truth("llama")[1]) <= 1e-5
+
+
 def assert_as_near_as_plain_bf16(package, truth, family, dtype, sizes, **options):
     """bf16's own error depends on the model (OPT's kinks: 8 %), so plain bf16 autograd is what ours is held against."""
     plain_model = with_adapter(make_dense(package(family), dtype))
@@ -335,13 +340,15 @@ def test_generate_gives_the_plain_model_s_tokens(package, family):
 
 
 @every_family
-def test_the_cache_continues_where_the_prompt_ended(package, family):
-    streamed = load_package(package(family), dtype=torch.float32)
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_cache_continues_where_the_prompt_ended(package, family, grad):
+    # Also for one who forgets no_grad: with a cache, evaluation makes no graph.
+    streamed = with_adapter(load_package(package(family), dtype=torch.float32)).eval()
     ids = torch.randint(4, 260, (2, 12), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        whole = streamed(ids).logits
-        prompt = streamed(ids[:, :9], use_cache=True)
-        rest = streamed(ids[:, 9:], past_key_values=prompt.past_key_values, use_cache=True)
+    with torch.set_grad_enabled(grad):
+        whole = streamed(input_ids=ids).logits
+        prompt = streamed(input_ids=ids[:, :9], use_cache=True)
+        rest = streamed(input_ids=ids[:, 9:], past_key_values=prompt.past_key_values, use_cache=True)
     assert prompt.past_key_values.get_seq_length() == 12
     torch.testing.assert_close(torch.cat([prompt.logits, rest.logits], dim=1), whole, rtol=1e-4, atol=1e-4)
 
