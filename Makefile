@@ -35,4 +35,4 @@ bench: .venv/demo  ## how long a client's step takes, and the memory it needs
 	$(PYTHON) -m venv .venv
 
 clean:
-	rm -rf .venv build dist *.egg-info demo/run demo/checkpoint
+	rm -rf .venv build dist *.egg-info demo/run demo/SmolLM2-135M-Instruct

@@ -2,7 +2,8 @@
 
     global checkpoint → shrink → package → client training ×N → updates → aggregate → adapter → merge → checkpoint
 
-Each stage is a function here, a command of `hf-fedlarge`, and a thin program in `scripts/` or `trainers/`.
+Each stage is a function of `hf_fedlarge.api`, a command of `hf-fedlarge`, and a thin program in `scripts/` or
+`trainers/`.
 """
 
 from __future__ import annotations
@@ -24,10 +25,8 @@ _HOME = {
     "FedLargeError": "errors",
     "load_package": "package",
     "load_tokenizer": "package",
-    "plan_shrink": "shrink",
-    "shrink": "shrink",
 }
-__all__ = ["FedLargeError", "load_package", "load_tokenizer", "plan_shrink", "shrink"]
+__all__ = ["FedLargeError", "load_package", "load_tokenizer"]
 
 
 def __getattr__(name: str) -> Any:

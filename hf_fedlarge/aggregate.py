@@ -51,7 +51,7 @@ def exact(
     Args:
         factors: each client's A (R_i, I) and B (O, R_i); ranks may differ.
         weights: (clients,) fp64, at least 0; normalised here. A client of weight 0 has no influence at all.
-        scales: what each client's product is multiplied by, `LoraEntry.scale`.
+        scales: what each client's product is multiplied by, `LoraSettings.scale`.
         rank: the result's rank. Beyond O, columns of B are zero; beyond I, rows of A are of norm 1 but no longer
             orthogonal.
         scale: what the result's product will be multiplied by.

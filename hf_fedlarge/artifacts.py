@@ -18,20 +18,19 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
 from hf_fedlarge.config import LoraSettings, Record, first_problem
 from hf_fedlarge.errors import ArtifactError, OutputError
 
-LoraEntry = LoraSettings
 MANIFEST_NAME = "fedlarge.json"
 _HUB_FILES = {".gitattributes", ".cache", "README.md", "FEDLARGE.md"}
 MAX_MANIFEST_BYTES = 16 * 2**20
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=255)]
 
 
@@ -103,7 +102,7 @@ class UpdateManifest(Manifest):
     round: Count
     package: Digest
     adapter: Digest | None
-    lora: LoraEntry
+    lora: LoraSettings
     examples: Count
     tokens: Count
     loss_before: float | None = None
@@ -129,7 +128,7 @@ class AdapterManifest(Manifest):
     parent: Digest | None
     round: Count
     layers: list[Count]
-    lora: LoraEntry
+    lora: LoraSettings
     aggregator: str | None
     weighting: str | None = None
     contributions: list[Contribution] = []
@@ -145,11 +144,10 @@ class CheckpointManifest(Manifest):
     merged: list[str]
 
 
-class _Kinds:
-    by_name: ClassVar[dict[str, type[Manifest]]] = {
-        model.model_fields["kind"].default: model
-        for model in (PackageManifest, UpdateManifest, AdapterManifest, CheckpointManifest)
-    }
+KINDS: dict[str, type[Manifest]] = {
+    model.model_fields["kind"].default: model
+    for model in (PackageManifest, UpdateManifest, AdapterManifest, CheckpointManifest)
+}
 
 
 ManifestT = TypeVar("ManifestT", bound=Manifest)
@@ -192,7 +190,7 @@ def manifest_kind(directory: Path) -> str | None:
     except (ValueError, RecursionError):
         return None
     kind = raw.get("kind") if isinstance(raw, dict) else None
-    return kind if isinstance(kind, str) and kind in _Kinds.by_name else None
+    return kind if isinstance(kind, str) and kind in KINDS else None
 
 
 def verify_files(directory: Path, manifest: Manifest, *, published: bool = False) -> None:
@@ -291,13 +289,19 @@ def staged_directory(output: Path, *, overwrite: bool = False, resume: bool = Fa
     except OSError as error:
         if not resume:
             shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, OutputError) or error.errno not in _REASONS:
+        reason = os_problem(error)
+        if isinstance(error, OutputError) or reason is None:
             raise
-        raise OutputError(f"{output} could not be written: {_REASONS[error.errno]}.") from error
+        raise OutputError(f"{output} could not be written: {reason}.") from error
     except BaseException:
         if not resume:
             shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def os_problem(error: OSError) -> str | None:
+    """What a user can mend of an operating system's error, in words; None for any other."""
+    return _REASONS.get(error.errno)
 
 
 def commit_directory(staging: Path, output: Path) -> None:
@@ -333,6 +337,7 @@ def _article(kind: str) -> str:
 _REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file may not become so large",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission denied",
     errno.EPERM: "not permitted",

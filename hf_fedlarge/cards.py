@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from hf_fedlarge.artifacts import (
     manifest_kind,
     read_manifest,
 )
+from hf_fedlarge.config import format_ranges
 from hf_fedlarge.errors import ArtifactError
 
 MARKER = "<!-- written by hf-fedlarge -->"
@@ -178,17 +178,6 @@ def read_published(directory: Path) -> PublishedManifest:
     return read_manifest(directory, PUBLISHED_KINDS[kind])
 
 
-def compress_ranges(numbers: Iterable[int]) -> str:
-    """Sorted numbers with runs written as ranges: 0, 1, 2, 4 becomes `0-2, 4`; none at all becomes `none`."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs) or "none"
-
-
 def _base_facts(base: BaseModelEntry) -> list[tuple[str, Any]]:
     local = None if _is_hub_id(base) else "none: the base was a local directory, not a Hub repository"
     return [
@@ -203,8 +192,8 @@ def _package_facts(manifest: PackageManifest, run: _Summary) -> list[tuple[str, 
     kept, every = manifest.kept_layers, [entry.layer for entry in manifest.layers]
     counts = Counter(manifest.codecs.values())
     return [
-        ("layers kept", f"{len(kept)} of {len(every)}: {compress_ranges(kept)}"),
-        ("layers dropped", compress_ranges(set(every) - set(kept))),
+        ("layers kept", f"{len(kept)} of {len(every)}: {format_ranges(kept)}"),
+        ("layers dropped", format_ranges(set(every) - set(kept))),
         ("embeddings", manifest.embeddings),
         (
             "codecs, and how many weights",
@@ -219,7 +208,7 @@ def _adapter_facts(manifest: AdapterManifest, run: _Summary) -> list[tuple[str, 
     lora = manifest.lora
     return [
         ("round", manifest.round),
-        ("layers with an adapter", f"{len(manifest.layers)}: {compress_ranges(manifest.layers)}"),
+        ("layers with an adapter", f"{len(manifest.layers)}: {format_ranges(manifest.layers)}"),
         ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, scale {lora.scale:g}{' (rsLoRA)' if lora.rslora else ''}"),
         ("LoRA targets", ", ".join(lora.targets) if lora.targets else None),
         ("aggregator", manifest.aggregator or run.aggregator),

@@ -36,6 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone; point it elsewhere so that the interpreter's last flush can't fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        from hf_fedlarge.artifacts import os_problem
+
+        reason = os_problem(error)
+        if reason is None:
+            raise
+        print(f"hf-fedlarge {options.command}: {error.filename or 'A file'}: {reason}.", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -129,7 +137,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     totals.add_row("held-out loss, package before training", f"{loss['package']:.3f}")
     totals.add_row("held-out loss, merged model", f"{loss['merged']:.3f}  ({loss['merged'] - loss['base']:+.3f})")
     totals.add_row("MB down, MB up", f"{summary['bytes_down'] / 1e6:.1f}, {summary['bytes_up'] / 1e6:.1f}")
-    totals.add_row("peak memory of a process", f"{summary['peak_memory_bytes'] / 1e6:.0f} MB")
+    totals.add_row("peak memory, server", f"{summary['peak_memory_bytes'] / 1e6:.0f} MB")
+    totals.add_row("peak memory, client", f"{summary['client_peak_memory_bytes'] / 1e6:.0f} MB")
     console.print(totals)
     sample = summary["sample"]
     if sample["prompt"]:
@@ -180,15 +189,19 @@ def _aggregate(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
+    from hf_fedlarge.artifacts import check_output
     from hf_fedlarge.hub import resolve_checkpoint
     from hf_fedlarge.merge import merge, plan_merge
+    from hf_fedlarge.tensors import CheckpointReader
 
+    if not options.dry_run:
+        check_output(options.output, options.overwrite)
     checkpoint, _ = resolve_checkpoint(options.checkpoint, options.revision)
-    plan = plan_merge(checkpoint, options.adapter)
-    print(plan.describe())
     if options.dry_run:
+        print(plan_merge(checkpoint, options.adapter).describe())
         return
-    with _progress("merging", plan.nbytes) as advance:
+    total = sum(info.nbytes for info in CheckpointReader(checkpoint).infos.values())
+    with _progress("merging", total) as advance:
         manifest = merge(checkpoint, options.adapter, options.output, overwrite=options.overwrite, progress=advance)
     print(f"{options.output}: {len(manifest.merged)} matrices merged, digest {manifest.digest[:12]}")
 
@@ -226,9 +239,10 @@ def _run(options: argparse.Namespace) -> None:
     from hf_fedlarge.config import load_federation
     from hf_fedlarge.data import hide_progress
     from hf_fedlarge.rounds import run_federation
-    from hf_fedlarge.trainers.launch import LAUNCHERS
+    from hf_fedlarge.trainers.launch import LAUNCHERS, check_training
 
     config = load_federation(options.federation)
+    check_training(config.training)
     if options.launcher:
         config = config.model_copy(update={"launcher": options.launcher})
     output = options.output or options.federation.parent / "run"

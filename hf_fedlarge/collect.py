@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from hf_fedlarge.adapters import initial_factors, read_factors, write_adapter
+from hf_fedlarge.adapters import initial_factors, read_factors, target_linears, write_adapter
 from hf_fedlarge.aggregate import AGGREGATORS
 from hf_fedlarge.architectures import Architecture, describe
 from hf_fedlarge.artifacts import (
@@ -26,7 +29,7 @@ from hf_fedlarge.config import LoraSettings
 from hf_fedlarge.errors import ArtifactError, ConfigError, UpdateRefusedError
 from hf_fedlarge.package import package_config
 from hf_fedlarge.tensors import Factors
-from hf_fedlarge.update import Expected, client_name, validate_update
+from hf_fedlarge.update import Asked, Expected, client_name, read_update, validate_update
 
 WEIGHTINGS = ("tokens", "examples")
 
@@ -75,9 +78,13 @@ def aggregate_updates(
     weighting: str = "tokens",
     round_number: int | None = None,
     min_updates: int = 1,
+    asked: Mapping[Path, Asked] | None = None,
     overwrite: bool = False,
 ) -> Collected:
     """Validate updates and aggregate those that pass into an adapter in global layer numbers.
+
+    The previous adapter says which LoRA settings and which round the updates must have. Without one it is what most
+    of the updates' manifests agree on, so that one bad client can't decide it; see `_majority`.
 
     Args:
         updates: update directories; a client may send one.
@@ -86,8 +93,9 @@ def aggregate_updates(
         aggregator: a name in `aggregate.AGGREGATORS`.
         previous: the adapter the clients started from; None: they started by themselves.
         weighting: `tokens` or `examples`; how much a client counts.
-        round_number: the round they must be for; None: that of the first valid one.
+        round_number: the round they must be for; None: the one after `previous`, or that of the majority.
         min_updates: fewer valid updates than this make no adapter.
+        asked: for each of `updates`, whose it must be and the most that client can have trained on; None: not known.
         overwrite: replace an adapter that is there already.
 
     Raises:
@@ -106,20 +114,22 @@ def aggregate_updates(
     small = read_manifest(package, PackageManifest)
     architecture = describe(package_config(package))
     parent = _read_previous(previous, small) if previous else None
+    if parent:
+        lora, number = parent.lora, parent.round + 1 if round_number is None else round_number
+    else:
+        lora, number = _majority(updates, small, architecture, round_number)
 
     accepted: list[tuple[Path, UpdateManifest]] = []
     refused: list[tuple[str, str]] = []
     for directory in updates:
+        whose = asked[directory] if asked else None
+        expected = Expected(small, architecture, lora, number, parent.digest if parent else None, whose)
         try:
-            # Without a previous adapter the first valid update says which settings this round has.
-            lora = parent.lora if parent else accepted[0][1].lora if accepted else _own_settings(directory)
-            number = round_number if round_number is not None or not accepted else accepted[0][1].round
-            expected = Expected(small, architecture, lora, number, parent.digest if parent else None)
             manifest = validate_update(directory, expected)
             if manifest.client in {other.client for _, other in accepted}:
                 raise UpdateRefusedError(f"{manifest.client} refused: it sent more than one update; the first counts.")
         except UpdateRefusedError as error:
-            refused.append((client_name(directory), str(error)))
+            refused.append((whose.client if whose else client_name(directory), str(error)))
         else:
             accepted.append((directory, manifest))
     if len(accepted) < min_updates:
@@ -132,7 +142,6 @@ def aggregate_updates(
     accepted.sort(key=lambda item: item[1].client)
     weights = torch.tensor([getattr(manifest, weighting) for _, manifest in accepted], dtype=torch.float64)
     weights /= weights.sum()
-    lora = accepted[0][1].lora
     all_factors = [read_factors(directory) for directory, _ in accepted]
     result: dict[str, Factors] = {}
     energy = dropped = 0.0
@@ -168,11 +177,30 @@ def aggregate_updates(
     return Collected(_write(output, result, manifest, architecture, overwrite), tuple(refused))
 
 
-def _own_settings(directory: Path) -> LoraSettings:
-    try:
-        return read_manifest(directory, UpdateManifest).lora
-    except ArtifactError as error:
-        raise UpdateRefusedError(f"{directory.name} refused: {error}") from error
+def _majority(
+    updates: list[Path], package: PackageManifest, architecture: Architecture, round_number: int | None
+) -> tuple[LoraSettings, int | None]:
+    """The LoRA settings and the round, together, of most clients whose manifest fits what is known.
+
+    Votes for another package, for another round than `round_number`, or for targets that the model lacks don't count.
+    A tie goes to what comes first as canonical JSON, whatever the order of `updates`. Without a vote every update
+    will be refused before its settings are looked at.
+    """
+    choices: dict[str, tuple[LoraSettings, int]] = {}
+    votes: set[tuple[str, str]] = set()
+    for directory in updates:
+        try:
+            manifest = read_update(directory)
+            target_linears(architecture, manifest.lora)
+        except (ArtifactError, ConfigError):
+            continue  # `validate_update` will name it
+        if manifest.package == package.digest and manifest.adapter is None and round_number in (None, manifest.round):
+            choice = json.dumps([manifest.lora.model_dump(), manifest.round], sort_keys=True)
+            choices[choice] = manifest.lora, manifest.round
+            votes.add((manifest.client, choice))
+    counts = Counter(choice for _, choice in votes)
+    winner = min(counts, key=lambda choice: (-counts[choice], choice), default=None)
+    return choices[winner] if winner is not None else (LoraSettings(), round_number)
 
 
 def _read_previous(previous: Path, small: PackageManifest) -> AdapterManifest:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hf_fedlarge.errors import ConfigError
 
@@ -33,16 +34,27 @@ class LoraSettings(Record):
     A module's product B A counts `scale` times: alpha / r, or alpha / sqrt(r).
     """
 
-    rank: Annotated[int, Field(ge=1)] = 16
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    rank: Annotated[int, Field(ge=1, le=2**16)] = 16
+    alpha: Annotated[float, Field(gt=0, le=2**20)] = 32.0
     rslora: bool = False
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    targets: list[str] | None = None
+    targets: Annotated[list[str], Field(min_length=1)] | None = None
 
     @property
     def scale(self) -> float:
         """The factor before B A x (rsLoRA: arXiv 2312.03732)."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+def format_ranges(numbers: Iterable[int]) -> str:
+    """Sorted numbers with runs written as ranges: 0, 1, 2, 4 becomes `0-2, 4`; none at all becomes `none`."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs) or "none"
 
 
 def parse_layers(text: str | float | list[int], total: int) -> list[int] | int:
@@ -80,14 +92,26 @@ def parse_layers(text: str | float | list[int], total: int) -> list[int] | int:
     return sorted(layers)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: `5e-4` is a number, which YAML 1.1 takes for a word."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 class DataConfig(Record):
     """Where the examples come from and how they are split among clients.
 
-    `source` is a file, a `datasets` Hub id or `stdlib`; `split` is `column` (one client a value of `column`), `iid` or
-    `dirichlet` (label skew over `column`). A share of each client's examples is held out for evaluation.
+    `source` is a file, a `datasets` Hub id (with its `hub_split` and `hub_revision`) or `stdlib`; `split` is `column`
+    (one client a value of `column`), `iid` or `dirichlet` (label skew over `column`). A share of each client's
+    examples is held out for evaluation.
     """
 
     source: str
+    hub_split: str = "train"
+    hub_revision: str | None = None
     split: Literal["column", "iid", "dirichlet"] = "iid"
     column: str | None = None
     clients: list[str] | Annotated[int, Field(ge=1)] | None = None
@@ -121,6 +145,12 @@ class FederationConfig(Record):
     eval_examples: Annotated[int, Field(ge=1)] | None = None
     sample_prompt: str | None = None
 
+    @model_validator(mode="after")
+    def _quorum_can_be_reached(self) -> Self:
+        if self.cohort is not None and self.min_updates > self.cohort:
+            raise ValueError(f"min_updates is {self.min_updates}, but a cohort has only {self.cohort} clients")
+        return self
+
 
 def load_federation(path: Path) -> FederationConfig:
     """Read and check a federation file.
@@ -131,7 +161,7 @@ def load_federation(path: Path) -> FederationConfig:
     if not path.is_file():
         raise ConfigError(f"{path} is not a file; expected a federation in YAML.")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(raw, dict):

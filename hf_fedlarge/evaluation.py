@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from hf_fedlarge.adapters import attach_lora, plug_in, read_factors, set_factors
-from hf_fedlarge.architectures import load_config
-from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, manifest_kind, read_manifest
+from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, manifest_kind, read_manifest, verify_files
 from hf_fedlarge.errors import ArtifactError, DataError
-from hf_fedlarge.package import load_package, load_tokenizer
+from hf_fedlarge.package import load_package, load_tokenizer, stream_checkpoint
+from hf_fedlarge.tensors import checkpoint_digest
 
 IGNORED = -100
 
@@ -43,6 +43,7 @@ def evaluate(
     max_length: int = 1024,
     batch_size: int = 8,
     assistant_only: bool = False,
+    verify: bool = True,
 ) -> Evaluation:
     """Evaluate a package or a checkpoint directory on `data`.
 
@@ -53,12 +54,13 @@ def evaluate(
         max_length: tokens an example is cut at.
         batch_size: examples computed together.
         assistant_only: count only what the assistant says in `messages`.
+        verify: check digests first, the adapter's against its base's among them; the base is read whole for it.
 
     Raises:
         ArtifactError: not a model, or an adapter of another one.
         DataError: no labelled token.
     """
-    model = load_model(model_dir, adapter)
+    model = load_model(model_dir, adapter, verify=verify)
     return evaluate_model(
         model,
         load_tokenizer(model_dir),
@@ -69,36 +71,45 @@ def evaluate(
     )
 
 
-def load_model(model_dir: Path, adapter: Path | None = None) -> torch.nn.Module:
-    """A package, streamed, or a checkpoint, whole in memory; with an adapter of ours plugged in if one is given.
+def load_model(model_dir: Path, adapter: Path | None = None, *, verify: bool = True) -> torch.nn.Module:
+    """A package or a checkpoint, its blocks streamed, with an adapter of ours plugged in if one is given.
+
+    Args:
+        model_dir: a package of ours, or any Hugging Face checkpoint with safetensors.
+        adapter: an adapter of ours of the same base. A package takes what concerns the layers that it kept.
+        verify: check digests first.
 
     Raises:
-        ArtifactError: neither a package nor a checkpoint, or the adapter is of another base or package.
+        ArtifactError: neither a package nor a checkpoint, damaged, or the adapter is of another base.
     """
-    manifest = read_manifest(adapter, AdapterManifest) if adapter else None
-    if manifest_kind(model_dir) == "package":
-        package = read_manifest(model_dir, PackageManifest)
-        if manifest and manifest.base.digest != package.base.digest:
-            raise ArtifactError(
-                f"{adapter} belongs to the base {manifest.base.digest[:12]}…, but {model_dir} was shrunk from "
-                f"{package.base.digest[:12]}…; give the adapter of the same base."
-            )
-        model = load_package(model_dir)
-        if adapter is None:
-            return model
-        layers = package.kept_layers
-        # A layer that the package dropped has nowhere to go; the rest of the adapter is evaluated.
-        factors = {
-            module: pair
-            for module, pair in read_factors(adapter).items()
-            if model.architecture.layer_of(f"{module}.") in layers
-        }
-        wrapped = attach_lora(model, model.architecture, manifest.lora)
-        set_factors(wrapped, factors, model.architecture, layers)
-        return wrapped.eval()
-    load_config(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", trust_remote_code=False)
-    return (plug_in(model, adapter) if adapter else model).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    is_package = manifest_kind(model_dir) == "package"
+    manifest = None
+    if adapter:
+        manifest = read_manifest(adapter, AdapterManifest)
+        if verify:
+            verify_files(adapter, manifest, published=True)
+            base = read_manifest(model_dir, PackageManifest).base.digest if is_package else checkpoint_digest(model_dir)
+            if manifest.base.digest != base:
+                raise ArtifactError(
+                    f"{adapter} belongs to the base {manifest.base.digest[:12]}…, but {model_dir} is of {base[:12]}…; "
+                    "give the adapter of the same base."
+                )
+    if not is_package:
+        model = stream_checkpoint(model_dir, device=device)
+        return (plug_in(model, adapter) if adapter else model).eval()
+    model = load_package(model_dir, device=device, verify=verify)
+    if manifest is None:
+        return model
+    layers = model.package.kept_layers
+    factors = {
+        module: pair
+        for module, pair in read_factors(adapter).items()
+        if model.architecture.layer_of(f"{module}.") in layers
+    }
+    wrapped = attach_lora(model, model.architecture, manifest.lora)
+    set_factors(wrapped, factors, model.architecture, layers)
+    return wrapped.eval()
 
 
 @torch.no_grad()

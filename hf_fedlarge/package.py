@@ -1,37 +1,52 @@
-"""Load a package as a Hugging Face model whose frozen weights stay compressed and memory-mapped."""
+"""Load a package, or a full checkpoint, as a Hugging Face model whose frozen weights stay memory-mapped as stored."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from hf_fedlarge.architectures import describe, empty_model, logit_transform
+from hf_fedlarge.architectures import describe, empty_model, load_config, logit_transform
 from hf_fedlarge.artifacts import PackageManifest, read_manifest, verify_files
 from hf_fedlarge.errors import ArtifactError
 from hf_fedlarge.loss import StreamedHead
 from hf_fedlarge.quantize import FrozenWeight, decode
 from hf_fedlarge.streaming import attach
+from hf_fedlarge.tensors import CheckpointReader
 
 
 class MappedTensors:
-    """The tensors of an artifact's safetensors files by name, memory-mapped for as long as they are referenced."""
+    """The tensors of a directory's safetensors files by name, memory-mapped for as long as they are referenced.
 
-    def __init__(self, directory: Path, files: list[str]) -> None:
+    Args:
+        directory: where the files are.
+        files: their names.
+        stored: parameter name → the name it is stored under, where they differ.
+    """
+
+    def __init__(self, directory: Path, files: list[str], stored: dict[str, str] | None = None) -> None:
         self._handles = {}
         for file in files:
             handle = safe_open(directory / file, framework="pt")
             self._handles |= dict.fromkeys(handle.keys(), handle)
+        self._stored = stored or {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        name = self._stored.get(name, name)
         return self._handles[name].get_tensor(name)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._handles
+        return self._stored.get(name, name) in self._handles
 
 
 def load_package(
@@ -59,27 +74,65 @@ def load_package(
         ArtifactError: not a package, or damaged.
         ArchitectureError: a family that can't be streamed.
     """
-    directory, device = Path(directory), torch.device(device)
+    directory = Path(directory)
     manifest = read_manifest(directory, PackageManifest)
     if verify:
         verify_files(directory, manifest, published=True)
-    config = package_config(directory)
-    architecture = describe(config)
     tensors = MappedTensors(directory, [name for name in manifest.files if name.endswith(".safetensors")])
-    model = empty_model(config, dtype)
+    model = _assemble(directory, package_config(directory), tensors, manifest.codecs, dtype, device, micro_batch_size)
+    model.package = manifest
+    return model
 
+
+def stream_checkpoint(
+    directory: Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """A full checkpoint as a model that streams its blocks, so that a model larger than memory can be evaluated.
+
+    Args:
+        directory: a checkpoint with safetensors.
+        dtype: of the computation; None: the checkpoint's own.
+        device: where to compute.
+
+    Raises:
+        ArtifactError: not a whole checkpoint.
+        ArchitectureError: a family that can't be streamed.
+    """
+    config = load_config(directory)
+    architecture = describe(config)
+    reader = CheckpointReader(directory)
+    stored = architecture.tensor_names(reader.infos, directory)
+    tensors = MappedTensors(directory, reader.files, stored)
+    ends = {f"{architecture.embedding}.weight", f"{architecture.head}.weight"}
+    matrices = {name for layer in range(architecture.layers) for name in architecture.linear_weights(layer)}
+    codecs = dict.fromkeys(matrices | (ends & set(architecture.parameters)), "dense")
+    return _assemble(directory, config, tensors, codecs, dtype or config.dtype or torch.float32, device)
+
+
+def _assemble(
+    directory: Path,
+    config: PretrainedConfig,
+    tensors: MappedTensors,
+    codecs: dict[str, str],
+    dtype: torch.dtype,
+    device: str | torch.device,
+    micro_batch_size: int | None = None,
+) -> PreTrainedModel:
+    """An empty model with its vectors filled in, whose matrices stream from `tensors`."""
+    device = torch.device(device)
+    architecture = describe(config)
+    model = empty_model(config, dtype)
     weights: dict[str, FrozenWeight] = {}
     for name, shape in architecture.parameters.items():
         if name not in tensors:
-            raise ArtifactError(f"{directory} lacks the tensor {name}; make the package again.")
-        codec = manifest.codecs.get(name)
+            raise ArtifactError(f"{directory} lacks the tensor {name}; make or fetch it again.")
+        codec = codecs.get(name)
         if codec is None:
             _set_parameter(model, name, tensors[name].to(device, dtype))
             continue
-        weights[name] = decode(name, codec, tensors)
-        stored = tuple(reversed(shape)) if architecture.is_transposed(name) else shape
-        if weights[name].shape != stored:
-            raise ArtifactError(f"{directory} holds {name} as {weights[name].shape}; expected {stored}.")
+        # A checkpoint keeps GPT-2's matrices as the model has them, a package as bitsandbytes wants them.
+        turned = architecture.is_transposed(name) and codec != "dense"
+        weights[name] = decode(name, codec, tensors, shape=(shape[1], shape[0]) if turned else shape)
     for buffer_name, buffer in model.named_buffers():
         module, _, leaf = buffer_name.rpartition(".")
         model.get_submodule(module)._buffers[leaf] = buffer.to(device)
@@ -88,14 +141,14 @@ def load_package(
     head_name = architecture.embedding if architecture.tied else architecture.head
     bias = head_module.bias.data if head_module.bias is not None else None
     head = StreamedHead(weights[f"{head_name}.weight"], bias, logit_transform(config), dtype, device)
-    engine = attach(model, architecture, weights, head, device, micro_batch_size)
+    model.engine = attach(model, architecture, weights, head, device, micro_batch_size)
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    model.engine, model.package, model.architecture = engine, manifest, architecture
+    model.architecture = architecture
     return model
 
 
-def package_config(directory: Path) -> Any:
+def package_config(directory: Path) -> PretrainedConfig:
     """The transformers configuration of a package, without its note on quantization, which stock loaders read."""
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if hasattr(config, "quantization_config"):

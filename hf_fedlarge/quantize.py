@@ -14,19 +14,23 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import bitsandbytes.functional as bnb
 import torch
 from bitsandbytes.cextension import lib as _native
+
+from hf_fedlarge.errors import ArtifactError
 
 BLOCK = 64
 NESTED_BLOCK = 256
 # The quantization state is JSON whose length varies with its digits. Trailing blanks make it known in advance.
 _STATE_BYTES = 256
 _NF4_STATE = "quant_state.bitsandbytes__nf4"
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _KERNELS = {
     dtype: kernel
     for dtype, name in (
@@ -231,16 +235,7 @@ def encode(
     scales = torch.cat(absmax)
     offset = scales.mean()
     codes, nested = bnb.quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
-    state = {
-        "quant_type": "nf4",
-        "blocksize": BLOCK,
-        "dtype": "bfloat16",
-        "shape": list(shape),
-        "nested_blocksize": NESTED_BLOCK,
-        "nested_dtype": "float32",
-        "nested_offset": offset.item(),
-    }
-    text = json.dumps(state).encode().ljust(_STATE_BYTES)
+    text = json.dumps(_state(shape, offset.item())).encode().ljust(_STATE_BYTES)
     assert len(text) == _STATE_BYTES
     return {
         f"{name}.nested_absmax": nested.absmax,
@@ -259,19 +254,95 @@ class TensorSource(Protocol):
         """The stored tensor `name`."""
         ...
 
+    def __contains__(self, name: str) -> bool:
+        """Whether there is one."""
+        ...
 
-def decode(name: str, codec: str, tensors: TensorSource) -> FrozenWeight:
-    """The matrix `name`, over the stored tensors as they are (memory-mapped ones stay so)."""
+
+def decode(name: str, codec: str, tensors: TensorSource, *, shape: tuple[int, int] | None = None) -> FrozenWeight:
+    """The matrix `name`, over the stored tensors as they are (memory-mapped ones stay so).
+
+    Every part is checked here, because the C kernel is not told how long they are.
+
+    Args:
+        name: the parameter's name.
+        codec: `nf4`, `int8` or `dense`, which may be of any float dtype.
+        tensors: where its parts are.
+        shape: the rows and columns that it must have; None: any.
+
+    Raises:
+        ArtifactError: a part is missing or is not what `encode` makes of a matrix of that shape.
+    """
+    if codec == "nf4":
+        found, offset = _read_state(name, tensors)
+    else:
+        found = tuple(_stored(name, tensors).shape)
+    if len(found) != 2 or shape not in (None, found):
+        raise ArtifactError(
+            f"The matrix {name} has the shape {found}; expected {shape or 'two dimensions'}: make its artifact again."
+        )
     if codec == "dense":
-        return DenseWeight(tensors[name])
+        return DenseWeight(_stored(name, tensors, _FLOATS))
+    parts = {
+        part: _stored(part, tensors, (dtype,), part_shape)
+        for part, (dtype, part_shape) in encoded_infos(name, found, codec).items()
+    }
     if codec == "int8":
-        return Int8Weight(tensors[name], tensors[f"{name}_scale"])
-    state = json.loads(bytes(tensors[f"{name}.{_NF4_STATE}"].tolist()))
+        return Int8Weight(parts[name], parts[f"{name}_scale"])
     return Nf4Weight(
-        shape=tuple(state["shape"]),
-        packed=tensors[name],
-        absmax=tensors[f"{name}.absmax"],
-        nested_code=tensors[f"{name}.nested_quant_map"],
-        nested_absmax=tensors[f"{name}.nested_absmax"],
-        offset=state["nested_offset"],
+        shape=found,
+        packed=parts[name],
+        absmax=parts[f"{name}.absmax"],
+        nested_code=parts[f"{name}.nested_quant_map"],
+        nested_absmax=parts[f"{name}.nested_absmax"],
+        offset=offset,
     )
+
+
+def _stored(
+    part: str,
+    tensors: TensorSource,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+    shape: tuple[int, ...] | None = None,
+) -> torch.Tensor:
+    """The stored tensor `part`, of one of `dtypes` and of `shape` (None: any)."""
+    if part not in tensors:
+        raise ArtifactError(f"The tensor {part} is missing; expected it beside the others: make its artifact again.")
+    tensor = tensors[part]
+    found = tuple(tensor.shape)
+    if (dtypes and tensor.dtype not in dtypes) or shape not in (None, found):
+        wanted = " or ".join(map(str, dtypes or ()))
+        raise ArtifactError(
+            f"The tensor {part} is {tensor.dtype} {found}; expected {wanted} {shape or found}: make its artifact again."
+        )
+    return tensor
+
+
+def _state(shape: tuple[int, int], offset: float) -> dict[str, Any]:
+    """What bitsandbytes wants to know of a matrix in NF4; all but the arguments is the same for every matrix."""
+    return {
+        "quant_type": "nf4",
+        "blocksize": BLOCK,
+        "dtype": "bfloat16",
+        "shape": list(shape),
+        "nested_blocksize": NESTED_BLOCK,
+        "nested_dtype": "float32",
+        "nested_offset": offset,
+    }
+
+
+def _read_state(name: str, tensors: TensorSource) -> tuple[tuple[int, int], float]:
+    """(shape, offset) of a matrix in NF4 whose stored state says nothing else than ours would."""
+    part = f"{name}.{_NF4_STATE}"
+    text = bytes(_stored(part, tensors, (torch.uint8,), (_STATE_BYTES,)).tolist())
+    try:
+        state = json.loads(text)
+    except ValueError as error:
+        raise ArtifactError(f"The tensor {part} is not JSON ({error}); make its artifact again.") from error
+    match state:
+        case {"shape": [int(rows), int(columns)], "nested_offset": float(offset)} if (
+            rows > 0 and columns > 0 and math.isfinite(offset) and state == _state((rows, columns), offset)
+        ):
+            return (rows, columns), offset
+    expected = _state((1, 1), 0.0) | {"shape": "[rows, columns]", "nested_offset": "a finite number"}
+    raise ArtifactError(f"The tensor {part} holds {state}; expected {expected}: make its artifact again.")

@@ -21,9 +21,8 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
+import math
 import shutil
-import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -34,6 +33,8 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
+from hf_fedlarge.adapters import target_linears
+from hf_fedlarge.architectures import describe, load_config
 from hf_fedlarge.artifacts import (
     AdapterManifest,
     CheckpointManifest,
@@ -45,16 +46,18 @@ from hf_fedlarge.artifacts import (
     write_json,
 )
 from hf_fedlarge.collect import aggregate_updates, start_adapter
-from hf_fedlarge.config import FederationConfig
-from hf_fedlarge.data import concatenate, load_examples, training_columns, write_jsonl
-from hf_fedlarge.errors import ConfigError, FedLargeError, OutputError, UpdateRefusedError
+from hf_fedlarge.config import DataConfig, FederationConfig
+from hf_fedlarge.data import STDLIB, concatenate, load_examples, training_columns, write_jsonl
+from hf_fedlarge.errors import ArtifactError, ConfigError, FedLargeError, OutputError, UpdateRefusedError
 from hf_fedlarge.evaluation import as_record, evaluate, generate_text, load_model
 from hf_fedlarge.hub import resolve_checkpoint
+from hf_fedlarge.memory import peak_memory_bytes
 from hf_fedlarge.merge import merge
 from hf_fedlarge.package import load_tokenizer
 from hf_fedlarge.partition import hold_out, split_by_config
 from hf_fedlarge.plan import CheckIn, sample_cohort
 from hf_fedlarge.shrink import plan_shrink, shrink
+from hf_fedlarge.update import Asked
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +76,7 @@ class ClientJob:
     training: dict[str, Any]
 
 
+DEFAULT_MAX_LENGTH = 1024  # of SFTConfig
 Train = Callable[[ClientJob], None]
 Report = Callable[[str], None]
 
@@ -109,14 +113,15 @@ class _Federation:
 
     def __init__(self, config: FederationConfig, run: Path, train: Train, report: Report) -> None:
         self.config, self.run, self.train, self.report = config, run, train, report
-        self.checkpoint, self.revision = resolve_checkpoint(config.checkpoint, config.revision)
+        self.settings = config.model_dump(mode="json")
         self.package = run / "package"
 
     def run_to_end(self) -> dict[str, Any]:
         self._check_settings()
+        plan = plan_shrink(self.checkpoint, keep_layers=self.config.keep_layers, embeddings=self.config.embeddings)
+        target_linears(describe(load_config(self.checkpoint)), self.config.lora)
         self._check_in()
         if not self.package.exists():
-            plan = plan_shrink(self.checkpoint, keep_layers=self.config.keep_layers, embeddings=self.config.embeddings)
             self.report(plan.describe())
             base_id = self.config.base_id or (self.config.checkpoint if self.revision else None)
             shrink(plan, self.package, base_id=base_id, revision=self.revision)
@@ -131,29 +136,38 @@ class _Federation:
         return self._finish(package)
 
     def _check_settings(self) -> None:
+        """A rerun must have the settings of the run, and goes on with the revision that the run began with."""
         path = self.run / "federation.json"
-        settings = self.config.model_dump(mode="json")
-        if path.exists():
-            found = json.loads(path.read_text())
+        found = json.loads(path.read_text()) if path.exists() else None
+        if found is not None:
             # More rounds may be asked for, and another way to start clients: neither changes what was committed.
             changed = sorted(
                 key
-                for key in settings.keys() | found.keys()
-                if key not in ("rounds", "launcher") and settings.get(key) != found.get(key)
+                for key in (self.settings.keys() | found["settings"].keys()) - {"rounds", "launcher"}
+                if self.settings.get(key) != found["settings"].get(key)
             )
             if changed:
                 raise ConfigError(
                     f"{self.run} was run with other settings for {', '.join(changed)}; choose another --output."
                 )
-        write_json(path, settings)
+        revision = found["revision"] if found else self.config.revision
+        self.checkpoint, self.revision = resolve_checkpoint(self.config.checkpoint, revision)
 
     def _check_in(self) -> None:
-        """Split the data among simulated clients, once; each says how many examples it has."""
+        """Split the data among simulated clients, once; each says how many examples it has.
+
+        The settings become the run's here, after all of them have been read and found good.
+        """
         path = self.run / "check_ins.json"
         if path.exists():
             return
         settings = self.config.data
-        clients = split_by_config(load_examples(settings.source), settings, self.config.seed)
+        local = {} if settings.source == STDLIB or Path(settings.source).exists() else _hub_options(settings)
+        clients = split_by_config(load_examples(settings.source, **local), settings, self.config.seed)
+        needed = max(self.config.cohort or 1, self.config.min_updates)
+        if len(clients) < needed:
+            raise ConfigError(f"The data makes {len(clients)} clients; {needed} are wanted in a round.")
+        write_json(self.run / "federation.json", {"settings": self.settings, "revision": self.revision})
         together, check_ins = [], []
         for name, examples in clients.items():
             if settings.max_examples and settings.max_examples < len(examples):
@@ -184,6 +198,7 @@ class _Federation:
     def _run_round(self, number: int, package: PackageManifest) -> None:
         started = time.monotonic()
         check_ins = [CheckIn(**entry) for entry in json.loads((self.run / "check_ins.json").read_text())]
+        examples = {check_in.client: check_in.examples for check_in in check_ins}
         cohort = sample_cohort(check_ins, self.config.cohort, self.config.seed, number, package.total_bytes)
         self.report(f"round {number}: {', '.join(cohort)}")
         work = self._round(number).with_name(f".{number:04d}.work")
@@ -200,6 +215,7 @@ class _Federation:
                     self.report(f"  {client} did not train: {error}")
                     continue
             updates.append(update)
+            self.report(f"  {client}: {_outcome(update)}")
         if not updates:
             raise UpdateRefusedError(f"Round {number}: no client trained. {' '.join(cause for _, cause in refused)}")
         with staged_directory(self._round(number)) as staging:
@@ -212,6 +228,7 @@ class _Federation:
                 weighting=self.config.weighting,
                 round_number=number,
                 min_updates=self.config.min_updates,
+                asked={update: self._asked(update.name, examples[update.name]) for update in updates},
             )
             refused.extend(collected.refused)
             for client, cause in collected.refused:
@@ -225,6 +242,7 @@ class _Federation:
                 **losses,
                 "energy_dropped": collected.manifest.energy_dropped,
                 "seconds": round(time.monotonic() - started, 1),
+                **_peaks(updates),
                 "clients": [entry.model_dump() for entry in collected.manifest.contributions],
                 "refused": [{"client": client, "reason": cause} for client, cause in refused],
             }
@@ -252,7 +270,8 @@ class _Federation:
             "bytes_up": sum(entry["bytes_up"] for entry in rounds),
             "package_bytes": package.total_bytes,
             "seconds": round(sum(entry["seconds"] for entry in rounds), 1),
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": max(entry["peak_memory_bytes"] for entry in rounds),
+            "client_peak_memory_bytes": max(entry["client_peak_memory_bytes"] for entry in rounds),
             "aggregator": self.config.aggregator,
             "data": self.config.data.source,
             "held_out_examples": len(self._held_out()),
@@ -266,24 +285,39 @@ class _Federation:
         write_json(self.run / "summary.json", summary)
         return summary
 
-    def _traffic(self, number: int, updates: list[Path], package: PackageManifest) -> dict[str, int]:
+    def _traffic(self, number: int, updates: list[Path], package: PackageManifest) -> dict[str, Any]:
         """Bytes that a real network would carry: the package once a client, the adapter down and the update up."""
         adapter = read_manifest(self._adapter(number - 1), AdapterManifest).total_bytes
-        earlier = {
-            entry["client"]
+        have = {
+            name
             for past in range(1, number)
-            for entry in json.loads((self._round(past) / "round.json").read_text())["clients"]
+            for name in json.loads((self._round(past) / "round.json").read_text())["bytes_by_client"]
         }
-        names = [read_manifest(update, UpdateManifest).client for update in updates]
-        new = sum(name not in earlier for name in names)
-        up = sum(path.stat().st_size for update in updates for path in update.iterdir())
-        down = adapter * len(names) + package.total_bytes * new
+        by_client = {
+            update.name: {
+                "down": adapter + (0 if update.name in have else package.total_bytes),
+                "up": sum(path.stat().st_size for path in update.iterdir()),
+            }
+            for update in updates
+        }
+        down, up = (sum(entry[way] for entry in by_client.values()) for way in ("down", "up"))
         return {
+            "bytes_by_client": by_client,
             "bytes_down": down,
             "bytes_up": up,
-            "bytes_down_per_client": down // len(names),
-            "bytes_up_per_client": up // len(names),
+            "bytes_down_per_client": down // len(updates),
+            "bytes_up_per_client": up // len(updates),
         }
+
+    def _asked(self, client: str, examples: int) -> Asked:
+        """What a client can have trained on at the most: its examples, as often as the training arguments say."""
+        training = self.config.training
+        longest = training.get("max_length", DEFAULT_MAX_LENGTH)
+        batch = training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1)
+        steps = training.get("max_steps", -1)
+        passes = math.ceil(training.get("num_train_epochs", 3))
+        sequences = steps * batch if steps > 0 else passes * examples
+        return Asked(client=client, examples=examples, tokens=sequences * longest)
 
     def _job(self, client: str, number: int, output: Path) -> ClientJob:
         home = self.run / "clients" / client
@@ -313,16 +347,17 @@ class _Federation:
             model,
             self._held_out(),
             adapter=adapter,
-            max_length=training.get("max_length", 1024),
+            max_length=training.get("max_length", DEFAULT_MAX_LENGTH),
             batch_size=training.get("per_device_eval_batch_size", 8),
             assistant_only=training.get("assistant_only_loss", False),
+            verify=False,  # both were made or checked by this run
         )
         return as_record(evaluation)["loss"]
 
     def _sample(self, model: Path) -> str | None:
         if self.config.sample_prompt is None:
             return None
-        return generate_text(load_model(model), load_tokenizer(model), self.config.sample_prompt)
+        return generate_text(load_model(model, verify=False), load_tokenizer(model), self.config.sample_prompt)
 
     def _round(self, number: int) -> Path:
         return self.run / "rounds" / f"{number:04d}"
@@ -331,7 +366,33 @@ class _Federation:
         return self._round(number) / "adapter"
 
 
-def peak_memory_bytes() -> int:
-    """The largest resident size so far of this process or of one that it started, mapped pages included."""
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return peak if sys.platform == "darwin" else peak * 1024
+def _measured(update: Path) -> dict[str, float]:
+    """What a client's process measured; nothing where its manifest can't be read, which validation will say."""
+    try:
+        return read_manifest(update, UpdateManifest).measured
+    except ArtifactError:
+        return {}
+
+
+def _peaks(updates: list[Path]) -> dict[str, int]:
+    """The largest resident size so far of this process, and of a client's, which in-process is the same one."""
+    clients = max(int(_measured(update).get("peak_memory_bytes", 0)) for update in updates)
+    return {"peak_memory_bytes": max(peak_memory_bytes(), clients), "client_peak_memory_bytes": clients}
+
+
+def _outcome(update: Path) -> str:
+    """A trained client in a few words."""
+    try:
+        manifest = read_manifest(update, UpdateManifest)
+    except ArtifactError as error:
+        return str(error)
+    if manifest.loss_before is None or manifest.loss_after is None:
+        loss = "loss not evaluated"
+    else:
+        loss = f"its held-out loss {manifest.loss_before:.3f} → {manifest.loss_after:.3f}"
+    seconds, peak = (manifest.measured.get(name, 0) for name in ("seconds", "peak_memory_bytes"))
+    return f"{loss}, {manifest.tokens} tokens, {seconds:.0f} s, peak memory {peak / 1e6:.0f} MB"
+
+
+def _hub_options(data: DataConfig) -> dict[str, str | None]:
+    return {"split": data.hub_split, "revision": data.hub_revision}

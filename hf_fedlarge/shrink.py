@@ -1,7 +1,7 @@
 """Shrink a checkpoint into a package: drop layers, store the rest in 4 bits, one tensor in memory at a time.
 
-Which layers go is a plan that can be printed before anything is written. Layers are dropped evenly from the middle:
-the first two and the last one carry the most (`docs/log.md`) and stay as long as the count allows. What stands in a
+Which layers go is a plan that can be printed before anything is written. Layers are dropped evenly from the middle; the
+first two and the last one stay as long as the count allows, because models stand their loss worst. What stands in a
 dropped layer's place is for the package's layer map to say; so far nothing does.
 """
 
@@ -29,7 +29,7 @@ from hf_fedlarge.artifacts import (
     write_json,
     write_manifest,
 )
-from hf_fedlarge.config import Embeddings, parse_layers
+from hf_fedlarge.config import Embeddings, format_ranges, parse_layers
 from hf_fedlarge.errors import ArtifactError, ConfigError
 from hf_fedlarge.quantize import BLOCK, Infos, encode, encoded_infos
 from hf_fedlarge.tensors import (
@@ -88,8 +88,8 @@ class ShrinkPlan:
         """The plan as a few lines of text."""
         return (
             f"{self.checkpoint}: keep {len(self.kept)} of {self.layers} layers\n"
-            f"  kept     {_ranges(self.kept)}\n"
-            f"  dropped  {_ranges(self.dropped) or 'none'}\n"
+            f"  kept     {format_ranges(self.kept)}\n"
+            f"  dropped  {format_ranges(self.dropped)}\n"
             f"  storage  {len(self.codecs)} matrices: "
             + ", ".join(
                 f"{sum(codec == wanted for codec in self.codecs.values())} {wanted}"
@@ -312,14 +312,3 @@ def _copy_companions(checkpoint: Path, staging: Path) -> None:
         for path in sorted(checkpoint.glob(pattern)):
             if path.is_file() and path.suffix != ".py":
                 shutil.copyfile(path, staging / path.name)
-
-
-def _ranges(numbers: tuple[int, ...]) -> str:
-    """Sorted numbers as `0-3,5`."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1] = [parts[-1][0], number]
-        else:
-            parts.append([number])
-    return ",".join("-".join(map(str, part)) for part in parts)

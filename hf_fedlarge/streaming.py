@@ -29,7 +29,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from hf_fedlarge.architectures import Architecture
 from hf_fedlarge.errors import ArchitectureError
 from hf_fedlarge.loss import StreamedHead, causal_loss, freeze_head
-from hf_fedlarge.quantize import FrozenWeight
+from hf_fedlarge.quantize import DenseWeight, FrozenWeight
 
 
 @dataclass
@@ -250,14 +250,12 @@ def attach(
     """
     blocks = []
     for number, block in enumerate(model.get_submodule(architecture.blocks)):
-        linears = [
-            FrozenLinear(
-                block.get_submodule(path),
-                weights[f"{architecture.blocks}.{number}.{path}.weight"],
-                path in architecture.transposed,
-            )
-            for path in architecture.linears
-        ]
+        linears = []
+        for path in architecture.linears:
+            weight = weights[f"{architecture.blocks}.{number}.{path}.weight"]
+            # What is stored dense lies as the model has it; bitsandbytes wants (out, in).
+            turned = path in architecture.transposed and not isinstance(weight, DenseWeight)
+            linears.append(FrozenLinear(block.get_submodule(path), weight, turned))
         blocks.append((block, linears))
     engine = StreamingEngine(blocks, head.dtype, device, micro_batch_size)
 

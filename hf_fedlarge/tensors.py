@@ -243,7 +243,7 @@ def checkpoint_digest(directory: Path) -> str:
 
 
 class Factors(NamedTuple):
-    """One module's LoRA matrices (arXiv 2106.09685) in fp32: the module adds `LoraEntry.scale` · B A x.
+    """One module's LoRA matrices (arXiv 2106.09685) in fp32: the module adds `LoraSettings.scale` · B A x.
 
     Attributes:
         A_RI: (rank, in) the down-projection.

@@ -9,6 +9,7 @@ is never parsed: what the adapter is stands in the manifest that the server chec
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from hf_fedlarge.adapters import (
     ADAPTER_WEIGHTS,
     expected_shapes,
     read_factors,
+    target_linears,
     tensor_shapes,
     write_adapter,
 )
@@ -33,25 +35,46 @@ from hf_fedlarge.artifacts import (
     write_manifest,
 )
 from hf_fedlarge.config import LoraSettings
-from hf_fedlarge.errors import ArtifactError, UpdateRefusedError
+from hf_fedlarge.errors import ArtifactError, ConfigError, UpdateRefusedError
 from hf_fedlarge.tensors import Factors, read_header
 
 MAX_HEADER_BYTES = 8 * 2**20
 MAX_CONFIG_BYTES = 2**20
-# What one round of one client can't exceed; beyond it a weight is a mistake or an attack.
+# What one round of one client can't exceed; beyond it a weight is a mistake or an attack. `Asked` knows better.
 MAX_EXAMPLES = 10**9
 MAX_TOKENS = 10**12
+# Frobenius norm of one A or B. Training stays below 10**3; finite factors near fp32's end have products beyond it.
+MAX_NORM = 1e6
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which client was asked for an update, and the most examples and tokens it can have trained on."""
+
+    client: str
+    examples: int
+    tokens: int
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the server knows and an update must agree with; `round` or `adapter` None: any."""
+    """What the server knows and an update must agree with.
+
+    Attributes:
+        package: the manifest of what was trained on.
+        architecture: that package's.
+        lora: the round's settings.
+        round: None: any.
+        adapter: digest of the adapter that clients started from; None: they started by themselves.
+        asked: whose update it must be; None: anybody's, up to `MAX_EXAMPLES` and `MAX_TOKENS`.
+    """
 
     package: PackageManifest
     architecture: Architecture
     lora: LoraSettings
     round: int | None = None
     adapter: str | None = None
+    asked: Asked | None = None
 
 
 def write_update(
@@ -79,16 +102,21 @@ def validate_update(directory: Path, expected: Expected) -> UpdateManifest:
     """Check everything about an update; what returns may be read with `read_factors`.
 
     Raises:
-        UpdateRefusedError: with the client (or the directory, while the client is unknown) and the cause.
+        UpdateRefusedError: with the cause, and whom it concerns: the client asked, else the client that the manifest
+            names, else the directory.
     """
     try:
-        manifest = read_manifest(directory, UpdateManifest)
+        manifest = read_update(directory)
     except ArtifactError as error:
-        raise UpdateRefusedError(f"{directory.name} refused: {error}") from error
+        name = expected.asked.client if expected.asked else directory.name
+        raise UpdateRefusedError(f"{name} refused: {error}") from error
+    asked = expected.asked or Asked(manifest.client, MAX_EXAMPLES, MAX_TOKENS)
 
     def refuse(cause: str) -> UpdateRefusedError:
-        return UpdateRefusedError(f"{manifest.client} refused: {cause}")
+        return UpdateRefusedError(f"{asked.client} refused: {cause:.1000}")
 
+    if manifest.client != asked.client:
+        raise refuse(f"its update is signed {manifest.client}; expected {asked.client}, the client that was asked.")
     package = expected.package
     if manifest.package != package.digest:
         raise refuse(
@@ -101,12 +129,16 @@ def validate_update(directory: Path, expected: Expected) -> UpdateManifest:
             f"it started from the adapter {_short(manifest.adapter)}; expected {_short(expected.adapter)}, "
             "the state before this round."
         )
+    try:
+        target_linears(expected.architecture, manifest.lora)
+    except ConfigError as error:
+        raise refuse(str(error)) from error
     if manifest.lora != expected.lora:
         raise refuse(f"its LoRA settings are {manifest.lora}; expected {expected.lora}.")
-    if not 1 <= manifest.examples <= MAX_EXAMPLES or not 1 <= manifest.tokens <= MAX_TOKENS:
+    if not 1 <= manifest.examples <= asked.examples or not 1 <= manifest.tokens <= asked.tokens:
         raise refuse(
-            f"it claims {manifest.examples} examples and {manifest.tokens} tokens; expected 1 to {MAX_EXAMPLES} "
-            f"and 1 to {MAX_TOKENS}."
+            f"it claims {manifest.examples} examples and {manifest.tokens} tokens; expected 1 to {asked.examples} "
+            f"and 1 to {asked.tokens}."
         )
     if set(manifest.files) != {ADAPTER_WEIGHTS, ADAPTER_CONFIG}:
         raise refuse(
@@ -120,29 +152,45 @@ def validate_update(directory: Path, expected: Expected) -> UpdateManifest:
         verify_files(directory, manifest)
         _check_header(directory / ADAPTER_WEIGHTS)
         infos = read_header(directory / ADAPTER_WEIGHTS)
-    except ArtifactError as error:
+    except (ArtifactError, OSError) as error:
         raise refuse(str(error)) from error
     for name in sorted(set(infos) ^ set(shapes)):
         raise refuse(f"its tensor {name[:200]!r} is {'not expected' if name in infos else 'missing'}.")
     for name, info in infos.items():
         if info.shape != shapes[name] or info.dtype != torch.float32:
             raise refuse(f"its tensor {name} is {info.dtype} {info.shape}; expected torch.float32 {shapes[name]}.")
-    for module, (A_RI, B_OR) in read_factors(directory).items():
-        if not (torch.isfinite(A_RI).all() and torch.isfinite(B_OR).all()):
-            raise refuse(f"its factors of {module} hold NaN or infinity.")
+    for module, factors in read_factors(directory).items():
+        for letter, factor in zip("AB", factors, strict=True):
+            norm = torch.linalg.vector_norm(factor, dtype=torch.float64).item()
+            if not math.isfinite(norm):
+                raise refuse(f"its {letter} of {module} holds NaN or infinity.")
+            if norm > MAX_NORM:
+                raise refuse(f"its {letter} of {module} has the norm {norm:.3g}; expected at most {MAX_NORM:g}.")
     return manifest
+
+
+def read_update(directory: Path) -> UpdateManifest:
+    """An update's manifest, of which only the form was checked.
+
+    Raises:
+        ArtifactError: not an update, or the system can't read it.
+    """
+    try:
+        return read_manifest(directory, UpdateManifest)
+    except OSError as error:
+        raise ArtifactError(f"{directory} can't be read ({error}); expected an update: send it again.") from error
 
 
 def client_name(directory: Path) -> str:
     """Whom to name for a directory whose update was refused: the client if the manifest is readable, else its name."""
     try:
-        return read_manifest(directory, UpdateManifest).client
+        return read_update(directory).client
     except ArtifactError:
         return directory.name
 
 
 def _check_header(path: Path) -> None:
-    """What safetensors lets pass: a huge header, and a key that stands twice in it."""
+    """What safetensors lets pass: a huge header, a key that stands twice in it, a number of thousands of digits."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(MAX_HEADER_BYTES, path.stat().st_size):
@@ -157,8 +205,10 @@ def _check_header(path: Path) -> None:
 
     try:
         json.loads(raw, object_pairs_hook=unique)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ArtifactError(f"{path.name} has a header that is not JSON.") from error
+    except ArtifactError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path.name} has a header that can't be read as JSON; expected safetensors.") from error
 
 
 def _short(digest: str | None) -> str:

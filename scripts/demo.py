@@ -26,6 +26,7 @@ def prepare_checkpoint(output: Path) -> None:
     """Make `output` a checkpoint directory of the demo's model, unless it is one already."""
     if (output / "config.json").exists():
         return
+    output.unlink(missing_ok=True)  # a link into a cache that has gone
     if is_reachable(HUB_ID):
         try:
             source, _ = resolve_checkpoint(HUB_ID)
@@ -64,7 +65,7 @@ def run() -> int:
     os.chdir(HERE.parent)  # the federation names its checkpoint from there
     started = time.monotonic()
     try:
-        prepare_checkpoint(HERE / "checkpoint")
+        prepare_checkpoint(HERE / "SmolLM2-135M-Instruct")
     except FedLargeError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2

@@ -17,7 +17,7 @@ from hf_fedlarge.artifacts import (
     describe_files,
     write_manifest,
 )
-from hf_fedlarge.cards import MARKER, PRIVACY, compress_ranges, render_card
+from hf_fedlarge.cards import MARKER, PRIVACY, format_ranges, render_card
 from hf_fedlarge.config import LoraSettings
 from hf_fedlarge.errors import ArtifactError
 
@@ -272,7 +272,7 @@ def make_update(directory):
     [([], "none"), ([5], "5"), ([3, 1, 2, 2], "1-3"), ([0, 1, 2, 4, 6, 7], "0-2, 4, 6-7")],
 )
 def test_ranges(numbers, text):
-    assert compress_ranges(numbers) == text
+    assert format_ranges(numbers) == text
 
 
 def test_templates_are_part_of_the_installed_package():

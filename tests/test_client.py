@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from federation import LORA, TRAINING, make_examples, make_federation
 from hf_fedlarge.trainers.client import ClientArguments, train_client
+from hf_fedlarge.trainers.launch import check_training
 from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig, StreamingLoraTrainer
 from safetensors.torch import load_file
 
@@ -19,6 +20,7 @@ from hf_fedlarge.artifacts import AdapterManifest, UpdateManifest, read_manifest
 from hf_fedlarge.cli import main
 from hf_fedlarge.collect import aggregate_updates, start_adapter
 from hf_fedlarge.data import load_examples
+from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.evaluation import encode_example
 from hf_fedlarge.package import load_package, load_tokenizer
 
@@ -121,6 +123,7 @@ def test_two_processes_make_the_update_of_one_on_the_same_global_batch(home, tmp
     assert_same_training(tmp_path / "one", tmp_path / "two")
     one, two = (read_manifest(tmp_path / name, UpdateManifest) for name in ("one", "two"))
     assert one.tokens == two.tokens
+    assert result.stdout.count(f"{tmp_path / 'two'}: ") == 1
 
 
 def test_accumulation_is_one_larger_batch(home, tmp_path):
@@ -128,6 +131,39 @@ def test_accumulation_is_one_larger_batch(home, tmp_path):
     train(home, tmp_path / "one", **DESCENT)
     train(home, tmp_path / "four", **DESCENT, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     assert_same_training(tmp_path / "one", tmp_path / "four")
+
+
+@pytest.mark.parametrize("form", [{"packing": True}, {"padding_free": True, "max_length": None}])
+def test_accumulation_of_padding_free_batches_keeps_them_apart(home, tmp_path, monkeypatch, form):
+    """Flattened into a row each, they are as short as asked for, and the step is that of one larger batch."""
+    (tmp_path / "start").symlink_to(home / "adapter")
+    train(home, tmp_path / "one", **DESCENT | form, per_device_train_batch_size=6)
+    compute_loss, lengths = StreamingLoraTrainer.compute_loss, []
+
+    def watched(self, model, inputs, *args, **kwargs):
+        lengths.append(inputs["input_ids"].shape[1])
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(StreamingLoraTrainer, "compute_loss", watched)
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    train(home, tmp_path / "three", **DESCENT, **form, **options)
+    assert max(lengths) <= 2 * TRAINING["max_length"]
+    assert_same_training(tmp_path / "one", tmp_path / "three")
+
+
+def test_several_gpus_without_a_launcher_are_not_under_data_parallel(home, tmp_path):
+    model = load_package(home / "package")
+    config = StreamingLoraConfig(output_dir=str(tmp_path / "x"), per_device_train_batch_size=2)
+    assert config.n_gpu <= 1
+    config._n_gpu = 2  # what transformers counts there
+    trainer = StreamingLoraTrainer(
+        attach_lora(model, model.architecture, LORA),
+        config,
+        train_dataset=Dataset.from_list([{"text": "Just text."}]),
+        processing_class=load_tokenizer(home / "package"),
+    )
+    assert trainer.args.n_gpu == 1
+    assert trainer.args.train_batch_size == 2
 
 
 class PowerCut(BaseException):
@@ -151,6 +187,42 @@ def test_interrupted_training_resumes_from_its_checkpoint_with_the_same_bytes(ho
     resumed = train(home, tmp_path / "cut", max_steps=6, save_steps=2)
     assert calls[4:] == [2, 3, 4, 5]
     assert resumed.digest == whole.digest
+
+
+@pytest.mark.parametrize("state", [None, '{"epoch": 1.'])
+def test_an_unfinished_checkpoint_is_removed_and_the_one_before_it_resumed(home, tmp_path, monkeypatch, state):
+    """transformers writes `trainer_state.json` last: a power cut leaves it missing or cut short."""
+    whole = train(home, tmp_path / "whole", max_steps=6, save_steps=2)
+    save, step, steps = StreamingLoraTrainer._save_checkpoint, StreamingLoraTrainer.training_step, []
+
+    def cut(self, *args):
+        if self.state.global_step == 4:
+            unfinished = tmp_path / ".cut.work" / "checkpoint-4"
+            unfinished.mkdir()
+            if state:
+                (unfinished / "trainer_state.json").write_text(state)
+            raise PowerCut
+        save(self, *args)
+
+    def watched(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(StreamingLoraTrainer, "_save_checkpoint", cut)
+    with pytest.raises(PowerCut):
+        train(home, tmp_path / "cut", max_steps=6, save_steps=2)
+    monkeypatch.undo()
+    monkeypatch.setattr(StreamingLoraTrainer, "training_step", watched)
+    assert train(home, tmp_path / "cut", max_steps=6, save_steps=2).digest == whole.digest
+    assert steps == [2, 3, 4, 5]
+
+
+def test_an_unreadable_note_of_what_was_trained_means_starting_over(home, tmp_path):
+    work = tmp_path / ".update.work"
+    (work / "checkpoint-2").mkdir(parents=True)
+    (work / "client.json").write_text('{"client": {"pack')
+    train(home, tmp_path / "update")
+    assert {path.name for path in tmp_path.iterdir()} == {"update"}
 
 
 def test_a_checkpoint_of_another_training_is_not_resumed(home, tmp_path, monkeypatch):
@@ -248,3 +320,39 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(home, tmp_path, capsys, opt
     assert re.search(sentence, error), error
     assert not (tmp_path / "update").exists()
     assert sorted(path.name for path in home.iterdir()) == before
+
+
+def test_a_file_in_place_of_a_directory_is_said_before_the_package_is_loaded(home, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("hf_fedlarge.package.load_package", lambda *args, **kwargs: pytest.fail("loaded"))
+    assert main(["train", *command_line(home, tmp_path / "file" / "update")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(r"hf-fedlarge train: \S+/file/\S+ can't be written: .*a file.*\.", error)
+
+
+def test_a_disk_that_fills_up_while_training_is_said_in_a_sentence(home, tmp_path, capsys, monkeypatch):
+    def full(*args):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534\nframe #0")
+
+    monkeypatch.setattr(StreamingLoraTrainer, "_save_optimizer_and_scheduler", full)
+    assert main(["train", *command_line(home, tmp_path / "update", save_steps=2)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"checkpoint in \S+\.update\.work could not be written: .* vs 534; look for free space", error)
+
+
+def test_a_federations_training_is_checked_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_training(TRAINING | {"learning_rate": "1e-4", "packing": True, "lr_scheduler_kwargs": {"power": 2}})
+    wrong = {
+        "no_such_thing": (1, "no_such_thing found, expected those of trl's SFTConfig"),
+        "output_dir": ("x", "output_dir"),
+        "max_length": (None, "max_length is null"),
+        "max_steps": ("many", "--max_steps.*invalid int value: 'many'"),
+        "packing": ("perhaps", "--packing"),
+        "optim": ("none", "--optim.*none"),
+        "fp16": (True, "--fp16 True can't be used"),
+    }
+    for name, (value, sentence) in wrong.items():
+        with pytest.raises(ConfigError, match=sentence):
+            check_training({name: value})
+    assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ from hf_fedlarge.artifacts import MANIFEST_NAME, AdapterManifest, file_entry, re
 from hf_fedlarge.collect import aggregate_updates, start_adapter
 from hf_fedlarge.config import LoraSettings
 from hf_fedlarge.errors import ArtifactError, ConfigError, OutputError, UpdateRefusedError
+from hf_fedlarge.update import MAX_NORM, Asked
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,11 @@ def rehash(directory):
     manifest = json.loads((directory / MANIFEST_NAME).read_text())
     manifest["files"][ADAPTER_WEIGHTS] = file_entry(directory / ADAPTER_WEIGHTS).model_dump()
     (directory / MANIFEST_NAME).write_text(json.dumps(manifest))
+
+
+def write_header(directory, header, data=b""):
+    (directory / ADAPTER_WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + data)
+    rehash(directory)
 
 
 def first(tensors):
@@ -184,8 +190,29 @@ def repeated_key(update):
     header = (
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     )
-    (update / ADAPTER_WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
-    rehash(update)
+    write_header(update, header, b"\0" * 4)
+
+
+def number_too_long_for_python(update):
+    write_header(update, b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,4]}}')
+
+
+def sizes_too_long_to_add(update):
+    files = json.loads((update / MANIFEST_NAME).read_text())["files"]
+    edit_manifest(update, files={name: entry | {"size": 10**4300 - 1} for name, entry in files.items()})
+
+
+def unreadable(update):
+    (update / MANIFEST_NAME).unlink()
+    (update / MANIFEST_NAME).symlink_to("/proc/self/mem")  # a regular file that nobody can read from its start
+
+
+def too_large(update):
+    edit_tensors(update, lambda tensors: tensors[first(tensors)].fill_(3e38))
+
+
+def other_lora(**changes):
+    return lambda update: edit_manifest(update, lora=LORA.model_dump() | changes)
 
 
 def code(update):
@@ -220,6 +247,14 @@ def symlink(update):
         (pickle, "announces a header of"),
         (huge_header, "announces a header of"),
         (repeated_key, "holds a key twice"),
+        (number_too_long_for_python, "header that can't be read as JSON"),
+        (sizes_too_long_to_add, "size: Input should be less than or equal"),
+        (unreadable, "can't be read|has no fedlarge.json"),
+        (too_large, r"its A of model\.layers\.0\.\S+ has the norm \S+e\+39; expected at most 1e\+06"),
+        (other_lora(targets=["nope"]), "bob refused: The LoRA target 'nope' is no matrix"),
+        (other_lora(targets=[]), "targets"),
+        (other_lora(rank=2**40), "rank: Input should be less than or equal"),
+        (other_lora(rank=1), "its LoRA settings are .*rank=1 .*; expected .*rank=4"),
         (code, r"holds modeling.py, which its manifest does not list"),
         (listed_code, "only adapter_config.json and adapter_model.safetensors may be sent"),
         (symlink, "is not a regular file"),
@@ -247,6 +282,98 @@ def test_a_bad_update_is_refused_by_name_and_the_others_count(federation, update
     [(_, sentence)] = collected.refused
     assert "refused: " in sentence
     assert re.search(cause, sentence), sentence
+
+
+@pytest.mark.parametrize(
+    ("spoil", "cause"),
+    [
+        (other_lora(targets=["nope"]), "The LoRA target 'nope' is no matrix"),
+        (other_lora(rank=1), "its LoRA settings are"),
+        (lambda update: edit_manifest(update, round=7), "it is for round 7; expected round 1"),
+        (lambda update: edit_manifest(update, package="0" * 64), "it was trained on the package"),
+        (lambda update: edit_manifest(update, adapter="0" * 64), "it started from the adapter"),
+        (unreadable, "refused"),
+    ],
+)
+@pytest.mark.parametrize("bad", [0, 2])
+def test_without_a_previous_adapter_most_decide_not_the_first(federation, updates, tmp_path, spoil, cause, bad):
+    spoil(updates[bad])
+    collected = aggregate_updates(updates, federation[1], tmp_path / "adapter")
+    assert collected.manifest.lora == LORA
+    assert collected.manifest.round == 1
+    assert len(collected.manifest.contributions) == 2
+    [(client, sentence)] = collected.refused
+    assert client == updates[bad].name
+    assert cause in sentence
+
+
+def test_a_client_has_one_vote_and_settings_that_no_model_has_none(federation, updates, tmp_path):
+    _, package = federation
+    copies = [tmp_path / f"copy{number}" for number in range(4)]
+    for copy in copies:
+        make_update(copy, package, "dan", lora=LoraSettings(rank=2))
+    nobody = [tmp_path / f"nobody{number}" for number in range(4)]
+    for directory in nobody:
+        make_update(directory, package, directory.name)
+        other_lora(targets=["nope"])(directory)
+    collected = aggregate_updates([*copies, *nobody, *updates], package, tmp_path / "adapter")
+    assert [entry.client for entry in collected.manifest.contributions] == ["ann", "bob", "cyd"]
+    with pytest.raises(UpdateRefusedError, match="The LoRA target 'nope' is no matrix"):
+        aggregate_updates(nobody, package, tmp_path / "none")
+
+
+def test_a_tie_does_not_depend_on_the_order(federation, updates, tmp_path):
+    make_update(tmp_path / "dan", federation[1], "dan", lora=LoraSettings(rank=2))
+    pair = [updates[0], tmp_path / "dan"]
+    one = aggregate_updates(pair, federation[1], tmp_path / "one")
+    two = aggregate_updates(pair[::-1], federation[1], tmp_path / "two")
+    assert one.manifest.digest == two.manifest.digest
+    assert one.refused == two.refused
+
+
+def test_the_round_is_the_one_after_the_previous_adapter(federation, tmp_path):
+    _, package = federation
+    start_adapter(package, tmp_path / "start", LORA, seed=3)
+    for number, client in ((2, "ann"), (1, "bob")):
+        make_update(tmp_path / client, package, client, adapter=tmp_path / "start", round_number=number)
+    collected = aggregate_updates(
+        [tmp_path / "ann", tmp_path / "bob"], package, tmp_path / "adapter", previous=tmp_path / "start"
+    )
+    assert collected.manifest.round == 1
+    assert collected.refused == (("ann", "ann refused: it is for round 2; expected round 1."),)
+
+
+def test_the_largest_norm_allowed_gives_a_finite_adapter(federation, updates, tmp_path):
+    def grow(tensors):
+        for tensor in tensors.values():
+            tensor.mul_(0.999 * MAX_NORM / tensor.norm())
+
+    for update in updates:
+        edit_tensors(update, grow)
+    assert not aggregate_updates(updates, federation[1], tmp_path / "adapter").refused
+    for factors in read_factors(tmp_path / "adapter").values():
+        assert all(factor.isfinite().all() for factor in factors)
+
+
+def test_an_update_is_held_to_what_its_client_was_asked_for(federation, updates, tmp_path):
+    asked = {
+        updates[0]: Asked("ann", 10, 100),
+        updates[1]: Asked("bob", 20, 299),
+        updates[2]: Asked("cyd", 29, 600),
+    }
+    impostor, broken = tmp_path / "dan", tmp_path / "eve"
+    make_update(impostor, federation[1], "cyd")
+    make_update(broken, federation[1], "zoe")
+    unreadable(broken)
+    asked |= {impostor: Asked("dan", 10, 100), broken: Asked("eve", 10, 100)}
+    collected = aggregate_updates([impostor, broken, *updates], federation[1], tmp_path / "adapter", asked=asked)
+    assert [entry.client for entry in collected.manifest.contributions] == ["ann"]
+    refused = dict(collected.refused)
+    assert list(refused) == ["dan", "eve", "bob", "cyd"]
+    assert refused["dan"] == "dan refused: its update is signed cyd; expected dan, the client that was asked."
+    assert refused["eve"].startswith("eve refused: ")
+    assert refused["bob"] == "bob refused: it claims 20 examples and 300 tokens; expected 1 to 20 and 1 to 299."
+    assert refused["cyd"] == "cyd refused: it claims 30 examples and 600 tokens; expected 1 to 29 and 1 to 600."
 
 
 def test_other_lora_settings_are_refused(federation, tmp_path):

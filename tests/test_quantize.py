@@ -1,5 +1,7 @@
 """NF4 is bitsandbytes' bit for bit, however it is cut; what is read back equals the table; int8 keeps its bound."""
 
+import json
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_fedlarge import quantize
+from hf_fedlarge.errors import ArtifactError
 from hf_fedlarge.quantize import decode, encode, encoded_infos
 
 NF4_CODE = bnb.get_4bit_type("nf4", device="cpu")
@@ -161,3 +164,100 @@ def test_rows_of_zeros_stay_zero_in_int8():
 def test_dense_is_the_matrix_in_bf16():
     matrix = some_matrix((130, 40))
     assert torch.equal(read_all(decode("w", "dense", encoded(matrix, "dense"))), matrix.bfloat16().float())
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_dense_may_be_of_any_float_type(dtype):
+    matrix = some_matrix((13, 40), dtype=dtype)
+    assert torch.equal(read_all(decode("w", "dense", {"w": matrix}), dtype), matrix)
+
+
+# What is stored can't be trusted
+
+
+STATE = "w.quant_state.bitsandbytes__nf4"
+PARTS = [(codec, part) for codec in ("nf4", "int8", "dense") for part in encoded_infos("w", (130, 192), codec)]
+
+
+def with_state(text):
+    tensors = encoded(some_matrix((130, 192)), "nf4")
+    return tensors | {STATE: torch.frombuffer(bytearray(text.encode().ljust(256)), dtype=torch.uint8)}
+
+
+def state_of(tensors):
+    return json.loads(bytes(tensors[STATE].tolist()))
+
+
+@pytest.mark.parametrize(("codec", "part"), PARTS)
+def test_a_missing_part_is_named(codec, part):
+    tensors = encoded(some_matrix((130, 192)), codec)
+    del tensors[part]
+    with pytest.raises(ArtifactError, match=f"The tensor {part} is missing; expected"):
+        decode("w", codec, tensors)
+
+
+@pytest.mark.parametrize(("codec", "part"), [case for case in PARTS if case[0] == "nf4" or case[1] != "w"])
+def test_a_part_too_short_is_refused(codec, part):
+    tensors = encoded(some_matrix((130, 192)), codec)
+    tensors[part] = tensors[part][:-1]
+    with pytest.raises(ArtifactError, match=rf"The tensor {part} is .* \(\d+,.*; expected .* \(\d+,"):
+        decode("w", codec, tensors)
+
+
+@pytest.mark.parametrize(("codec", "part"), PARTS)
+def test_a_part_of_another_type_is_refused(codec, part):
+    tensors = encoded(some_matrix((130, 192)), codec)
+    tensors[part] = tensors[part].to(torch.int16)
+    with pytest.raises(ArtifactError, match=rf"The tensor {part} is torch\.int16 .*; expected torch\."):
+        decode("w", codec, tensors)
+
+
+@pytest.mark.parametrize("codec", ["nf4", "int8", "dense"])
+def test_the_shape_asked_for_is_the_shape_found(codec):
+    tensors = encoded(some_matrix((130, 192)), codec)
+    assert decode("w", codec, tensors, shape=(130, 192)).shape == (130, 192)
+    with pytest.raises(ArtifactError, match=r"The matrix w has the shape \(130, 192\); expected \(192, 130\)"):
+        decode("w", codec, tensors, shape=(192, 130))
+
+
+@pytest.mark.parametrize("codec", ["int8", "dense"])
+def test_a_vector_is_no_matrix(codec):
+    tensors = {name: tensor.flatten() for name, tensor in encoded(some_matrix((8, 8)), codec).items()}
+    with pytest.raises(ArtifactError, match=r"The matrix w has the shape \(64,\); expected two dimensions"):
+        decode("w", codec, tensors)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quant_type": "fp4"},
+        {"blocksize": 128},
+        {"nested_blocksize": 64},
+        {"dtype": "float32"},
+        {"nested_offset": float("nan")},
+        {"nested_offset": float("inf")},
+        {"nested_offset": None},
+        {"nested_offset": 10**99},
+        {"shape": None},
+        {"shape": [130]},
+        {"shape": [-130, -192]},
+        {"shape": [130.0, 192.0]},
+        {"surprise": 1},
+    ],
+)
+def test_a_state_that_is_not_ours_is_refused(changes):
+    state = state_of(encoded(some_matrix((130, 192)), "nf4"))
+    with pytest.raises(ArtifactError, match=f"The tensor {STATE} holds .*; expected .*'nf4'"):
+        decode("w", "nf4", with_state(json.dumps(state | changes)))
+
+
+def test_a_state_that_announces_more_than_is_stored_is_refused():
+    state = state_of(encoded(some_matrix((130, 192)), "nf4"))
+    with pytest.raises(ArtifactError, match=r"The tensor w\.nested_absmax is"):
+        decode("w", "nf4", with_state(json.dumps(state | {"shape": [10**30, 192]})))
+
+
+@pytest.mark.parametrize("text", ["", "{", "\u00ff\u0000", "[1, 2]", "7"])
+def test_a_state_that_is_no_object_is_refused(text):
+    with pytest.raises(ArtifactError, match=f"The tensor {STATE} (is not JSON|holds)"):
+        decode("w", "nf4", with_state(text))

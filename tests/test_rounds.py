@@ -190,6 +190,38 @@ def test_a_client_that_fails_or_cheats_is_named_and_the_round_goes_on(home, tmp_
     assert "expected round 1" in reasons["team-blue"]
 
 
+def test_a_mistake_can_be_mended_and_the_run_begun_again(home, tmp_path):
+    raw = yaml.safe_load((home / "federation.yaml").read_text())
+    raw["data"]["column"] = "taem"
+    (tmp_path / "federation.yaml").write_text(yaml.safe_dump(raw))
+    assert main(["run", str(tmp_path / "federation.yaml")]) == 2
+    raw["data"]["column"], raw["rounds"] = "team", 1
+    (tmp_path / "federation.yaml").write_text(yaml.safe_dump(raw))
+    assert main(["run", str(tmp_path / "federation.yaml")]) == 0
+
+
+def test_an_update_that_cannot_be_read_or_is_signed_by_another_does_not_stop_the_round(home, tmp_path):
+    def train(job):
+        LAUNCHERS["inprocess"](job)
+        manifest = job.output / "fedlarge.json"
+        if job.client == "team-blue":
+            manifest.write_text("{")
+        if job.client == "team-red":
+            manifest.write_text(manifest.read_text().replace('"team-red"', '"team-white"'))
+
+    summary = run(home, tmp_path / "run", train=train, rounds=1, cohort=None)
+    [entry] = summary["rounds"]
+    assert [client["client"] for client in entry["clients"]] == ["team-green", "team-white"]
+    assert {refused["client"] for refused in entry["refused"]} == {"team-blue", "team-red"}
+    assert set(entry["bytes_by_client"]) == {"team-blue", "team-green", "team-red", "team-white"}
+
+
+def test_numbers_in_a_file_are_numbers(home, tmp_path):
+    text = (home / "federation.yaml").read_text().replace("learning_rate: 0.01", "learning_rate: 5e-4")
+    (tmp_path / "federation.yaml").write_text(text)
+    assert load_federation(tmp_path / "federation.yaml").training["learning_rate"] == 5e-4
+
+
 def test_a_round_below_its_quorum_commits_nothing(home, tmp_path):
     def train(job):
         if job.client != "team-green":
@@ -225,14 +257,16 @@ def test_the_command_runs_it_and_prints_the_figures(home, whole, tmp_path, capsy
         ({"checkpoint": "/nowhere"}, "no such directory"),
         ({"keep_layers": 0}, "out of range"),
         ({"keep_layers": "0-9"}, "not in 0-3"),
-        ({"cohort": 9}, "4 of 4 clients have data"),
+        ({"cohort": 9}, "The data makes 4 clients; 9 are wanted in a round"),
         ({"rounds": 0}, "rounds: Input should be greater than or equal to 1"),
         ({"aggregator": "mean"}, "aggregator: Input should be 'exact' or 'fedavg'"),
         ({"colour": "red"}, "colour: Extra inputs are not permitted"),
         ({"data": {"source": "nowhere.jsonl"}}, "nowhere.jsonl"),
         ({"lora": {"rank": 0}}, "lora.rank: Input should be greater"),
         ({"lora": {"targets": ["no_proj"]}}, "LoRA target 'no_proj' is no matrix"),
-        ({"training": {"speed": 9}}, "training arguments are wrong"),
+        ({"training": {"speed": 9}}, "speed"),
+        ({"training": {"max_length": None}}, "max_length"),
+        ({"min_updates": 5}, "min_updates is 5, but a cohort has only 3 clients"),
     ],
 )
 def test_a_bad_federation_gets_one_sentence_and_exit_code_2(home, tmp_path, capsys, changes, sentence):

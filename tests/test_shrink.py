@@ -124,7 +124,7 @@ def test_a_plan_says_everything_and_writes_nothing(checkpoint):
     assert sorted(checkpoint.parent.rglob("*")) == before
     assert (plan.layers, plan.kept, plan.dropped) == (4, (0, 1, 3), (2,))
     text = plan.describe()
-    for words in ("keep 3 of 4 layers", "kept     0-1,3", "dropped  2", "21 nf4", "2 int8", "MB → "):
+    for words in ("keep 3 of 4 layers", "kept     0-1, 3", "dropped  2", "21 nf4", "2 int8", "MB → "):
         assert words in text
     assert "dropped  none" in plan_shrink(checkpoint, keep_layers=4).describe()
 

@@ -368,3 +368,19 @@ def test_arguments_that_mix_sequences_and_heads_are_refused_in_micro_batches_onl
     streamed.engine.micro_batch_size = 3
     with pytest.raises(ArchitectureError, match="can't be split; set no micro-batch size"):
         gradient_of(streamed, some_batch())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@some_families
+def test_gradients_and_tokens_on_a_gpu_are_those_of_the_cpu(package, truth, family):
+    model = with_adapter(load_package(package(family), dtype=torch.float32, device="cuda", micro_batch_size=3))
+    batch = {name: tensor.cuda() for name, tensor in some_batch().items()}
+    loss, gradient = gradient_of(model, batch)
+    assert loss == pytest.approx(truth(family)[0], rel=1e-4)
+    assert distance(gradient.cpu(), truth(family)[1]) <= 1e-3  # TF32 and another order of sums
+    prompt = batch["input_ids"][:1, :5]
+    expected = (
+        with_adapter(make_dense(package(family))).eval().generate(prompt.cpu(), max_new_tokens=5, do_sample=False)
+    )
+    assert model.eval().generate(prompt, max_new_tokens=5, do_sample=False).tolist() == expected.tolist()

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import shutil
 import sys
 import time
@@ -24,7 +23,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_fedlarge.artifacts import os_problem, write_json
 from hf_fedlarge.errors import ConfigError, DataError, FedLargeError
+from hf_fedlarge.memory import peak_memory_bytes
 
 if TYPE_CHECKING:
     from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig
@@ -64,16 +65,17 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig) -> Update
         config: how to train; its output directory is replaced by one beside the update.
 
     Returns:
-        The update's manifest.
+        The update's manifest. `measured` has `seconds` and `steps` of this training, and the `peak_memory_bytes` of
+        the process: where one trains several clients, or is the server, that of all it did so far.
 
     Raises:
         FedLargeError: bad input, in one sentence; nothing is written.
+        OSError: the work directory beside the update, which holds the checkpoints, can't be written.
     """
     # Here, so that `--help` and argument errors come at once.
     import torch
     from hf_fedlarge.trainers.streaming_trainer import StreamingLoraTrainer
     from pydantic import ValidationError
-    from transformers.trainer_utils import get_last_checkpoint
 
     from hf_fedlarge.adapters import attach_lora, get_factors, initial_factors, read_factors, set_factors
     from hf_fedlarge.artifacts import (
@@ -140,7 +142,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig) -> Update
     work = output.with_name(f".{output.name}.work")
     config.output_dir = str(work)
     state = {"client": asdict(client), "package": package.digest, "adapter": fresh.adapter, "config": config.to_dict()}
-    checkpoint = _prepare_work(work, json.loads(json.dumps(state, default=str)), get_last_checkpoint)
+    checkpoint = _prepare_work(work, json.loads(json.dumps(state, default=str)), config)
 
     device = config.device
     dtype = torch.bfloat16 if config.bf16 else torch.float32
@@ -207,24 +209,40 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig) -> Update
     return manifest
 
 
-def peak_memory_bytes() -> int:
-    """The process's largest resident size so far, memory-mapped pages included."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _prepare_work(work: Path, state: dict[str, Any], config: StreamingLoraConfig) -> str | None:
+    """The checkpoint to resume from, if `work` holds one of the very same training; otherwise `work` is emptied.
+
+    Only the first process changes anything: the others' `state` may differ from its.
+    """
+    with config.main_process_first(local=False, desc="preparing the work directory"):
+        if config.process_index == 0:
+            if _read_json(work / "client.json") != state:
+                if work.exists():
+                    shutil.rmtree(work)
+                work.mkdir(parents=True)
+                write_json(work / "client.json", state)
+            for checkpoint in work.glob("checkpoint-*"):
+                if not _is_whole(checkpoint):
+                    shutil.rmtree(checkpoint)
+    checkpoints = [checkpoint for checkpoint in work.glob("checkpoint-*") if _is_whole(checkpoint)]
+    if not checkpoints:
+        return None
+    newest = max(checkpoints, key=lambda checkpoint: int(checkpoint.name.removeprefix("checkpoint-")))
+    logger.warning("Resuming from %s.", newest)
+    return str(newest)
 
 
-def _prepare_work(work: Path, state: dict[str, Any], get_last_checkpoint: Any) -> str | None:
-    """The checkpoint to resume from, if `work` holds one of the very same training; otherwise `work` is emptied."""
-    note = work / "client.json"
-    if note.is_file() and json.loads(note.read_text()) == state:
-        checkpoint = get_last_checkpoint(work)
-        if checkpoint:
-            logger.warning("Resuming from %s.", checkpoint)
-        return checkpoint
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    note.write_text(json.dumps(state))
-    return None
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether transformers finished it: it writes this file last, though not in one piece."""
+    return _read_json(checkpoint / "trainer_state.json") is not None
+
+
+def _read_json(path: Path) -> Any:
+    """What the file holds; None where it is missing or was cut short."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[ClientArguments, Any]:
@@ -253,7 +271,15 @@ def main(arguments: list[str] | None = None) -> int:
     except FedLargeError as error:
         print(f"hf-fedlarge train: {error}", file=sys.stderr)
         return 2
-    print(f"{client.output}: {manifest.tokens} tokens, loss {manifest.loss_before} → {manifest.loss_after}")
+    except OSError as error:
+        reason = os_problem(error)
+        if reason is None:
+            raise
+        where = error.filename or client.output
+        print(f"hf-fedlarge train: {where} can't be written: {reason}.", file=sys.stderr)
+        return 2
+    if config.process_index == 0:
+        print(f"{client.output}: {manifest.tokens} tokens, loss {manifest.loss_before} → {manifest.loss_after}")
     return 0
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from argparse import ArgumentError
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
 from hf_fedlarge.trainers.client import ClientArguments, train_client
 from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig
+from transformers import HfArgumentParser
 
 from hf_fedlarge.errors import ConfigError, FedLargeError
 from hf_fedlarge.rounds import ClientJob
@@ -23,13 +26,18 @@ class ClientFailedError(FedLargeError, RuntimeError):
     """A client's process ended with an error."""
 
 
+def check_training(training: dict[str, Any]) -> None:
+    """Check a federation's `training` before a client is started with it; nothing is written.
+
+    Raises:
+        ConfigError: an argument that is unknown, has no value, or has one that trl or transformers refuses.
+    """
+    _training_config(training)
+
+
 def train_in_process(job: ClientJob) -> None:
     """Train a client in this process."""
-    try:
-        config = StreamingLoraConfig(output_dir=str(job.output), **job.training)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"The federation's training arguments are wrong: {error}") from error
-    train_client(ClientArguments(**_arguments(job)), config)
+    train_client(ClientArguments(**_arguments(job)), _training_config(job.training))
 
 
 def train_by_accelerate(job: ClientJob) -> None:
@@ -44,9 +52,7 @@ def train_by_accelerate(job: ClientJob) -> None:
     command += [f"--num_cpu_threads_per_process={torch.get_num_threads()}"]
     command += [] if torch.cuda.is_available() else ["--cpu"]
     command += ["-m", "hf_fedlarge.trainers.client"]
-    for name, value in (_arguments(job) | job.training).items():
-        if value is not None:
-            command += [f"--{name}", *_as_words(value)]
+    command += _as_words(_arguments(job) | job.training)
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if line.startswith("hf-fedlarge train: ")]
@@ -74,7 +80,34 @@ def _arguments(job: ClientJob) -> dict[str, Any]:
     }
 
 
-def _as_words(value: Any) -> list[str]:
-    if isinstance(value, list):
-        return [str(item) for item in value]
-    return [json.dumps(value) if isinstance(value, dict) else str(value)]
+def _training_config(training: dict[str, Any]) -> StreamingLoraConfig:
+    """Parsed as words of a command line, so that `1e-4`, a string in YAML, means the same to every launcher."""
+    unknown = training.keys() - ({field.name for field in fields(StreamingLoraConfig)} - {"output_dir"})
+    if unknown:
+        raise ConfigError(
+            f"The federation's training arguments are wrong: {', '.join(sorted(unknown))} found, expected those of "
+            "trl's SFTConfig other than output_dir; correct or remove it."
+        )
+    for name, value in training.items():
+        if value is None:
+            raise ConfigError(
+                f"The federation's training arguments are wrong: {name} is null, which no command line can pass on; "
+                "remove it or give it a value."
+            )
+    parser = HfArgumentParser(StreamingLoraConfig, allow_abbrev=False, exit_on_error=False)
+    # The client program puts its own directory there.
+    words = _as_words({"output_dir": "unused"} | training)
+    try:
+        return parser.parse_args_into_dataclasses(words, look_for_args_file=False)[0]
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise ConfigError(f"The federation's training arguments are wrong: {error}") from error
+
+
+def _as_words(arguments: dict[str, Any]) -> list[str]:
+    words = []
+    for name, value in arguments.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return words

@@ -4,7 +4,9 @@ From trl come data preparation (chat templates, completion- and assistant-only l
 logging, checkpoints and data parallelism. What changes:
 
 - Gradient accumulation happens inside the engine's visits: the loop hands the model all micro-batches of an optimizer
-  step at once, and each block computes them one after the other with the matrices it dequantized once.
+  step at once, and each block computes them one after the other with the matrices it dequantized once. Padding-free
+  batches are the exception: trl flattens such a batch into one row, which a block can't split, so transformers
+  accumulates as it always does, and every micro-batch costs a pair of dequantizations of its own.
 - The loss comes from the model, slice by slice of the vocabulary, not from trl's fused head, which needs a dense one.
 - Recomputation is the engine's, so gradient checkpointing is off.
 """
@@ -16,10 +18,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from trl import SFTConfig, SFTTrainer
 
-from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.errors import ConfigError, OutputError
 
 # What rests on dense logits or weights, which a streamed model has not, or would recompute its blocks once more.
 _UNSUPPORTED = {
@@ -57,7 +60,7 @@ class StreamingLoraConfig(SFTConfig):
                     f"--{name} {getattr(self, name)} can't be used with a streamed model, which has no dense "
                     f"logits or weights and recomputes its blocks itself; leave it at {supported}."
                 )
-        # With a batch of one line a data set may be shorter than a batch: never drop it.
+        # Without CUDA transformers would choose another accelerator it finds, on which the engine was never tested.
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         super().__post_init__()
 
@@ -67,14 +70,20 @@ class StreamingLoraTrainer(SFTTrainer):
 
     Args:
         model: from `load_package` and `attach_lora`.
-        args: the batch and accumulation it gives are computed as `engine.micro_batch_size` says afterwards.
+        args: its batch and accumulation are moved to `engine.micro_batch_size`, unless batches are padding-free.
         kwargs: as for SFTTrainer.
     """
 
     def __init__(self, model: PeftModel, args: StreamingLoraConfig, **kwargs: Any) -> None:
         model.engine.micro_batch_size = args.per_device_train_batch_size
-        args.per_device_train_batch_size *= args.gradient_accumulation_steps
-        args.gradient_accumulation_steps = 1
+        # As one row, a multiplied batch would make attention quadratic in the number of micro-batches.
+        if not (args.padding_free or (args.packing and args.packing_strategy.startswith("bfd"))):
+            args.per_device_train_batch_size *= args.gradient_accumulation_steps
+            args.gradient_accumulation_steps = 1
+        # transformers would put several GPUs of one process under DataParallel, whose replicas share the engine's only
+        # arena. `n_gpu` is read first because its first reading sets it.
+        if args.n_gpu > 1:
+            args._n_gpu = 1
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         buffers = [name for name, _ in model.named_buffers()]
         # Frozen weights are the same everywhere and hold placeholders: there is nothing to broadcast.
@@ -94,6 +103,16 @@ class StreamingLoraTrainer(SFTTrainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _save_checkpoint(self, *args: Any) -> None:
+        try:
+            super()._save_checkpoint(*args)
+        except (SafetensorError, RuntimeError) as error:
+            # What safetensors and torch make of a full disk: no OSError.
+            cause = str(error).partition("\n")[0]
+            raise OutputError(
+                f"A checkpoint in {self.args.output_dir} could not be written: {cause}; look for free space there."
+            ) from error
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: a training checkpoint is no publication."""

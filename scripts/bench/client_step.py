@@ -32,7 +32,7 @@ FIGURES = ("step_seconds", "peak_rss_bytes", "peak_anonymous_bytes")
 def main() -> int:
     """Run both sides in turn and print their medians."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, default=Path("demo/checkpoint"), help="made by `make demo`")
+    parser.add_argument("--checkpoint", type=Path, default=Path("demo/SmolLM2-135M-Instruct"), help="from `make demo`")
     parser.add_argument("--micro-batches", type=int, default=1, help="accumulated for an optimizer step")
     parser.add_argument("--micro-batch-size", type=int, default=2)
     parser.add_argument("--sequence-length", type=int, default=256)

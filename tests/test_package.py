@@ -1,0 +1,89 @@
+"""Loading: a full checkpoint streams as transformers computes it, and what is damaged is refused."""
+
+import json
+
+import pytest
+import torch
+from families import FAMILIES, make_checkpoint, make_package
+from federation import LORA, make_federation
+from transformers import AutoModelForCausalLM
+
+from hf_fedlarge import api
+from hf_fedlarge.adapters import plug_in
+from hf_fedlarge.artifacts import MANIFEST_NAME
+from hf_fedlarge.errors import ArtifactError
+from hf_fedlarge.evaluation import evaluate_model, load_model
+from hf_fedlarge.package import load_package, load_tokenizer, stream_checkpoint
+
+IDS = torch.arange(5, 37).view(2, 16)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_streamed_checkpoint_computes_what_transformers_does(family, tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", family, layers=3, max_shard_size="60KB")
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    streamed = stream_checkpoint(checkpoint, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(streamed(IDS).logits, plain(IDS).logits, rtol=1e-5, atol=1e-5)
+        loss = plain(IDS, labels=IDS).loss
+        torch.testing.assert_close(streamed(IDS, labels=IDS).loss, loss, rtol=1e-5, atol=1e-5)
+    assert stream_checkpoint(checkpoint).dtype == torch.bfloat16
+
+
+def test_an_adapter_plugs_into_a_streamed_checkpoint_as_into_a_plain_one(tmp_path):
+    checkpoint, package = make_federation(tmp_path, "gpt2")
+    api.start_adapter(package, tmp_path / "start", LORA, seed=0)
+    from federation import make_update
+
+    make_update(tmp_path / "ann", package, "ann", adapter=tmp_path / "start")
+    api.aggregate([tmp_path / "ann"], package, tmp_path / "adapter", previous=tmp_path / "start")
+    plain = plug_in(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), tmp_path / "adapter")
+    streamed = plug_in(stream_checkpoint(checkpoint, dtype=torch.float32), tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(streamed(IDS).logits, plain(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_of_a_merged_model_is_that_of_plain_transformers(tmp_path):
+    checkpoint, _ = make_federation(tmp_path)
+    rows = [{"text": f"some text {index}" * (1 + index % 3)} for index in range(10)]
+    tokenizer = load_tokenizer(checkpoint)
+    ours = evaluate_model(load_model(checkpoint), tokenizer, rows, batch_size=4)
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+    theirs = evaluate_model(plain, tokenizer, rows, batch_size=4)
+    assert ours.tokens == theirs.tokens
+    assert ours.loss == pytest.approx(theirs.loss, rel=5e-3)
+
+
+def test_an_adapter_of_another_base_is_not_evaluated(tmp_path):
+    checkpoint, package = make_federation(tmp_path)
+    api.start_adapter(package, tmp_path / "start", LORA, seed=0)
+    other = make_checkpoint(tmp_path / "other", layers=4, seed=1, tokenizer=True)
+    load_model(checkpoint, tmp_path / "start")
+    with pytest.raises(ArtifactError, match="belongs to the base"):
+        load_model(other, tmp_path / "start")
+
+
+def test_a_package_whose_layer_map_was_changed_has_another_digest(tmp_path):
+    package = make_package(tmp_path / "package", "llama")
+    before = load_package(package).package
+    raw = json.loads((package / MANIFEST_NAME).read_text())
+    raw["layers"][1]["block"], raw["layers"][2]["block"] = 1, None
+    (package / MANIFEST_NAME).write_text(json.dumps(raw))
+    after = load_package(package).package
+    assert (before.kept_layers, after.kept_layers) == ([0, 2, 3], [0, 1, 3])
+    assert before.digest != after.digest
+
+
+def test_every_stage_is_a_function_of_its_command_s_name():
+    from hf_fedlarge.cli import build_parser
+
+    [commands] = [action for action in build_parser()._actions if action.dest == "command"]
+    for name in commands.choices:
+        assert callable(getattr(api, name))
+        assert name in api.__all__
+
+
+def test_a_directory_without_a_tokenizer_says_so(tmp_path):
+    make_checkpoint(tmp_path / "checkpoint")
+    with pytest.raises(ArtifactError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path / "checkpoint")
