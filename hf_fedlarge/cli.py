@@ -137,8 +137,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     totals.add_row("held-out loss, package before training", f"{loss['package']:.3f}")
     totals.add_row("held-out loss, merged model", f"{loss['merged']:.3f}  ({loss['merged'] - loss['base']:+.3f})")
     totals.add_row("MB down, MB up", f"{summary['bytes_down'] / 1e6:.1f}, {summary['bytes_up'] / 1e6:.1f}")
-    totals.add_row("peak memory, server", f"{summary['peak_memory_bytes'] / 1e6:.0f} MB")
-    totals.add_row("peak memory, client", f"{summary['client_peak_memory_bytes'] / 1e6:.0f} MB")
+    totals.add_row("peak memory, largest process", f"{summary['peak_memory_bytes'] / 1e6:.0f} MB")
+    totals.add_row("peak memory, largest client", f"{summary['client_peak_memory_bytes'] / 1e6:.0f} MB")
     console.print(totals)
     sample = summary["sample"]
     if sample["prompt"]:
