@@ -202,6 +202,7 @@ class _Federation:
         cohort = sample_cohort(check_ins, self.config.cohort, self.config.seed, number, package.total_bytes)
         self.report(f"round {number}: {', '.join(cohort)}")
         work = self._round(number).with_name(f".{number:04d}.work")
+        work.mkdir(parents=True, exist_ok=True)
         refused: list[tuple[str, str]] = []
         updates = []
         for client in cohort:

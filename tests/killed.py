@@ -5,10 +5,10 @@ import signal
 from pathlib import Path
 
 import torch
-from hf_fedlarge.trainers.launch import LAUNCHERS
 
 from hf_fedlarge import rounds
 from hf_fedlarge.config import load_federation
+from hf_fedlarge.trainers.launch import LAUNCHERS
 
 STEPS = ("write_json", "write_jsonl", "shrink", "start_adapter", "aggregate_updates", "merge")
 

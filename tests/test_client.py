@@ -5,14 +5,14 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
 from datasets import Dataset
 from federation import LORA, TRAINING, make_examples, make_federation
-from hf_fedlarge.trainers.client import ClientArguments, train_client
-from hf_fedlarge.trainers.launch import check_training
-from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig, StreamingLoraTrainer
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from hf_fedlarge.adapters import ADAPTER_WEIGHTS, attach_lora
@@ -20,9 +20,12 @@ from hf_fedlarge.artifacts import AdapterManifest, UpdateManifest, read_manifest
 from hf_fedlarge.cli import main
 from hf_fedlarge.collect import aggregate_updates, start_adapter
 from hf_fedlarge.data import load_examples
-from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.errors import ConfigError, OutputError
 from hf_fedlarge.evaluation import encode_example
 from hf_fedlarge.package import load_package, load_tokenizer
+from hf_fedlarge.trainers.client import ClientArguments, train_client
+from hf_fedlarge.trainers.launch import check_training
+from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig, StreamingLoraTrainer
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +167,26 @@ def test_several_gpus_without_a_launcher_are_not_under_data_parallel(home, tmp_p
     )
     assert trainer.args.n_gpu == 1
     assert trainer.args.train_batch_size == 2
+
+
+def test_a_second_process_for_the_same_update_waits_for_the_first(home, tmp_path):
+    """What a server that was killed left behind finishes; the one started again finds the update there."""
+    train(home, tmp_path / "finished")
+    held = threading.Event()
+
+    def other():
+        with FileLock(tmp_path / ".update.lock"):
+            held.set()
+            time.sleep(0.5)
+            (tmp_path / "finished").rename(tmp_path / "update")
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    held.wait()
+    with pytest.raises(OutputError, match="exists already"):
+        train(home, tmp_path / "update")
+    thread.join()
+    assert {path.name for path in tmp_path.iterdir()} == {"update"}
 
 
 class PowerCut(BaseException):

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from federation import LORA, TRAINING, make_examples, make_federation, make_update
-from hf_fedlarge.trainers.client import ClientArguments, train_client
-from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig
 
 from hf_fedlarge.adapters import attach_lora, get_factors, read_factors, set_factors
 from hf_fedlarge.architectures import describe, load_config
 from hf_fedlarge.collect import aggregate_updates, start_adapter
 from hf_fedlarge.package import load_package
+from hf_fedlarge.trainers.client import ClientArguments, train_client
+from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import torch
 import yaml
 from families import make_checkpoint
 from federation import make_update
-from hf_fedlarge.trainers.launch import LAUNCHERS, ClientFailedError
 from transformers import AutoModelForCausalLM
 
 from hf_fedlarge.artifacts import AdapterManifest, CheckpointManifest, read_manifest, sha256_of, verify_files
@@ -23,6 +22,7 @@ from hf_fedlarge.data import from_rows, write_jsonl
 from hf_fedlarge.errors import ArtifactError, ConfigError, DataError, OutputError, UpdateRefusedError
 from hf_fedlarge.plan import CheckIn, sample_cohort
 from hf_fedlarge.rounds import run_federation
+from hf_fedlarge.trainers.launch import LAUNCHERS, ClientFailedError
 
 COLOURS = ("red", "green", "blue", "white")
 

@@ -19,18 +19,21 @@ import logging
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
 
 from hf_fedlarge.artifacts import os_problem, write_json
 from hf_fedlarge.errors import ConfigError, DataError, FedLargeError
 from hf_fedlarge.memory import peak_memory_bytes
 
 if TYPE_CHECKING:
-    from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig
-
     from hf_fedlarge.artifacts import UpdateManifest
+    from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +60,28 @@ class ClientArguments:
     verify: bool = field(default=True, metadata={"help": "Check the package's digests before loading it."})
 
 
+def _one_at_a_time(train: Callable[..., UpdateManifest]) -> Callable[..., UpdateManifest]:
+    """Make a second process that is to write the same update wait for the first.
+
+    A server that was killed may have left a client's process behind, and starts that client again.
+    """
+
+    @wraps(train)
+    def alone(client: ClientArguments, config: StreamingLoraConfig) -> UpdateManifest:
+        output = Path(client.output)
+        if config.process_index != 0 or not output.parent.is_dir():
+            return train(client, config)
+        lock = output.with_name(f".{output.name}.lock")
+        with FileLock(lock):
+            try:
+                return train(client, config)
+            finally:
+                lock.unlink(missing_ok=True)
+
+    return alone
+
+
+@_one_at_a_time
 def train_client(client: ClientArguments, config: StreamingLoraConfig) -> UpdateManifest:
     """Train and write the update directory; on a process that is not the first, train along and write nothing.
 
@@ -74,7 +99,6 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig) -> Update
     """
     # Here, so that `--help` and argument errors come at once.
     import torch
-    from hf_fedlarge.trainers.streaming_trainer import StreamingLoraTrainer
     from pydantic import ValidationError
 
     from hf_fedlarge.adapters import attach_lora, get_factors, initial_factors, read_factors, set_factors
@@ -91,6 +115,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig) -> Update
     from hf_fedlarge.evaluation import evaluate_model
     from hf_fedlarge.package import load_package, load_tokenizer
     from hf_fedlarge.partition import hold_out
+    from hf_fedlarge.trainers.streaming_trainer import StreamingLoraTrainer
     from hf_fedlarge.update import write_update
 
     started = time.monotonic()
@@ -251,8 +276,9 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[ClientArguments
     Raises:
         ConfigError: a training argument has a value that trl or transformers refuses.
     """
-    from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig
     from transformers import HfArgumentParser
+
+    from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig
 
     parser = HfArgumentParser((ClientArguments, StreamingLoraConfig), prog="hf-fedlarge train", allow_abbrev=False)
     parser.description = "Train LoRA adapters on a package with a client's own data, and write an update."

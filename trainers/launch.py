@@ -14,12 +14,12 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from hf_fedlarge.trainers.client import ClientArguments, train_client
-from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig
 from transformers import HfArgumentParser
 
 from hf_fedlarge.errors import ConfigError, FedLargeError
 from hf_fedlarge.rounds import ClientJob
+from hf_fedlarge.trainers.client import ClientArguments, train_client
+from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig
 
 
 class ClientFailedError(FedLargeError, RuntimeError):
@@ -54,7 +54,8 @@ def train_by_accelerate(job: ClientJob) -> None:
     command += ["-m", "hf_fedlarge.trainers.client"]
     command += _as_words(_arguments(job) | job.training)
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
+    # A process that a killed server left behind may have finished the update while this one waited for it.
+    if result.returncode and not job.output.exists():
         lines = [line for line in result.stderr.splitlines() if line.startswith("hf-fedlarge train: ")]
         last = lines[-1] if lines else (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise ClientFailedError(f"{job.client}'s process ended with {result.returncode}: {last}")

@@ -83,7 +83,6 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     """Train one side in this process; returns its figures."""
     import torch
     from datasets import Dataset
-    from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig, StreamingLoraTrainer
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
     from trl import SFTConfig, SFTTrainer
@@ -91,6 +90,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     from hf_fedlarge.adapters import attach_lora
     from hf_fedlarge.config import LoraSettings
     from hf_fedlarge.package import load_package
+    from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig, StreamingLoraTrainer
 
     class StepTimer(TrainerCallback):
         seconds: ClassVar[list[float]] = []
