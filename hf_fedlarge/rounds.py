@@ -39,7 +39,6 @@ from hf_fedlarge.artifacts import (
     AdapterManifest,
     CheckpointManifest,
     PackageManifest,
-    UpdateManifest,
     read_manifest,
     staged_directory,
     verify_files,
@@ -48,7 +47,7 @@ from hf_fedlarge.artifacts import (
 from hf_fedlarge.collect import aggregate_updates, start_adapter
 from hf_fedlarge.config import DataConfig, FederationConfig
 from hf_fedlarge.data import STDLIB, concatenate, load_examples, training_columns, write_jsonl
-from hf_fedlarge.errors import ArtifactError, ConfigError, FedLargeError, OutputError, UpdateRefusedError
+from hf_fedlarge.errors import ConfigError, FedLargeError, OutputError, UpdateRefusedError
 from hf_fedlarge.evaluation import as_record, evaluate, generate_text, load_model
 from hf_fedlarge.hub import resolve_checkpoint
 from hf_fedlarge.memory import peak_memory_bytes
@@ -57,7 +56,7 @@ from hf_fedlarge.package import load_tokenizer
 from hf_fedlarge.partition import hold_out, split_by_config
 from hf_fedlarge.plan import CheckIn, sample_cohort
 from hf_fedlarge.shrink import plan_shrink, shrink
-from hf_fedlarge.update import Asked
+from hf_fedlarge.update import Asked, measured, outcome
 
 logger = logging.getLogger(__name__)
 
@@ -216,21 +215,25 @@ class _Federation:
                     self.report(f"  {client} did not train: {error}")
                     continue
             updates.append(update)
-            self.report(f"  {client}: {_outcome(update)}")
+            self.report(f"  {client}: {outcome(update)}")
         if not updates:
             raise UpdateRefusedError(f"Round {number}: no client trained. {' '.join(cause for _, cause in refused)}")
         with staged_directory(self._round(number)) as staging:
-            collected = aggregate_updates(
-                updates,
-                self.package,
-                staging / "adapter",
-                aggregator=self.config.aggregator,
-                previous=self._adapter(number - 1),
-                weighting=self.config.weighting,
-                round_number=number,
-                min_updates=self.config.min_updates,
-                asked={update: self._asked(update.name, examples[update.name]) for update in updates},
-            )
+            try:
+                collected = aggregate_updates(
+                    updates,
+                    self.package,
+                    staging / "adapter",
+                    aggregator=self.config.aggregator,
+                    previous=self._adapter(number - 1),
+                    weighting=self.config.weighting,
+                    round_number=number,
+                    min_updates=self.config.min_updates,
+                    asked={update: self._asked(update.name, examples[update.name]) for update in updates},
+                )
+            except UpdateRefusedError:
+                shutil.rmtree(work)  # or every rerun would fail over the same updates
+                raise
             refused.extend(collected.refused)
             for client, cause in collected.refused:
                 self.report(f"  {client}: {cause}")
@@ -367,33 +370,11 @@ class _Federation:
         return self._round(number) / "adapter"
 
 
-def _measured(update: Path) -> dict[str, float]:
-    """What a client's process measured; nothing where its manifest can't be read, which validation will say."""
-    try:
-        return read_manifest(update, UpdateManifest).measured
-    except ArtifactError:
-        return {}
+def _hub_options(data: DataConfig) -> dict[str, str | None]:
+    return {"split": data.hub_split, "revision": data.hub_revision}
 
 
 def _peaks(updates: list[Path]) -> dict[str, int]:
     """The largest resident size so far of this process, and of a client's, which in-process is the same one."""
-    clients = max(int(_measured(update).get("peak_memory_bytes", 0)) for update in updates)
+    clients = max(int(measured(update).get("peak_memory_bytes", 0)) for update in updates)
     return {"peak_memory_bytes": max(peak_memory_bytes(), clients), "client_peak_memory_bytes": clients}
-
-
-def _outcome(update: Path) -> str:
-    """A trained client in a few words."""
-    try:
-        manifest = read_manifest(update, UpdateManifest)
-    except ArtifactError as error:
-        return str(error)
-    if manifest.loss_before is None or manifest.loss_after is None:
-        loss = "loss not evaluated"
-    else:
-        loss = f"its held-out loss {manifest.loss_before:.3f} → {manifest.loss_after:.3f}"
-    seconds, peak = (manifest.measured.get(name, 0) for name in ("seconds", "peak_memory_bytes"))
-    return f"{loss}, {manifest.tokens} tokens, {seconds:.0f} s, peak memory {peak / 1e6:.0f} MB"
-
-
-def _hub_options(data: DataConfig) -> dict[str, str | None]:
-    return {"split": data.hub_split, "revision": data.hub_revision}

@@ -181,6 +181,28 @@ def read_update(directory: Path) -> UpdateManifest:
         raise ArtifactError(f"{directory} can't be read ({error}); expected an update: send it again.") from error
 
 
+def measured(update: Path) -> dict[str, float]:
+    """What a client's process measured; nothing where its manifest can't be read, which validation will say."""
+    try:
+        return read_manifest(update, UpdateManifest).measured
+    except ArtifactError:
+        return {}
+
+
+def outcome(update: Path) -> str:
+    """A trained client in a few words."""
+    try:
+        manifest = read_manifest(update, UpdateManifest)
+    except ArtifactError as error:
+        return str(error)
+    if manifest.loss_before is None or manifest.loss_after is None:
+        loss = "loss not evaluated"
+    else:
+        loss = f"its held-out loss {manifest.loss_before:.3f} → {manifest.loss_after:.3f}"
+    seconds, peak = (manifest.measured.get(name, 0) for name in ("seconds", "peak_memory_bytes"))
+    return f"{loss}, {manifest.tokens} tokens, {seconds:.0f} s, peak memory {peak / 1e6:.0f} MB"
+
+
 def client_name(directory: Path) -> str:
     """Whom to name for a directory whose update was refused: the client if the manifest is readable, else its name."""
     try:

@@ -229,8 +229,10 @@ def test_a_round_below_its_quorum_commits_nothing(home, tmp_path):
         LAUNCHERS["inprocess"](job)
 
     with pytest.raises(UpdateRefusedError, match="1 of 1 updates are valid; at least 2 are needed"):
-        run(home, tmp_path / "run", train=train, cohort=None, min_updates=2)
+        run(home, tmp_path / "run", train=train, cohort=None, min_updates=2, rounds=1)
     assert not (tmp_path / "run" / "rounds" / "0001").exists()
+    run(home, tmp_path / "run", cohort=None, min_updates=2, rounds=1)
+    assert (tmp_path / "run" / "rounds" / "0001").exists()
 
 
 def test_a_damaged_package_is_not_trained_on(home, whole, tmp_path):
