@@ -108,6 +108,12 @@ class _Round(_Part):
     refused: list[_Refusal] = []
 
 
+class _Package(_Part):
+    layers: int
+    kept: list[int]
+    embeddings: str
+
+
 class _Summary(_Part):
     """What a card prints of `summary.json`; every key may be missing, and keys it doesn't know are left alone."""
 
@@ -120,6 +126,7 @@ class _Summary(_Part):
     data: str | None = None
     aggregator: str | None = None
     held_out_examples: int | None = None
+    package: _Package | None = None
 
 
 def render_card(directory: Path, repo_id: str, summary: dict[str, Any] | None) -> str:
@@ -223,6 +230,7 @@ def _adapter_facts(manifest: AdapterManifest, run: _Summary) -> list[tuple[str, 
 
 def _checkpoint_facts(manifest: CheckpointManifest, run: _Summary) -> list[tuple[str, Any]]:
     return [
+        *_clients_copy(run.package),
         ("rounds", len(run.rounds) or None),
         ("weights changed", len(manifest.merged)),
         ("aggregator", run.aggregator),
@@ -230,6 +238,15 @@ def _checkpoint_facts(manifest: CheckpointManifest, run: _Summary) -> list[tuple
         ("digest of the adapter folded in", _code(manifest.adapter)),
         ("digest of this checkpoint", _code(manifest.digest)),
     ]
+
+
+def _clients_copy(package: _Package | None) -> list[tuple[str, Any]]:
+    """What the clients had of the model while they trained."""
+    if package is None:
+        return [("layers that the clients had", None), ("codec of the clients' copy", None)]
+    kept = f"{len(package.kept)} of {package.layers}: {format_ranges(package.kept)}"
+    codec = f"{_CODECS['nf4']}; embeddings {package.embeddings}"
+    return [("layers that the clients had", kept), ("codec of the clients' copy", codec)]
 
 
 def _contributions(manifest: PublishedManifest, run: _Summary) -> tuple[list[tuple[int | None, Any]], int]:

@@ -273,6 +273,11 @@ class _Federation:
             "bytes_down": sum(entry["bytes_down"] for entry in rounds),
             "bytes_up": sum(entry["bytes_up"] for entry in rounds),
             "package_bytes": package.total_bytes,
+            "package": {
+                "layers": len(package.layers),
+                "kept": package.kept_layers,
+                "embeddings": package.embeddings,
+            },
             "seconds": round(sum(entry["seconds"] for entry in rounds), 1),
             "peak_memory_bytes": max(entry["peak_memory_bytes"] for entry in rounds),
             "client_peak_memory_bytes": max(entry["client_peak_memory_bytes"] for entry in rounds),

@@ -158,9 +158,12 @@ def test_adapter_card_without_a_summary_uses_the_manifest_and_invents_nothing(tm
 
 
 def test_checkpoint_card_takes_its_figures_from_the_summary(tmp_path):
-    card = render_card(make_checkpoint(tmp_path / "c"), "me/model", SUMMARY)
+    copy = {"package": {"layers": 4, "kept": [0, 2, 3], "embeddings": "int8"}}
+    card = render_card(make_checkpoint(tmp_path / "c"), "me/model", SUMMARY | copy)
     head = metadata(card)
     assert (head["base_model_relation"], head["library_name"]) == ("finetune", "transformers")
+    assert "3 of 4: 0, 2-3" in card
+    assert "4-bit NormalFloat in blocks of 64, their scales quantized again; embeddings int8" in card
     table = rows(card)
     for row in (
         ["rounds", "1"],

@@ -16,6 +16,7 @@ from federation import make_update
 from transformers import AutoModelForCausalLM
 
 from hf_fedlarge.artifacts import AdapterManifest, CheckpointManifest, read_manifest, sha256_of, verify_files
+from hf_fedlarge.cards import render_card
 from hf_fedlarge.cli import main
 from hf_fedlarge.config import load_federation
 from hf_fedlarge.data import from_rows, write_jsonl
@@ -115,6 +116,15 @@ def test_a_run_ends_with_a_better_full_model_and_honest_figures(home, whole):
     model = AutoModelForCausalLM.from_pretrained(output / "merged")
     assert model.config.num_hidden_layers == 4
     assert model.dtype == torch.bfloat16
+
+
+def test_the_summary_is_what_a_model_card_reads(whole):
+    output, summary = whole
+    card = render_card(output / "merged", "me/model", summary)
+    assert f"| base | {summary['loss']['base']:.4f} |" in card
+    assert "3 of 4: " in card
+    assert "team-" in card
+    assert "not recorded" in card  # the license, which this base does not declare
 
 
 def test_held_out_examples_are_never_trained_on(whole):
