@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_fedlarge.architectures import describe, empty_model, load_config, logit_transform
+from hf_fedlarge.architectures import Architecture, describe, empty_model, load_config, logit_transform
 from hf_fedlarge.artifacts import PackageManifest, read_manifest, verify_files
 from hf_fedlarge.errors import ArtifactError
 from hf_fedlarge.loss import StreamedHead
@@ -79,7 +79,8 @@ def load_package(
     if verify:
         verify_files(directory, manifest, published=True)
     tensors = MappedTensors(directory, [name for name in manifest.files if name.endswith(".safetensors")])
-    model = _assemble(directory, package_config(directory), tensors, manifest.codecs, dtype, device, micro_batch_size)
+    config = package_config(directory)
+    model = _assemble(directory, config, describe(config), tensors, manifest.codecs, dtype, device, micro_batch_size)
     model.package = manifest
     return model
 
@@ -106,12 +107,13 @@ def stream_checkpoint(
     ends = {f"{architecture.embedding}.weight", f"{architecture.head}.weight"}
     matrices = {name for layer in range(architecture.layers) for name in architecture.linear_weights(layer)}
     codecs = dict.fromkeys(matrices | (ends & set(architecture.parameters)), "dense")
-    return _assemble(directory, config, tensors, codecs, dtype or config.dtype or torch.float32, device)
+    return _assemble(directory, config, architecture, tensors, codecs, dtype or config.dtype or torch.float32, device)
 
 
 def _assemble(
     directory: Path,
     config: PretrainedConfig,
+    architecture: Architecture,
     tensors: MappedTensors,
     codecs: dict[str, str],
     dtype: torch.dtype,
@@ -120,7 +122,6 @@ def _assemble(
 ) -> PreTrainedModel:
     """An empty model with its vectors filled in, whose matrices stream from `tensors`."""
     device = torch.device(device)
-    architecture = describe(config)
     model = empty_model(config, dtype)
     weights: dict[str, FrozenWeight] = {}
     for name, shape in architecture.parameters.items():
