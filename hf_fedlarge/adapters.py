@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -23,6 +24,7 @@ from hf_fedlarge.architectures import Architecture
 from hf_fedlarge.artifacts import write_json
 from hf_fedlarge.config import LoraSettings
 from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.linear import Adapter, FrozenLinear
 from hf_fedlarge.tensors import Factors, SafetensorsWriter
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -78,9 +80,31 @@ def initial_factors(architecture: Architecture, layers: list[int], lora: LoraSet
 
 
 def attach_lora(model: PreTrainedModel, architecture: Architecture, lora: LoraSettings) -> PeftModel:
-    """Put trainable fp32 adapters on every block of `model`, which is changed in place and wrapped."""
+    """Put trainable fp32 adapters on every block of `model`, which is changed in place and wrapped.
+
+    Where the model is streamed, its engine computes a matrix and its adapter as one product.
+    """
     with _peft_warnings():
-        return get_peft_model(model, _peft_config(architecture, lora))
+        peft_model = get_peft_model(model, _peft_config(architecture, lora))
+    if hasattr(model, "engine"):
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                _fuse(layer, model.engine.linear_of[layer.base_layer], lora)
+    return peft_model
+
+
+def _fuse(layer: LoraLayer, linear: FrozenLinear, lora: LoraSettings) -> None:
+    dropout = layer.lora_dropout["default"] if lora.dropout else None
+    linear.adapter = Adapter(layer.lora_A["default"].weight, layer.lora_B["default"].weight, lora.scale, dropout)
+    plain = layer.forward
+
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # peft can switch adapters off or take other ones.
+        if args or kwargs or layer.disable_adapters or layer.merged or layer.active_adapters != ["default"]:
+            return plain(x, *args, **kwargs)
+        return linear.forward_with_adapter(x)
+
+    layer.forward = forward
 
 
 def set_factors(model: PeftModel, factors: dict[str, Factors], architecture: Architecture, layers: list[int]) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 from hf_fedlarge.architectures import LogitTransform
 from hf_fedlarge.quantize import FrozenWeight
 
-_SLICE_BYTES = 2**24
+_SLICE_BYTES = 2**22  # logits of a slice and what is made of them should fit a CPU's cache
 _POSITIONS = 1024
 
 
@@ -111,6 +111,8 @@ def _loss_and_gradient(
     top_N = hidden_ND.new_full((count,), -torch.inf, dtype=torch.float32)
     others_N = torch.zeros_like(top_N)  # Σ exp(z − top) over all but the label
     label_logit_N = torch.zeros_like(top_N)
+    # Taken from the slices as they come: the rows of a head that is larger than memory lie far apart.
+    label_rows_ND = torch.empty_like(hidden_ND) if with_gradient else None
     grad_ND = torch.zeros(hidden_ND.shape, dtype=torch.float32, device=hidden_ND.device) if with_gradient else None
 
     for start, stop, rows_RD in head.slices():
@@ -127,6 +129,8 @@ def _loss_and_gradient(
             here_N = ((labels_N[part] >= start) & (labels_N[part] < stop)).nonzero()[:, 0]
             own = here_N, labels_N[part][here_N] - start
             label_logit_N[first + here_N] = z_NR[own]
+            if label_rows_ND is not None:
+                label_rows_ND[first + here_N] = rows_RD[own[1]]
             new_top_N = torch.maximum(top_N[part], z_NR.amax(dim=1))
             decay_N = (top_N[part] - new_top_N).exp()
             top_N[part] = new_top_N
@@ -144,8 +148,7 @@ def _loss_and_gradient(
     if grad_ND is None:
         return loss, None
     pull_N = others_N if cap is None else others_N * (1 - (label_logit_N / cap).square())
-    label_rows_ND = head.weight.gather(labels_N, head.dtype).float()
-    return loss, grad_ND.sub_(label_rows_ND.mul_(pull_N[:, None])).mul_(scale / sum_N[:, None])
+    return loss, grad_ND.sub_(label_rows_ND.float().mul_(pull_N[:, None])).mul_(scale / sum_N[:, None])
 
 
 def causal_loss(

@@ -1,10 +1,21 @@
-"""How much memory a process took."""
+"""How much memory a process took, and what it asks of the system's allocator and page cache."""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import resource
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+
+import psutil
+import torch
+
+# glibc's M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD; the last takes no more than 32 MiB.
+_KEEP = {-1: 2**28, -2: 2**24, -3: 2**25}
+_MADV_POPULATE_READ = 22  # not in Python's mmap
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def peak_memory_bytes() -> int:
@@ -19,3 +30,31 @@ def peak_memory_bytes() -> int:
             return int(fields["VmHWM"].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def used_bytes(device: torch.device) -> int:
+    """What this process holds of its own: on CUDA what tensors take there, else memory that no file stands behind."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    memory = psutil.Process().memory_info()
+    return memory.rss - getattr(memory, "shared", 0)
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep what tensors free instead of giving it back, which costs a page fault for each of their pages."""
+    if hasattr(_libc, "mallopt"):  # musl has none
+        for option, value in _KEEP.items():
+            _libc.mallopt(option, value)
+
+
+def fetch_pages(tensors: Iterable[torch.Tensor]) -> None:
+    """Ask the system to read memory-mapped tensors from the disk; returns when they are there, holding no lock.
+
+    A hint to read ahead (MADV_WILLNEED) on a large range reads some of it only; populating reads all (Linux 5.14).
+    """
+    if _libc is None:
+        return
+    for tensor in tensors:
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        length = tensor.data_ptr() + tensor.nbytes - start
+        _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_POPULATE_READ)

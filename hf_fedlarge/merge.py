@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from hf_fedlarge.artifacts import (
     write_json,
     write_manifest,
 )
+from hf_fedlarge.blocks import ROUNDED_DTYPES, add_product, in_order, workers
 from hf_fedlarge.config import Record
 from hf_fedlarge.errors import ArtifactError, OutputError
 from hf_fedlarge.tensors import (
@@ -55,8 +57,7 @@ from hf_fedlarge.tensors import (
 
 STATE_NAME = ".merge.json"  # no copied file can be called so: their names start with a letter or a digit
 
-_BLOCK_BYTES = 4 * 2**20  # of fp64; four or five temporaries of this size exist at once
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_BLOCK_BYTES = 4 * 2**20  # as stored; a few blocks for each thread exist at once
 
 # Weights of other formats would be the unmerged ones; the card, the manifest and an adapter beside the weights (which
 # transformers would load on top of them) spoke of the base.
@@ -236,19 +237,26 @@ def merge(
     targets = {target.name: target for target in plan.targets}
     done = 0
 
+    def merged_rows(place: tuple[str, int, int]) -> torch.Tensor:
+        name, start, _ = place
+        rows = reader.read_rows(*place)
+        if name not in targets:
+            return rows
+        return _merged(targets[name], factors[targets[name].module], plan.scale, rows, start)
+
     def advance(nbytes: int) -> None:
         nonlocal done
         done += nbytes
         if progress:
             progress(done)
 
-    with staged_directory(output, overwrite=overwrite, resume=True) as staging:
+    with staged_directory(output, overwrite=overwrite, resume=True) as staging, workers() as pool:
         shards = _take_over(staging, plan)
         for shard in plan.shards:
             if shard in shards:
                 advance(sum(info.nbytes for info in reader.infos.values() if info.file == shard))
                 continue
-            shards[shard] = _write_shard(reader, shard, staging / shard, targets, factors, plan.scale, advance)
+            shards[shard] = _write_shard(pool, reader, shard, staging / shard, merged_rows, advance)
             _save_state(staging, plan, shards)
         for name in plan.copied:
             shutil.copyfile(checkpoint / name, staging / name)
@@ -264,33 +272,10 @@ def merge(
     return manifest
 
 
-def round_fp64(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`x` rounded once, to the nearest value of `dtype`, ties to even; beyond its range infinite, NaN stays NaN.
-
-    torch goes from fp64 to fp16 and bf16 by way of fp32, and rounding twice is wrong where the first rounding makes
-    a tie. So 13 bits of precision are kept first, rounded to odd: cut, and the last one set if anything was lost.
-    That is two bits more than either dtype has, enough to see on which side of a tie x was (Boldo and Melquiond 2008,
-    https://doi.org/10.1109/TC.2007.70819), and few enough that fp32 holds them even where bf16 is subnormal.
-
-    Args:
-        x: fp64, of any shape.
-        dtype: float32, float16 or bfloat16.
-    """
-    assert x.dtype == torch.float64, x.dtype
-    assert dtype in _DTYPES, dtype
-    if dtype == torch.float32:
-        return x.float()
-    bits = x.view(torch.int64)
-    cut = (1 << 53 - 13) - 1
-    # The sum carries into the last kept bit unless all the bits that are cut are zero; "or" makes the carry stick.
-    odd = bits.bitwise_and(cut).add_(cut).bitwise_or_(bits).bitwise_and_(~cut)
-    return odd.view(torch.float64).to(dtype)
-
-
 def _target(architecture: Architecture, module: str, info: TensorInfo, checkpoint: Path) -> MergeTarget:
     """The target for one matrix, whose stored tensor must be what the model's configuration says."""
     expected = architecture.parameters[f"{module}.weight"]
-    if info.shape != expected or info.dtype not in _DTYPES:
+    if info.shape != expected or info.dtype not in ROUNDED_DTYPES:
         raise ArtifactError(
             f"{checkpoint} holds {info.name} as {info.dtype} of shape {info.shape}; expected {expected} in float32, "
             f"float16 or bfloat16."
@@ -324,25 +309,22 @@ def _is_file_name(name: str) -> bool:
 
 
 def _write_shard(
+    pool: ThreadPoolExecutor,
     reader: CheckpointReader,
     shard: str,
     path: Path,
-    targets: dict[str, MergeTarget],
-    factors: dict[str, Factors],
-    scale: float,
+    merged_rows: Callable[[tuple[str, int, int]], torch.Tensor],
     advance: Callable[[int], None],
 ) -> FileEntry:
     """Write one shard, its targets merged, under a temporary name, flush it and rename it to `path`."""
     infos = {name: info for name, info in reader.infos.items() if info.file == shard}
+    places = [(name, *rows) for name in infos for rows in reader.row_ranges(name, _BLOCK_BYTES)]
     partial = path.with_name(f".{shard}.partial")
     layout = {name: (info.dtype, info.shape) for name, info in infos.items()}
     with SafetensorsWriter(partial, layout, reader.metadata(shard)) as writer:
-        for name, info in infos.items():
-            merged = _merger(targets[name], factors[targets[name].module], scale) if name in targets else None
-            block_bytes = _BLOCK_BYTES * info.dtype.itemsize // torch.float64.itemsize
-            for start, rows in reader.row_blocks(name, block_bytes):
-                writer.write(name, merged(start, rows) if merged else rows)
-                advance(rows.nbytes)
+        for (name, *_), rows in zip(places, in_order(pool, merged_rows, places), strict=True):
+            writer.write(name, rows)
+            advance(rows.nbytes)
         entry = writer.close()
     with partial.open("rb") as file:
         os.fsync(file.fileno())
@@ -350,21 +332,16 @@ def _write_shard(
     return entry
 
 
-def _merger(target: MergeTarget, factors: Factors, scale: float) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """A function of (first row, rows as stored) that gives those rows merged, in their dtype."""
-    A_RI, B_OR = factors.A_RI.double(), factors.B_OR.double()
+def _merged(target: MergeTarget, factors: Factors, scale: float, rows: torch.Tensor, start: int) -> torch.Tensor:
+    """The rows of a target that begin at `start`, as stored, merged, in their dtype."""
+    A_RI, B_OR = factors
     left, right = (A_RI.T, B_OR.T) if target.transposed else (B_OR, A_RI)
-
-    def merged(start: int, rows: torch.Tensor) -> torch.Tensor:
-        total = torch.addmm(rows.double(), left[start : start + len(rows)], right, alpha=scale)
-        rounded = round_fp64(total, target.dtype)
-        if not rounded.abs().max().isfinite():  # several times as fast as asking every value
-            raise ArtifactError(
-                f"Merging {target.module} gives a value in {target.name} that {target.dtype} can't hold; "
-                f"the adapter or the checkpoint is damaged, or the dtype is too narrow."
-            )
-        return rounded
-
+    merged = add_product(rows, left[start : start + len(rows)].double(), right.double(), scale)
+    if not all(extreme.isfinite() for extreme in merged.aminmax()):  # much faster than asking every value
+        raise ArtifactError(
+            f"Merging {target.module} gives a value in {target.name} that {target.dtype} can't hold; "
+            f"the adapter or the checkpoint is damaged, or the dtype is too narrow."
+        )
     return merged
 
 

@@ -1,4 +1,4 @@
-"""Shrink a checkpoint into a package: drop layers, store the rest in 4 bits, one tensor in memory at a time.
+"""Shrink a checkpoint into a package: drop layers, store the rest in 4 bits, a few blocks of rows in memory at a time.
 
 Which layers go is a plan that can be printed before anything is written. Layers are dropped evenly from the middle; the
 first two and the last one stay as long as the count allows, because models stand their loss worst. What stands in a
@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -29,9 +30,10 @@ from hf_fedlarge.artifacts import (
     write_json,
     write_manifest,
 )
+from hf_fedlarge.blocks import in_order, workers
 from hf_fedlarge.config import Embeddings, format_ranges, parse_layers
 from hf_fedlarge.errors import ArtifactError, ConfigError
-from hf_fedlarge.quantize import BLOCK, Infos, encode, encoded_infos
+from hf_fedlarge.quantize import BLOCK, Infos, encode_rows, encoded_infos, join_rows
 from hf_fedlarge.tensors import (
     INDEX_NAME,
     CheckpointReader,
@@ -42,7 +44,7 @@ from hf_fedlarge.tensors import (
 )
 
 MAX_SHARD_BYTES = 2**30
-_ROW_BLOCK_BYTES = 2**23
+_ROW_BLOCK_BYTES = 4 * 2**20
 # Everything besides config and weights that a model directory needs to be used; never code.
 _COMPANIONS = (
     "tokenizer*",
@@ -153,7 +155,7 @@ def plan_shrink(
             raise ArtifactError(
                 f"{checkpoint} holds {info.name} as {info.dtype} {info.shape}; its config asks for floats {shape}."
             )
-        package_bytes += _bytes(_infos(small, name, shape, codecs.get(name)))
+        package_bytes += _bytes(_infos(small, name, codecs.get(name)))
     return ShrinkPlan(
         checkpoint=checkpoint,
         layers=full.layers,
@@ -193,9 +195,16 @@ def shrink(
     small_config = shrink_config(config, list(plan.kept))
     small = describe(small_config)
     reader = CheckpointReader(plan.checkpoint)
-    infos = {name: _infos(small, name, shape, plan.codecs.get(name)) for name, shape in small.parameters.items()}
+    infos = {name: _infos(small, name, plan.codecs.get(name)) for name in small.parameters}
     shards = plan_shards({name: _bytes(parts) for name, parts in infos.items()}, MAX_SHARD_BYTES)
-    with staged_directory(output, overwrite=overwrite) as staging:
+    places = {name: _places(plan, small, reader, name) for name in small.parameters}
+
+    def encoded_rows(place: tuple[str, int, int]) -> dict[str, torch.Tensor]:
+        return _encoded_rows(plan, small, reader, *place)
+
+    with staged_directory(output, overwrite=overwrite) as staging, workers() as pool:
+        base_digest = pool.submit(checkpoint_digest, plan.checkpoint)
+        blocks = in_order(pool, encoded_rows, [place for names in shards for name in names for place in places[name]])
         files, weight_map, done = {}, {}, 0
         for file, names in zip(shard_names(len(shards)), shards, strict=True):
             parts = {part: info for name in names for part, info in infos[name].items()}
@@ -203,8 +212,9 @@ def shrink(
             ordered = dict(sorted(parts.items(), key=lambda item: -item[1][0].itemsize))
             with SafetensorsWriter(staging / file, ordered) as writer:
                 for name in names:
-                    for part, tensor in _encoded(plan, small, reader, name).items():
-                        writer.write(part, tensor)
+                    shape, codec = _stored_shape(small, name), plan.codecs.get(name, "dense")
+                    for part, rows in join_rows(name, shape, codec, islice(blocks, len(places[name]))):
+                        writer.write(part, rows)
                     done += _bytes(infos[name])
                     if progress:
                         progress(done)
@@ -215,17 +225,17 @@ def shrink(
             write_json(staging / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
         _write_config(staging, small_config, small, plan)
         _copy_companions(plan.checkpoint, staging)
-        blocks = {layer: block for block, layer in enumerate(plan.kept)}
+        block_of = {layer: block for block, layer in enumerate(plan.kept)}
         manifest = PackageManifest(
             files=files | {path.name: file_entry(path) for path in sorted(staging.iterdir()) if path.name not in files},
             base=BaseModelEntry(
                 id=base_id or plan.checkpoint.resolve().name,
                 revision=revision,
-                digest=checkpoint_digest(plan.checkpoint),
+                digest=base_digest.result(),
                 license=read_license(plan.checkpoint),
             ),
             model_type=small.model_type,
-            layers=[LayerEntry(layer=layer, block=blocks.get(layer)) for layer in range(plan.layers)],
+            layers=[LayerEntry(layer=layer, block=block_of.get(layer)) for layer in range(plan.layers)],
             embeddings=plan.embeddings,
             codecs=plan.codecs,
         )
@@ -247,31 +257,42 @@ def read_license(checkpoint: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _infos(architecture: Architecture, name: str, shape: tuple[int, ...], codec: str | None) -> Infos:
+def _infos(architecture: Architecture, name: str, codec: str | None) -> Infos:
     """The tensors that the parameter `name` becomes; a vector, which has no codec, is stored in bf16."""
     if codec is None:
-        return {name: (torch.bfloat16, shape)}
-    return encoded_infos(name, _stored_shape(architecture, name, shape), codec)
+        return {name: (torch.bfloat16, architecture.parameters[name])}
+    return encoded_infos(name, _stored_shape(architecture, name), codec)
 
 
-def _stored_shape(architecture: Architecture, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+def _stored_shape(architecture: Architecture, name: str) -> tuple[int, ...]:
     """(out, in) also where the model's layer has it the other way round: bitsandbytes stores it so."""
-    return (shape[1], shape[0]) if architecture.is_transposed(name) else (shape[0], shape[1])
+    shape = architecture.parameters[name]
+    return shape[::-1] if architecture.is_transposed(name) else shape
 
 
-def _encoded(
+def _places(
     plan: ShrinkPlan, architecture: Architecture, reader: CheckpointReader, name: str
-) -> dict[str, torch.Tensor]:
-    source, codec = plan.sources[name], plan.codecs.get(name)
-    if codec is None:
-        return {name: reader.read(source).to(torch.bfloat16)}
-    shape = _stored_shape(architecture, name, architecture.parameters[name])
+) -> list[tuple[str, int, int]]:
+    """(name, start, stop): the blocks of rows, as they are stored in the package, that a parameter is encoded in."""
+    source = plan.sources[name]
     if architecture.is_transposed(name):
-        blocks = iter(reader.read(source).T.split(BLOCK * 16))
+        step, rows = BLOCK * 16, architecture.parameters[name][1]
+        ranges = [(start, min(start + step, rows)) for start in range(0, rows, step)]
     else:
         # Multiples of 64 rows are whole quantization blocks, whatever the width.
-        blocks = (rows for _, rows in reader.row_blocks(source, _ROW_BLOCK_BYTES, multiple=BLOCK))
-    return encode(name, shape, codec, blocks)
+        ranges = reader.row_ranges(source, _ROW_BLOCK_BYTES, multiple=BLOCK)
+    return [(name, *rows) for rows in ranges]
+
+
+def _encoded_rows(
+    plan: ShrinkPlan, architecture: Architecture, reader: CheckpointReader, name: str, start: int, stop: int
+) -> dict[str, torch.Tensor]:
+    source = plan.sources[name]
+    if architecture.is_transposed(name):
+        rows = reader.read(source).T[start:stop]
+    else:
+        rows = reader.read_rows(source, start, stop)
+    return encode_rows(name, plan.codecs.get(name, "dense"), rows)
 
 
 def _bytes(infos: Infos) -> int:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -99,21 +100,21 @@ class CheckpointReader:
         with safe_open(self.directory / self.infos[name].file, framework="pt") as file:
             return file.get_tensor(name)
 
-    def row_blocks(self, name: str, max_bytes: int, multiple: int = 1) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, rows) of a tensor in blocks of about `max_bytes`; 0-d comes as it is.
-
-        All blocks but the last have a multiple of `multiple` rows.
-        """
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """The rows [start, stop) of a tensor, mapped; 0-d comes as it is."""
         info = self.infos[name]
         if not info.shape:
-            yield 0, self.read(name)
-            return
-        rows = info.shape[0]
+            return self.read(name)
+        # Mapped anew for each block: the pages of the earlier ones are given back.
+        with safe_open(self.directory / info.file, framework="pt") as file:
+            return file.get_slice(name)[start:stop]
+
+    def row_ranges(self, name: str, max_bytes: int, multiple: int = 1) -> list[tuple[int, int]]:
+        """(start, stop) of blocks of about `max_bytes`, all but the last of a multiple of `multiple` rows."""
+        info = self.infos[name]
+        rows = info.shape[0] if info.shape else 1
         step = max(1, max_bytes * rows // max(1, info.nbytes) // multiple) * multiple
-        for start in range(0, rows, step):
-            # Mapped anew for each block: the pages of the earlier ones are given back.
-            with safe_open(self.directory / info.file, framework="pt") as file:
-                yield start, file.get_slice(name)[start : min(start + step, rows)]
+        return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -139,7 +140,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 class SafetensorsWriter:
-    """Writes one safetensors file tensor by tensor; what is written in the order of `infos` is hashed on the way.
+    """Writes one safetensors file tensor by tensor; what is written in the order of `infos` is hashed meanwhile.
+
+    It goes to the disk meanwhile, too (on Linux), so that whoever flushes the file at the end waits for little.
 
     Args:
         path: the file to make.
@@ -166,6 +169,7 @@ class SafetensorsWriter:
         self._start = len(head)
         self._hash: Any = hashlib.sha256(head)
         self._hashed = 0
+        self._beside = ThreadPoolExecutor(1)
         self._file = path.open("wb")
         self._file.write(head)
 
@@ -174,19 +178,26 @@ class SafetensorsWriter:
         data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
         offset = self._next[name]
         assert offset + data.nbytes <= self._end[name], f"{name}: more bytes than announced"
-        self._file.seek(self._start + offset)
-        self._file.write(data)
         self._next[name] += data.nbytes
+        hashing = None
         if self._hash is not None and offset == self._hashed:
-            self._hash.update(data)
+            hashing = self._beside.submit(self._hash.update, data)
             self._hashed += data.nbytes
         elif data.nbytes:
             self._hash = None
+        self._file.seek(self._start + offset)
+        self._file.write(data)
+        if hasattr(os, "posix_fadvise"):
+            # Linux begins to write what is called not needed. An fsync here would stop the writing until it is done.
+            os.posix_fadvise(self._file.fileno(), self._start + offset, data.nbytes, os.POSIX_FADV_DONTNEED)
+        if hashing:
+            hashing.result()
 
     def close(self) -> FileEntry:
         """End the file and give its size and SHA-256."""
         missing = [name for name, end in self._end.items() if self._next[name] != end]
         assert not missing, f"not written: {missing[0]}"
+        self._beside.shutdown()
         self._file.close()
         return (
             file_entry(self.path)
@@ -201,6 +212,7 @@ class SafetensorsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is not None:
+            self._beside.shutdown()
             self._file.close()
         elif not self._file.closed:
             self.close()
@@ -238,7 +250,8 @@ def checkpoint_digest(directory: Path) -> str:
     names = ["config.json", *reader.files, *([INDEX_NAME] if reader.index else [])]
     if not (directory / "config.json").is_file():
         raise ArtifactError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint.")
-    digests = {name: sha256_of(directory / name) for name in names}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = dict(zip(names, pool.map(sha256_of, (directory / name for name in names)), strict=True))
     return hashlib.sha256(json.dumps(digests, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

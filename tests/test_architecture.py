@@ -11,10 +11,12 @@ LIBRARY = ROOT / "hf_fedlarge"
 # Imports point down: a module may import those of the lines above its own.
 LEVELS = [
     {"errors", "memory"},
-    {"config", "stdlib_corpus"},
+    {"config", "stdlib_corpus", "blocks"},
     {"artifacts"},
     {"tensors", "architectures", "quantize", "data", "partition", "cards"},
-    {"adapters", "hub", "loss", "aggregate"},
+    {"linear", "sequences", "budget", "hub", "loss", "aggregate"},
+    {"adapters", "arena"},
+    {"engine"},
     {"shrink", "streaming", "update"},
     {"package", "merge"},
     {"collect", "evaluation", "plan"},

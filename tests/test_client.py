@@ -138,19 +138,24 @@ def test_accumulation_is_one_larger_batch(home, tmp_path):
 
 @pytest.mark.parametrize("form", [{"packing": True}, {"padding_free": True, "max_length": None}])
 def test_accumulation_of_padding_free_batches_keeps_them_apart(home, tmp_path, monkeypatch, form):
-    """Flattened into a row each, they are as short as asked for, and the step is that of one larger batch."""
+    """Flattened into one row a step, sequences stay apart, and a matrix is dequantized as often as for one batch."""
     (tmp_path / "start").symlink_to(home / "adapter")
     train(home, tmp_path / "one", **DESCENT | form, per_device_train_batch_size=6)
-    compute_loss, lengths = StreamingLoraTrainer.compute_loss, []
+    compute_loss, counts = StreamingLoraTrainer.compute_loss, []
 
     def watched(self, model, inputs, *args, **kwargs):
-        lengths.append(inputs["input_ids"].shape[1])
-        return compute_loss(self, model, inputs, *args, **kwargs)
+        before = model.engine.counters.dequantizations
+        loss = compute_loss(self, model, inputs, *args, **kwargs)
+        loss.backward(retain_graph=True)
+        matrices = sum(map(len, model.engine.linears))
+        counts.append((model.engine.counters.dequantizations - before) / matrices)
+        model.zero_grad()
+        return loss
 
     monkeypatch.setattr(StreamingLoraTrainer, "compute_loss", watched)
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
     train(home, tmp_path / "three", **DESCENT, **form, **options)
-    assert max(lengths) <= 2 * TRAINING["max_length"]
+    assert max(counts) <= 2
     assert_same_training(tmp_path / "one", tmp_path / "three")
 
 

@@ -8,15 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from families import FAMILIES, make_checkpoint, make_config
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -34,7 +31,7 @@ from hf_fedlarge.artifacts import (
 )
 from hf_fedlarge.config import LoraSettings
 from hf_fedlarge.errors import ArchitectureError, ArtifactError, OutputError
-from hf_fedlarge.merge import STATE_NAME, merge, plan_merge, round_fp64
+from hf_fedlarge.merge import STATE_NAME, merge, plan_merge
 from hf_fedlarge.tensors import INDEX_NAME, CheckpointReader, Factors, SafetensorsWriter, checkpoint_digest, shard_names
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -46,16 +43,6 @@ FORMATS = {torch.float32: (24, -126), torch.float16: (11, -14), torch.bfloat16: 
 
 
 # --- oracles ---------------------------------------------------------------------------------------------------------
-
-
-def nearest(x, dtype):
-    """The value of `dtype` nearest to the float `x`, ties to even, in exact arithmetic."""
-    if x == 0 or not math.isfinite(x):
-        return x
-    precision, smallest = FORMATS[dtype]
-    quantum = Fraction(2) ** (max(math.frexp(x)[1] - 1, smallest) - precision + 1)
-    rounded = round(Fraction(abs(x)) / quantum) * quantum
-    return math.copysign(math.inf if rounded > torch.finfo(dtype).max else float(rounded), x)
 
 
 def merged_exactly(weight, factors, scale, transposed, dtype):
@@ -115,65 +102,6 @@ def make_pair(directory):
 @pytest.fixture
 def llama(tmp_path):
     return make_pair(tmp_path)
-
-
-# --- rounding --------------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def near_ties(draw, dtype):
-    """A float at, or by as little as possible beside, the middle between two neighbours of `dtype`."""
-    bits = draw(st.integers(0, {2: 2**15, 4: 2**31}[dtype.itemsize] - 2))
-    integer = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
-    low, high = torch.tensor([bits, bits + 1], dtype=integer).view(dtype).double().tolist()
-    if not math.isfinite(low):
-        return low
-    if not math.isfinite(high):
-        high = low + (low - nearest(low * (1 - 2.0 ** -FORMATS[dtype][0]), dtype))
-    middle = (low + high) / 2
-    step = draw(st.sampled_from([0, 1, -1, 2**20, -(2**20), 2**30]))
-    return draw(st.sampled_from([1, -1])) * (middle + step * math.ulp(middle))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(deadline=None, derandomize=True, max_examples=200)
-@given(data=st.data())
-def test_rounding_is_exact(dtype, data):
-    values = data.draw(st.lists(near_ties(dtype) | st.floats(allow_nan=False), min_size=1, max_size=20))
-    found = round_fp64(torch.tensor(values, dtype=torch.float64), dtype)
-    assert found.dtype == dtype
-    for x, rounded in zip(values, found.double().tolist(), strict=True):
-        if math.isnan(x):
-            assert math.isnan(rounded)
-        else:
-            assert (rounded, math.copysign(1, rounded)) == (nearest(x, dtype), math.copysign(1, x)), x
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_rounding_of_every_tie(dtype):
-    """All middles of a 16-bit dtype, and the fp64 numbers on both sides; torch's own conversion gets these wrong."""
-    bits = torch.arange(2**15 - 1, dtype=torch.int16)
-    values = bits.view(dtype).double()
-    low, high = values[:-1], values[1:]
-    finite = torch.isfinite(high)
-    low, high, even = low[finite], high[finite], bits[:-1][finite] % 2 == 0
-    middle = (low + high) / 2
-    below, above = middle.nextafter(torch.zeros_like(middle)), middle.nextafter(torch.full_like(middle, torch.inf))
-    for sign in (1, -1):
-        assert torch.equal(round_fp64(sign * below, dtype).double(), sign * low)
-        assert torch.equal(round_fp64(sign * above, dtype).double(), sign * high)
-        assert torch.equal(round_fp64(sign * middle, dtype).double(), sign * torch.where(even, low, high))
-    assert not torch.equal(below.to(dtype).double(), low)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rounding_keeps_what_is_not_a_number(dtype):
-    x = torch.tensor([math.nan, math.inf, -math.inf, 1e300, -1e300, 5e-324, -5e-324, 0.0, -0.0], dtype=torch.float64)
-    found = round_fp64(x, dtype)
-    assert math.isnan(found[0])
-    assert found[1:5].tolist() == [math.inf, -math.inf, math.inf, -math.inf]
-    assert found[5:].tolist() == [0.0] * 4
-    assert torch.signbit(found[5:]).tolist() == [False, True, False, True]
 
 
 # --- families --------------------------------------------------------------------------------------------------------

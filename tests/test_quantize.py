@@ -61,6 +61,31 @@ def test_nf4_in_row_blocks_is_bitsandbytes_nf4_of_the_whole(shape, dtype):
     assert decode("w", "nf4", tensors).offset == state.offset.item()
 
 
+@pytest.mark.parametrize("largest", [0.0, 1e-45, 1e-39, 1.5e-38, 1.0, 3e38])
+def test_nf4_is_bitsandbytes_at_and_beside_every_bound_whatever_the_scale(largest):
+    """With 1.0 the values are at the bounds, one and two steps beside them; the others are there by chance."""
+    bounds = torch.cat([(NF4_CODE[:-1] + NF4_CODE[1:]) / 2, NF4_CODE, torch.tensor([0.0, -0.0])])
+    up, down = torch.full_like(bounds, torch.inf), torch.full_like(bounds, -torch.inf)
+    above, below = bounds.nextafter(up), bounds.nextafter(down)
+    values = torch.cat([bounds, above, below, above.nextafter(up), below.nextafter(down)]).clamp(-1, 1)
+    blocks = torch.cat([values, values.new_zeros(-len(values) % 63)]).view(-1, 63)
+    matrix = torch.cat([blocks, torch.ones(len(blocks), 1)], dim=1).mul(largest).repeat(64, 1)
+    packed, state = bnb.quantize_4bit(matrix, blocksize=64, quant_type="nf4", compress_statistics=True)
+    tensors = encoded(matrix, "nf4")
+    assert torch.equal(tensors["w"], packed)
+    assert torch.equal(tensors["w.absmax"], state.absmax)
+
+
+@pytest.mark.parametrize("shape", [(128, 64), (7, 9)])
+@pytest.mark.parametrize("codec", ["nf4", "int8"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_matrix_with_a_value_that_is_not_finite_is_refused(codec, shape, value):
+    matrix = some_matrix(shape)
+    matrix[-1, 3] = value
+    with pytest.raises(ArtifactError, match=r"^The matrix w holds infinite values or NaN; fetch .* again\.$"):
+        encoded(matrix, codec)
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_a_checkpoint_in_any_float_type_can_be_encoded(dtype):
     matrix = some_matrix((128, 64), dtype=dtype)

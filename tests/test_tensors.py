@@ -150,21 +150,22 @@ def test_metadata_of_a_shard_is_read_and_may_be_absent(tmp_path):
 
 @pytest.mark.parametrize("multiple", [1, 2, 4])
 @pytest.mark.parametrize("max_bytes", [1, 20, 45, 10**9])
-def test_row_blocks_give_every_row_once_in_multiples(tmp_path, max_bytes, multiple):
+def test_row_ranges_give_every_row_once_in_multiples(tmp_path, max_bytes, multiple):
     save_file({"matrix": TENSORS["matrix"]}, tmp_path / SINGLE_NAME)
-    blocks = list(CheckpointReader(tmp_path).row_blocks("matrix", max_bytes, multiple))
-    assert torch.equal(torch.cat([rows for _, rows in blocks]), TENSORS["matrix"])
-    starts = [start for start, _ in blocks]
-    assert starts == [sum(len(rows) for _, rows in blocks[:index]) for index in range(len(blocks))]
-    assert all(len(rows) % multiple == 0 for _, rows in blocks[:-1])
-    assert all(rows.nbytes <= max(max_bytes, multiple * 20) for _, rows in blocks)
+    reader = CheckpointReader(tmp_path)
+    ranges = reader.row_ranges("matrix", max_bytes, multiple)
+    blocks = [reader.read_rows("matrix", start, stop) for start, stop in ranges]
+    assert torch.equal(torch.cat(blocks), TENSORS["matrix"])
+    assert [len(rows) for rows in blocks] == [stop - start for start, stop in ranges]
+    assert all(len(rows) % multiple == 0 for rows in blocks[:-1])
+    assert all(rows.nbytes <= max(max_bytes, multiple * 20) for rows in blocks)
 
 
-def test_row_blocks_of_a_scalar_and_of_nothing(tmp_path):
+def test_rows_of_a_scalar_and_of_nothing(tmp_path):
     save_file({name: TENSORS[name] for name in ("scalar", "none")}, tmp_path / SINGLE_NAME)
     reader = CheckpointReader(tmp_path)
-    assert [(start, rows.item()) for start, rows in reader.row_blocks("scalar", 10)] == [(0, 2.5)]
-    assert sum(len(rows) for _, rows in reader.row_blocks("none", 10)) == 0
+    assert [reader.read_rows("scalar", *rows).item() for rows in reader.row_ranges("scalar", 10)] == [2.5]
+    assert reader.row_ranges("none", 10) == []
 
 
 # Damage

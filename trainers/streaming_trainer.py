@@ -4,9 +4,9 @@ From trl come data preparation (chat templates, completion- and assistant-only l
 logging, checkpoints and data parallelism. What changes:
 
 - Gradient accumulation happens inside the engine's visits: the loop hands the model all micro-batches of an optimizer
-  step at once, and each block computes them one after the other with the matrices it dequantized once. Padding-free
-  batches are the exception: trl flattens such a batch into one row, which a block can't split, so transformers
-  accumulates as it always does, and every micro-batch costs a pair of dequantizations of its own.
+  step at once, and each block computes them one after the other with the matrices it dequantized once. Where trl lays
+  a batch in one row (padding-free) and the family's attention can't be taken apart (GPT-J, Falcon, Bloom, Gemma 2),
+  transformers accumulates as it always does, and every micro-batch costs a pair of dequantizations of its own.
 - The loss comes from the model, slice by slice of the vocabulary, not from trl's fused head, which needs a dense one.
 - Recomputation is the engine's, so gradient checkpointing is off.
 """
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from trl import SFTConfig, SFTTrainer
 
+from hf_fedlarge.budget import parse_bytes
 from hf_fedlarge.errors import ConfigError, OutputError
 
 # What rests on dense logits or weights, which a streamed model has not, or would recompute its blocks once more.
@@ -51,6 +52,10 @@ class StreamingLoraConfig(SFTConfig):
     save_steps: float = field(default=50, metadata={"help": "Steps between checkpoints, for resuming."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept while training."})
     include_num_input_tokens_seen: str = field(default="non_padding", metadata={"help": "Counts tokens; leave it."})
+    memory_budget: str | None = field(
+        default=None,
+        metadata={"help": "Memory of its own that this process may take, such as 2GiB; what is left speeds training."},
+    )
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Batches of token ids are tiny."})
 
     def __post_init__(self) -> None:
@@ -60,6 +65,8 @@ class StreamingLoraConfig(SFTConfig):
                     f"--{name} {getattr(self, name)} can't be used with a streamed model, which has no dense "
                     f"logits or weights and recomputes its blocks itself; leave it at {supported}."
                 )
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget)
         # Without CUDA transformers would choose another accelerator it finds, on which the engine was never tested.
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
         super().__post_init__()
@@ -70,14 +77,17 @@ class StreamingLoraTrainer(SFTTrainer):
 
     Args:
         model: from `load_package` and `attach_lora`.
-        args: its batch and accumulation are moved to `engine.micro_batch_size`, unless batches are padding-free.
+        args: its batch and accumulation are moved to `engine.micro_batch_size`, where the engine can divide batches.
         kwargs: as for SFTTrainer.
     """
 
     def __init__(self, model: PeftModel, args: StreamingLoraConfig, **kwargs: Any) -> None:
         model.engine.micro_batch_size = args.per_device_train_batch_size
-        # As one row, a multiplied batch would make attention quadratic in the number of micro-batches.
-        if not (args.padding_free or (args.packing and args.packing_strategy.startswith("bfd"))):
+        if args.memory_budget is not None:
+            model.engine.set_memory_budget(parse_bytes(args.memory_budget))
+        # Where a batch is one row, only an engine that takes it apart again can compute it in pieces.
+        one_row = args.padding_free or (args.packing and args.packing_strategy.startswith("bfd"))
+        if model.engine.takes_apart or not one_row:
             args.per_device_train_batch_size *= args.gradient_accumulation_steps
             args.gradient_accumulation_steps = 1
         # transformers would put several GPUs of one process under DataParallel, whose replicas share the engine's only

@@ -1,96 +1,136 @@
 """A client's optimizer step against what would be used instead: trl's SFTTrainer on a bitsandbytes NF4 model.
 
     make bench
-    python scripts/bench/client_step.py --micro-batches 4 --micro-batch-size 1 --sequence-length 128 --json out.json
+    python scripts/bench/client_step.py --shape 7b-block --micro-batches 4 --micro-batch-size 1 --sequence-length 128
+    python scripts/bench/client_step.py --shape smollm2 --peer tuned --labelled-fraction 0.3 --json out.json
 
 Both sides train LoRA of rank 16 on every matrix of the same full-depth model (nothing is dropped), on the same random
-tokens, in fresh processes that take turns. The peer has the settings its documentation gives: NF4 with double
-quantization, bf16 autocast, activation checkpointing. Quoted are medians over the runs of each run's median step, the
-first step left out, and the largest memory above what the process had after its imports.
+tokens in the same order, through their Trainer. The first step is left out; quoted are medians over the runs of each
+run's median step, and the largest memory above what the process had after its imports. Neither side evaluates:
+an evaluation spoils a bitsandbytes model's later training on some processors.
 
-Read the ratios, not the seconds: threads that wait for each other make both sides many times slower on a busy machine.
+The peers (trl, bitsandbytes and peft as installed):
+
+- `default` has what their documentation gives: NF4 with double quantization and bf16 compute dtype, everything else of
+  SFTConfig as it is, which means bf16 autocast, activation checkpointing and the model in the checkpoint's dtype.
+- `tuned` is what an expert would make of it: all of the model and the computation in bf16 without autocast, as few and
+  as large batches as hold the same sequences, and glibc told to keep the memory it has, which spares it page faults
+  (MALLOC_TOP_PAD_, MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_ of 1 GiB, 1 GiB and 32 MiB, the most it allows).
+
+- `ourselves` is our own engine with all tokens of the step as one sequence: what dividing them costs.
+
+Ours has its defaults; `--memory-budget` and `--optim` are passed on to it.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
-SIDES = ("peer", "ours")
-FIGURES = ("step_seconds", "peak_rss_bytes", "peak_anonymous_bytes")
+from harness import Figures, MemoryPeak, add_common_options, alternate, show, summarize, workplace
+
+SMOLLM2 = Path("demo/SmolLM2-135M-Instruct")
+KEEP_MEMORY = {
+    "MALLOC_TOP_PAD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
+}
+RANK, ALPHA = 16, 32
 
 
 def main() -> int:
     """Run both sides in turn and print their medians."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, default=Path("demo/SmolLM2-135M-Instruct"), help="from `make demo`")
+    parser.add_argument("--shape", choices=("smollm2", "1b", "7b-block"), default="smollm2")
+    parser.add_argument("--layers", type=int, help="decoder blocks of a generated shape; else as many as it has")
+    parser.add_argument("--peer", choices=("default", "tuned", "ourselves"), default="default")
     parser.add_argument("--micro-batches", type=int, default=1, help="accumulated for an optimizer step")
     parser.add_argument("--micro-batch-size", type=int, default=2)
     parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--package", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--labelled-fraction", type=float, default=1.0, help="the last share of every sequence")
+    parser.add_argument("--ragged", action="store_true", help="lengths spread evenly, the mean half the maximum")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps a run; the first is not counted")
+    parser.add_argument("--memory-budget", help="ours: see `hf-fedlarge train --help`")
+    parser.add_argument("--optim", help="ours: the optimizer, as SFTConfig names it")
+    add_common_options(parser)
     options = parser.parse_args()
     if options.side:
         print(json.dumps(measure(options)))
         return 0
-    if not (options.checkpoint / "config.json").exists():
-        parser.error(f"{options.checkpoint} is no checkpoint; run `make demo` once, or give --checkpoint.")
-
-    with tempfile.TemporaryDirectory() as directory:
-        package = Path(directory) / "package"
-        shrink(options.checkpoint, package)
-        runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-        for _ in range(options.pairs):
-            for side in SIDES:
-                words = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--package", str(package)]
-                result = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
-                runs[side].append(json.loads(result.stdout.splitlines()[-1]))
-    report: dict[str, Any] = {
-        side: {figure: statistics.median(run[figure] for run in runs[side]) for figure in FIGURES} for side in SIDES
-    }
-    report["ratio"] = {figure: report["ours"][figure] / report["peer"][figure] for figure in FIGURES}
-    report["settings"] = {name: str(value) for name, value in vars(options).items() if name not in ("side", "package")}
-    report["versions"] = {name: version(name) for name in ("torch", "transformers", "trl", "peft", "bitsandbytes")}
-    print(f"{'':22}{'ours':>12}{'peer':>12}{'ratio':>8}")
-    for figure, unit, scale in zip(FIGURES, ("s", "MB", "MB"), (1, 1e6, 1e6), strict=True):
-        ours, peer = report["ours"][figure] / scale, report["peer"][figure] / scale
-        print(f"{figure:22}{ours:>10.2f} {unit}{peer:>10.2f} {unit}{report['ratio'][figure]:>7.2f}")
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    if options.shape == "smollm2" and not (SMOLLM2 / "config.json").exists():
+        parser.error(f"{SMOLLM2} is missing; run `make demo` once.")
+    with workplace(options) as directory:
+        models = prepare(Path(directory), options)
+        words = ["--work", str(models)]
+        sides = {"ours": {}, "peer": KEEP_MEMORY if options.peer == "tuned" else {}}
+        report = summarize(alternate(sides, options.pairs, words), vars(options))
+    tokens = options.micro_batches * options.micro_batch_size * options.sequence_length
+    title = f"{options.shape}, {options.micro_batches} × {options.micro_batch_size} × {options.sequence_length}"
+    report["settings"]["tokens"] = tokens
+    show(report, f"{title}, {options.peer} peer", options.json)
     return 0
 
 
-def shrink(checkpoint: Path, package: Path) -> None:
-    from hf_fedlarge.shrink import plan_shrink
-    from hf_fedlarge.shrink import shrink as write
+def prepare(directory: Path, options: argparse.Namespace) -> Path:
+    """Make checkpoint and package, where they are not there yet; returns the directory of both."""
+    from shapes import write_checkpoint
 
-    write(plan_shrink(checkpoint, keep_layers="1.0"), package)
+    from hf_fedlarge.shrink import plan_shrink, shrink
+
+    home = directory / (options.shape + (f"-{options.layers}" if options.layers else ""))
+    checkpoint = home / "checkpoint"
+    if not checkpoint.exists():
+        if options.shape == "smollm2":
+            home.mkdir(parents=True, exist_ok=True)
+            checkpoint.symlink_to(SMOLLM2.resolve())
+        else:
+            write_checkpoint(options.shape, checkpoint, options.layers)
+    if not (home / "package").exists():
+        shrink(plan_shrink(checkpoint, keep_layers="1.0"), home / "package")
+    return home
 
 
-def measure(options: argparse.Namespace) -> dict[str, float]:
+def examples(options: argparse.Namespace, vocabulary: int) -> dict[str, list[list[int]]]:
+    """Random token ids and their labels; every optimizer step has sequences of the same lengths, in the same order."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    count = options.micro_batches * options.micro_batch_size
+    longest = options.sequence_length
+    lengths = [longest] * count
+    if options.ragged:
+        spread = torch.linspace(longest / (2 * count), longest * (1 - 1 / (2 * count)), count)
+        lengths = spread.round().int()[torch.randperm(count, generator=generator)].tolist()
+    data: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    for length in lengths * options.steps:
+        ids = torch.randint(3, vocabulary - 1, (length,), generator=generator).tolist()
+        unlabelled = round(length * (1 - options.labelled_fraction))
+        data["input_ids"].append(ids)
+        data["labels"].append([-100] * unlabelled + ids[unlabelled:])
+    return data
+
+
+def measure(options: argparse.Namespace) -> Figures:
     """Train one side in this process; returns its figures."""
+    ours = options.side == "ours" or options.peer == "ourselves"
+    if options.side == "peer" and options.peer == "ourselves":
+        options.sequence_length *= options.micro_batches * options.micro_batch_size
+        options.micro_batches = options.micro_batch_size = 1
+    if ours:
+        # First, as in a client: it sets what torch must know before it loads.
+        importlib.import_module("hf_fedlarge.trainers.client")
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
     from trl import SFTConfig, SFTTrainer
-
-    from hf_fedlarge.adapters import attach_lora
-    from hf_fedlarge.config import LoraSettings
-    from hf_fedlarge.package import load_package
-    from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig, StreamingLoraTrainer
 
     class StepTimer(TrainerCallback):
         seconds: ClassVar[list[float]] = []
@@ -101,28 +141,38 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             self.seconds.append(time.perf_counter() - self.started)
 
-    peak = MemoryPeak()
-    tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
-    count = options.steps * options.micro_batches * options.micro_batch_size
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(100, len(tokenizer) - 1, (count, options.sequence_length), generator=generator).tolist()
-    data = Dataset.from_dict({"input_ids": ids, "labels": ids})
-    with tempfile.TemporaryDirectory() as directory:
+    if ours:
+        from hf_fedlarge.adapters import attach_lora
+        from hf_fedlarge.config import LoraSettings
+        from hf_fedlarge.package import load_package
+        from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig, StreamingLoraTrainer
+
+    checkpoint, package = options.work / "checkpoint", options.work / "package"
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    data = Dataset.from_dict(examples(options, AutoConfig.from_pretrained(checkpoint).vocab_size))
+    merge_batches = not ours and options.peer == "tuned"
+    with tempfile.TemporaryDirectory() as directory, MemoryPeak() as memory:
         arguments = {
             "output_dir": directory,
             "max_steps": options.steps,
-            "per_device_train_batch_size": options.micro_batch_size,
-            "gradient_accumulation_steps": options.micro_batches,
+            "per_device_train_batch_size": options.micro_batch_size * (options.micro_batches if merge_batches else 1),
+            "gradient_accumulation_steps": 1 if merge_batches else options.micro_batches,
+            "train_sampling_strategy": "sequential",
             "save_strategy": "no",
             "report_to": "none",
             "disable_tqdm": True,
             "use_cpu": not torch.cuda.is_available(),
         }
         common = {"train_dataset": data, "processing_class": tokenizer, "callbacks": [StepTimer()]}
-        if options.side == "ours":
-            model = load_package(options.package, device="cuda" if torch.cuda.is_available() else "cpu")
-            model = attach_lora(model, model.architecture, LoraSettings())
-            trainer = StreamingLoraTrainer(model, StreamingLoraConfig(**arguments), **common)
+        counters = {}
+        if ours:
+            extra = {"memory_budget": options.memory_budget, "optim": options.optim}
+            config = StreamingLoraConfig(**arguments, **{name: value for name, value in extra.items() if value})
+            model = load_package(package, device="cuda" if torch.cuda.is_available() else "cpu")
+            model = attach_lora(model, model.architecture, LoraSettings(rank=RANK, alpha=ALPHA))
+            trainer = StreamingLoraTrainer(model, config, **common)
+            trainer.train()
+            counters = vars(model.engine.counters)
         else:
             quantization = BitsAndBytesConfig(
                 load_in_4bit=True,
@@ -130,40 +180,17 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=torch.bfloat16,
             )
-            model = AutoModelForCausalLM.from_pretrained(options.checkpoint, quantization_config=quantization)
-            lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-            trainer = SFTTrainer(model, SFTConfig(**arguments), peft_config=lora, **common)
-        trainer.train()
-    rss, anonymous = peak.stop()
+            tuned = {"dtype": torch.bfloat16} if options.peer == "tuned" else {}
+            model = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=quantization, **tuned)
+            lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+            config = SFTConfig(**arguments, **({"bf16": False} if tuned else {}))
+            trainer = SFTTrainer(model, config, peft_config=lora, **common)
+            trainer.train()
     return {
         "step_seconds": statistics.median(StepTimer.seconds[1:]),
-        "peak_rss_bytes": rss,
-        "peak_anonymous_bytes": anonymous,
-    }
-
-
-class MemoryPeak:
-    """The largest resident and anonymous memory above what there was at the start, sampled every 5 ms (Linux)."""
-
-    def __init__(self) -> None:
-        self._base, self._peak = self._read(), (0, 0)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> tuple[int, int]:
-        self._stop.set()
-        self._thread.join()
-        return self._peak[0] - self._base[0], self._peak[1] - self._base[1]
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.005):
-            self._peak = tuple(map(max, self._peak, self._read()))
-
-    @staticmethod
-    def _read() -> tuple[int, int]:
-        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return tuple(int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon"))
+        "loss": trainer.state.log_history[-1]["train_loss"],
+        "counters": counters,
+    } | memory.figures()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,81 @@
+"""How much of a forward pass to hold for its backward, and how much to compute at a time, with a budget or without."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from hf_fedlarge.errors import ConfigError
+
+# Products of this many tokens run at their full rate; without a budget no more than these are computed together.
+FULL_RATE_TOKENS = 512
+# A block's backward holds its graph and, beside it, gradients of about half its activations at a time.
+_WORKING = 1.5
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def parse_bytes(text: str | int) -> int:
+    """`2GiB`, `1500MB` or `1.5G` as bytes.
+
+    Raises:
+        ConfigError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", str(text), re.IGNORECASE)
+    if not match:
+        raise ConfigError(f"The memory budget {text!r} can't be read; expected a size such as 2GiB or 1500MB.")
+    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training step holds.
+
+    Attributes:
+        group_tokens: how many tokens a block computes at a time, where sequences are not longer.
+        kept: of how many (block, group) pairs the graph of the forward pass is kept for the backward, counted from the
+            last group of the last block on.
+    """
+
+    group_tokens: int
+    kept: int
+
+
+def plan_activations(
+    lengths: list[int],
+    blocks: int,
+    micro_batch_size: int | None,
+    available: int | None = None,
+    token_bytes: float = 0.0,
+    boundary_bytes: float = 0.0,
+) -> Plan:
+    """Plan one batch.
+
+    Args:
+        lengths: of its sequences, in tokens.
+        blocks: how many decoder blocks there are.
+        micro_batch_size: sequences computed at a time at least, without a budget; None: all.
+        available: bytes that activations may take; None: no budget was set, and as little as costs no speed is held.
+        token_bytes: what one block's graph holds for a token.
+        boundary_bytes: what a token's hidden state takes between two blocks.
+
+    Raises:
+        ConfigError: not even one sequence at a time fits.
+    """
+    longest, total = max(lengths), sum(lengths)
+    if available is None:
+        at_once = total if micro_batch_size is None else max(FULL_RATE_TOKENS, micro_batch_size * longest)
+        # The last block's last group is the first to be differentiated: what it holds would be made again at once.
+        return Plan(group_tokens=at_once, kept=1)
+    # The hidden states between the blocks, and their gradient.
+    rest = available - boundary_bytes * total * (blocks + 2)
+    if rest < _WORKING * token_bytes * longest:
+        needed = _WORKING * token_bytes * longest + boundary_bytes * total * (blocks + 2)
+        raise ConfigError(
+            f"The memory budget leaves {max(available, 0) / 1e6:.0f} MB for activations, but a step of {total} tokens "
+            f"takes {needed / 1e6:.0f} MB: raise --memory_budget, or lower --max_length or the batch."
+        )
+    # One group in work; what is left after it is kept, so a group takes no more than a third.
+    group = min(total, max(longest, FULL_RATE_TOKENS, int(rest / 3 / (_WORKING * token_bytes))))
+    group = max(longest, min(group, int(rest / (_WORKING * token_bytes))))
+    kept = int((rest - _WORKING * token_bytes * group) / (token_bytes * group))
+    return Plan(group_tokens=group, kept=max(0, min(kept, blocks * -(-total // group))))

@@ -1,0 +1,109 @@
+"""What a memory budget becomes: sizes read, plans that fit, and refusals that say what is missing."""
+
+import pytest
+import torch
+from families import make_package
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_fedlarge.adapters import attach_lora
+from hf_fedlarge.budget import FULL_RATE_TOKENS, parse_bytes, plan_activations
+from hf_fedlarge.config import LoraSettings
+from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.memory import used_bytes
+from hf_fedlarge.package import load_package
+from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("2GiB", 2**31), ("1500MB", 1_500_000_000), ("1.5G", 1_500_000_000), ("64 mib", 2**26), (123, 123), ("7B", 7)],
+)
+def test_sizes_are_read_as_people_write_them(text, expected):
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1GB", "2 TB of it", "1e9", "GiB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ConfigError, match="expected a size such as 2GiB"):
+        parse_bytes(text)
+
+
+def test_a_trainer_s_budget_is_checked_before_anything_is_loaded(tmp_path):
+    with pytest.raises(ConfigError, match="'lots' can't be read"):
+        StreamingLoraConfig(output_dir=str(tmp_path), memory_budget="lots")
+
+
+lengths = st.lists(st.integers(1, 3000), min_size=1, max_size=40)
+
+
+@given(lengths, st.integers(1, 40), st.none() | st.integers(1, 8))
+def test_without_a_budget_products_have_their_full_rate_and_one_group_is_kept(lengths, blocks, micro_batch_size):
+    plan = plan_activations(lengths, blocks, micro_batch_size)
+    assert plan.kept == 1
+    assert plan.group_tokens >= min(sum(lengths), max(FULL_RATE_TOKENS, max(lengths)))
+    if micro_batch_size is not None:
+        assert plan.group_tokens <= max(FULL_RATE_TOKENS, micro_batch_size * max(lengths))
+
+
+@given(lengths, st.integers(1, 40), st.integers(0, 10**10), st.integers(100, 10**5), st.integers(10, 10**4))
+def test_a_plan_fits_its_budget(lengths, blocks, available, token_bytes, boundary):
+    held = boundary * sum(lengths) * (blocks + 2)
+    if available < held + 1.5 * token_bytes * max(lengths):
+        with pytest.raises(ConfigError, match="raise --memory_budget"):
+            plan_activations(lengths, blocks, 1, available, token_bytes, boundary)
+        return
+    plan = plan_activations(lengths, blocks, 1, available, token_bytes, boundary)
+    in_work = 1.5 * token_bytes * plan.group_tokens
+    assert plan.group_tokens >= max(lengths)
+    assert held + in_work + plan.kept * token_bytes * plan.group_tokens <= available * (1 + 1e-9)
+
+
+@given(lengths, st.integers(1, 40), st.integers(100, 10**5))
+def test_with_room_for_all_nothing_is_computed_twice(lengths, blocks, token_bytes):
+    plan = plan_activations(lengths, blocks, 1, 10**16, token_bytes, 10.0)
+    groups = -(-sum(lengths) // plan.group_tokens)
+    assert plan.kept >= blocks * groups
+
+
+def adapted(tmp_path):
+    model = load_package(make_package(tmp_path / "package", "llama"), dtype=torch.float32)
+    return attach_lora(model, model.architecture, LoraSettings(rank=4)).train()
+
+
+def some_step(model):
+    ids = torch.randint(4, 260, (4, 32), generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+def test_a_generous_budget_keeps_every_activation(tmp_path):
+    model = adapted(tmp_path)
+    engine = model.engine
+    engine.set_memory_budget(used_bytes(engine.device) + 2**30)
+    some_step(model)
+    before = engine.counters.dequantizations
+    some_step(model)
+    # Two a matrix even so: the dense weights are not kept.
+    matrices = sum(map(len, engine.linears))
+    assert engine.counters.dequantizations - before <= 2 * matrices
+    everything = engine.counters.activation_bytes
+    assert engine.arena.whole_blocks
+    other = adapted(tmp_path / "other")
+    some_step(other)
+    assert everything > 2 * other.engine.counters.activation_bytes
+
+
+def test_a_budget_too_small_for_a_block_holds_one_matrix_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_fedlarge.engine.used_bytes", lambda device: 10**9)
+    model = adapted(tmp_path)
+    engine, block = model.engine, model.engine.counters.arena_bytes
+    moments = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    engine.set_memory_budget(10**9 + moments + block)
+    assert not engine.arena.whole_blocks
+    assert engine.counters.arena_bytes == 64 * 128 * 4  # the largest matrix
+
+
+def test_a_budget_too_small_for_anything_is_refused_with_what_is_needed(tmp_path):
+    model = adapted(tmp_path)
+    with pytest.raises(ConfigError, match=r"too small: \d+ MB are in use .* give at least \d+ MB"):
+        model.engine.set_memory_budget(10**6)
