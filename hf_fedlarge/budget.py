@@ -9,6 +9,8 @@ from hf_fedlarge.errors import ConfigError
 
 # Products of this many tokens run at their full rate; without a budget no more than these are computed together.
 FULL_RATE_TOKENS = 512
+# What is kept of a forward pass without a budget: little beside what a process takes anyway.
+_UNASKED_BYTES = 64 * 2**20
 # A block's backward holds its graph and, beside it, gradients of about half its activations at a time.
 _WORKING = 1.5
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -54,7 +56,7 @@ def plan_activations(
         lengths: of its sequences, in tokens.
         blocks: how many decoder blocks there are.
         micro_batch_size: sequences computed at a time at least, without a budget; None: all.
-        available: bytes that activations may take; None: no budget was set, and as little as costs no speed is held.
+        available: bytes that activations may take; None: no budget was set, and little is held.
         token_bytes: what one block's graph holds for a token.
         boundary_bytes: what a token's hidden state takes between two blocks.
 
@@ -65,7 +67,8 @@ def plan_activations(
     if available is None:
         at_once = total if micro_batch_size is None else max(FULL_RATE_TOKENS, micro_batch_size * longest)
         # The last block's last group is the first to be differentiated: what it holds would be made again at once.
-        return Plan(group_tokens=at_once, kept=1)
+        kept = int(_UNASKED_BYTES / (token_bytes * min(at_once, total))) if token_bytes else 1
+        return Plan(group_tokens=at_once, kept=max(1, kept))
     # The hidden states between the blocks, and their gradient.
     rest = available - boundary_bytes * total * (blocks + 2)
     if rest < _WORKING * token_bytes * longest:

@@ -79,7 +79,7 @@ class StreamingEngine:
 
         The budget is for this process's own memory (on CUDA: for the device's): libraries, adapters, their gradients
         and optimizer state, arena and activations. Mapped package files are left out, as the system takes their pages
-        back when it needs them.
+        back when it needs them. What fits decides how sequences are grouped, so the rounding of two runs may differ.
 
         Raises:
             ConfigError: not even one matrix at a time fits.

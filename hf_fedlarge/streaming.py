@@ -21,6 +21,7 @@ from hf_fedlarge.engine import StreamingEngine
 from hf_fedlarge.linear import FrozenLinear
 from hf_fedlarge.loss import StreamedHead, causal_loss, freeze_head
 from hf_fedlarge.memory import keep_freed_memory
+from hf_fedlarge.norm import replace_norms
 from hf_fedlarge.quantize import DenseWeight, FrozenWeight
 from hf_fedlarge.sequences import ATTENTION, lay_end_to_end, masks_of_one
 
@@ -51,6 +52,7 @@ def attach(
             # What is stored dense lies as the model has it; bitsandbytes wants (out, in).
             turned = path in architecture.transposed and not isinstance(weight, DenseWeight)
             linears.append(FrozenLinear(block.get_submodule(path), weight, turned))
+        replace_norms(block)
         blocks.append((block, linears))
     takes_apart = model._supports_attention_backend and model.config._attn_implementation == "sdpa"
     if takes_apart:

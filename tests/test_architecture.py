@@ -14,7 +14,7 @@ LEVELS = [
     {"config", "stdlib_corpus", "blocks"},
     {"artifacts"},
     {"tensors", "architectures", "quantize", "data", "partition", "cards"},
-    {"linear", "sequences", "budget", "hub", "loss", "aggregate"},
+    {"linear", "norm", "sequences", "budget", "hub", "loss", "aggregate"},
     {"adapters", "arena"},
     {"engine"},
     {"shrink", "streaming", "update"},

@@ -159,6 +159,27 @@ def test_accumulation_of_padding_free_batches_keeps_them_apart(home, tmp_path, m
     assert_same_training(tmp_path / "one", tmp_path / "three")
 
 
+def test_the_optimizer_s_state_can_be_of_8_bits(home, tmp_path):
+    """bitsandbytes' AdamW keeps a byte a value, twice, for matrices of 4096 values and more."""
+    model = load_package(home / "package")
+    model = attach_lora(model, model.architecture, LORA.model_copy(update={"rank": 64}))
+    config = StreamingLoraConfig(
+        output_dir=str(tmp_path / "x"), optim="adamw_bnb_8bit", max_steps=2, save_strategy="no", disable_tqdm=True
+    )
+    trainer = StreamingLoraTrainer(
+        model,
+        config,
+        train_dataset=Dataset.from_list([{"text": "Just text."}] * 16),
+        processing_class=load_tokenizer(home / "package"),
+    )
+    trainer.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    states = [trainer.optimizer.state[parameter] for parameter in parameters if parameter.numel() >= 4096]
+    assert states
+    assert {state[name].dtype for state in states for name in ("state1", "state2")} == {torch.uint8}
+    assert {parameter.dtype for parameter in parameters} == {torch.float32}
+
+
 def test_several_gpus_without_a_launcher_are_not_under_data_parallel(home, tmp_path):
     model = load_package(home / "package")
     config = StreamingLoraConfig(output_dir=str(tmp_path / "x"), per_device_train_batch_size=2)
