@@ -21,8 +21,8 @@ written back the dirty pages of the runs before it, and read the checkpoint and 
 page cache for every side, the output is new. Quoted are medians of the seconds and of the largest resident and
 anonymous memory above what the process had at that moment (mapped pages of the checkpoint count as resident).
 
-Ours uses every core and the peer mostly one, so that the ratio, too, is of a quiet machine: `cores_of_others` under
-`notes` is what other processes and other machines on the host took during each run. Where it is large, measure again.
+The sides suffer differently from a busy machine, so the ratio does, too: `cores_of_others` under `notes` is what other
+processes, and other machines on the host, took during each run. Where it is not near zero, measure again.
 """
 
 from __future__ import annotations
