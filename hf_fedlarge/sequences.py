@@ -103,7 +103,7 @@ class Group:
     """Sequences that a block computes together, and how to lay its arguments end to end for them.
 
     Args:
-        spans: the sequences.
+        spans: the sequences, each beginning where the one before it ends.
         batch: B and S.
         device: of the batch.
     """
@@ -114,12 +114,8 @@ class Group:
         columns = batch[1]
         starts = [span.row * columns + span.start for span in spans]
         ends = [start + len(span) for start, span in zip(starts, spans, strict=True)]
-        # Neighbours without padding between them are a slice: nothing is copied.
-        if starts[1:] == ends[:-1]:
-            self._places: slice | torch.Tensor = slice(starts[0], ends[-1])
-        else:
-            pieces = [torch.arange(start, end, device=device) for start, end in zip(starts, ends, strict=True)]
-            self._places = torch.cat(pieces)
+        assert starts[1:] == ends[:-1], "sequences of a group lie end to end"
+        self._places = slice(starts[0], ends[-1])
         self._columns = torch.cat([torch.arange(span.start, span.stop, device=device) for span in spans])
         self._cut: dict[int, tuple[torch.Tensor, Masks]] = {}
 
