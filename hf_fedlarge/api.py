@@ -1,13 +1,17 @@
 """The stages as functions, by the names of the commands.
 
     from hf_fedlarge import api
+    from hf_fedlarge.config import PackageSettings
 
-    api.shrink(api.plan_shrink(checkpoint), package)
+    settings = PackageSettings(keep_layers=0.75)
+    plan = api.plan_package(checkpoint, settings)
+    api.shrink(plan, package, complete=api.surrogates_for(plan, settings))
 
 They have a module of their own because `hf_fedlarge.shrink` and `hf_fedlarge.merge` are modules. Importing it loads
 torch, transformers and trl.
 """
 
+from hf_fedlarge.calibrate import plan_package, surrogates_for
 from hf_fedlarge.collect import aggregate_updates as aggregate
 from hf_fedlarge.collect import start_adapter
 from hf_fedlarge.evaluation import evaluate
@@ -25,10 +29,12 @@ __all__ = [
     "load_tokenizer",
     "merge",
     "plan_merge",
+    "plan_package",
     "plan_shrink",
     "push",
     "run",
     "shrink",
     "start_adapter",
+    "surrogates_for",
     "train",
 ]

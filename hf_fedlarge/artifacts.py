@@ -57,6 +57,17 @@ class LayerEntry(Record):
     block: Count | None
 
 
+class SurrogateEntry(Record):
+    """What stands for a run of dropped layers: the layers, how its matrix is stored, and how well it fits.
+
+    `unexplained` is the share of the calibration's (weighted) squared change over the run that it does not explain.
+    """
+
+    layers: Annotated[list[Count], Field(min_length=1)]
+    codec: Literal["nf4", "int8", "dense"]
+    unexplained: Annotated[float, Field(ge=0, le=1)]
+
+
 class Manifest(Record):
     """What every manifest has. `measured` holds figures of one machine and one run; the digest leaves it out."""
 
@@ -78,7 +89,7 @@ class Manifest(Record):
 
 
 class PackageManifest(Manifest):
-    """A shrunk model: which layers it kept, and how each weight is stored."""
+    """A shrunk model: which layers it kept, what stands for the others, and how each weight is stored."""
 
     kind: Literal["package"] = "package"
     base: BaseModelEntry
@@ -86,6 +97,7 @@ class PackageManifest(Manifest):
     layers: list[LayerEntry]
     embeddings: Literal["int8", "nf4", "bf16"]
     codecs: dict[str, Literal["nf4", "int8", "dense"]]
+    surrogates: list[SurrogateEntry] = []
 
     @property
     def kept_layers(self) -> list[int]:

@@ -201,6 +201,14 @@ def _package_facts(manifest: PackageManifest, run: _Summary) -> list[tuple[str, 
     return [
         ("layers kept", f"{len(kept)} of {len(every)}: {format_ranges(kept)}"),
         ("layers dropped", format_ranges(set(every) - set(kept))),
+        (
+            "surrogates, and what they leave unexplained",
+            "; ".join(
+                f"for {format_ranges(entry.layers)} ({_CODECS[entry.codec]}): {entry.unexplained:.0%}"
+                for entry in manifest.surrogates
+            )
+            or "none",
+        ),
         ("embeddings", manifest.embeddings),
         (
             "codecs, and how many weights",

@@ -63,6 +63,17 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--revision", help="the Hub revision")
     one.add_argument("--base-id", help="what to call the base model, where CHECKPOINT is a local copy of it")
     one.add_argument("--keep-layers", default="0.75", help="a count, a fraction, or numbers such as 0-9,12 (0.75)")
+    one.add_argument(
+        "--layer-choice",
+        choices=("uniform", "influence", "loss"),
+        default="uniform",
+        help="which layers stay: evenly spread, or by what they do on calibration text (uniform)",
+    )
+    one.add_argument(
+        "--surrogate", choices=("linear", "none"), default="linear", help="what stands for dropped layers (linear)"
+    )
+    one.add_argument("--surrogate-codec", choices=("nf4", "int8", "bf16"), default="nf4", help="its storage (nf4)")
+    one.add_argument("--calibration", metavar="DATA", help="public text to fit surrogates on (Python's documentation)")
     one.add_argument("--embeddings", choices=("int8", "nf4", "bf16"), default="int8", help="embedding and head (int8)")
     one.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     _overwrite(one)
@@ -149,21 +160,33 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 def _shrink(options: argparse.Namespace) -> None:
     from hf_fedlarge.artifacts import check_output
+    from hf_fedlarge.calibrate import plan_package, surrogates_for
+    from hf_fedlarge.config import PackageSettings, format_ranges
     from hf_fedlarge.hub import resolve_checkpoint
-    from hf_fedlarge.shrink import plan_shrink, shrink
+    from hf_fedlarge.shrink import shrink
 
     if not options.dry_run:
         check_output(options.output, options.overwrite)
     checkpoint, revision = resolve_checkpoint(options.checkpoint, options.revision)
-    plan = plan_shrink(checkpoint, keep_layers=options.keep_layers, embeddings=options.embeddings)
+    settings = PackageSettings(**{name: getattr(options, name) for name in PackageSettings.model_fields})
+    plan = plan_package(checkpoint, settings)
     print(plan.describe())
+    complete = surrogates_for(plan, settings)
     if options.dry_run:
         return
     base_id = options.base_id or (options.checkpoint if revision else None)
     with _progress("shrinking", plan.package_bytes) as advance:
         manifest = shrink(
-            plan, options.output, base_id=base_id, revision=revision, overwrite=options.overwrite, progress=advance
+            plan,
+            options.output,
+            base_id=base_id,
+            revision=revision,
+            overwrite=options.overwrite,
+            progress=advance,
+            complete=complete,
         )
+    for entry in manifest.surrogates:
+        print(f"surrogate for {format_ranges(entry.layers)}: explains {1 - entry.unexplained:.1%} of what they change")
     print(f"{options.output}: {manifest.total_bytes / 1e6:.1f} MB, digest {manifest.digest[:12]}")
 
 

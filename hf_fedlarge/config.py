@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from hf_fedlarge.errors import ConfigError
 
 Embeddings = Literal["int8", "nf4", "bf16"]
+SurrogateCodec = Literal["nf4", "int8", "bf16"]
+LayerChoice = Literal["uniform", "influence", "loss"]
 
 
 def first_problem(error: ValidationError) -> str:
@@ -120,7 +122,23 @@ class DataConfig(Record):
     max_examples: Annotated[int, Field(ge=2)] | None = None
 
 
-class FederationConfig(Record):
+class PackageSettings(Record):
+    """How a checkpoint becomes a package.
+
+    `keep_layers` is a count, a fraction or layer numbers, `layer_choice` how that many are chosen: evenly, or by what
+    they do on calibration text. `surrogate` is what stands for dropped layers, fitted on `calibration`: public text, a
+    file or a Hub data set (None: Python's documentation, which comes with the interpreter).
+    """
+
+    keep_layers: str | int | float | list[int] = 0.75
+    layer_choice: LayerChoice = "uniform"
+    surrogate: Literal["linear", "none"] = "linear"
+    surrogate_codec: SurrogateCodec = "nf4"
+    calibration: str | None = None
+    embeddings: Embeddings = "int8"
+
+
+class FederationConfig(PackageSettings):
     """A whole federation, as `federation.yaml` gives it.
 
     `base_id` is what manifests and cards call the base model where `checkpoint` is a local copy of it; `training`
@@ -131,8 +149,6 @@ class FederationConfig(Record):
     revision: str | None = None
     base_id: str | None = None
     data: DataConfig
-    keep_layers: str | int | float | list[int] = 0.75
-    embeddings: Embeddings = "int8"
     lora: LoraSettings = LoraSettings()
     rounds: Annotated[int, Field(ge=1)] = 3
     cohort: Annotated[int, Field(ge=1)] | None = None

@@ -111,7 +111,7 @@ class _Product(torch.autograd.Function):
         u_NR = None
         if A is not None:
             u_NR = ((x_NI if dropped_NI is None else dropped_NI) @ A.to(x.dtype).t()).mul_(linear.adapter.scale)
-        ctx.linear, ctx.shape = linear, x.shape
+        ctx.linear, ctx.shape, ctx.adapted = linear, x.shape, A is not None
         # Without an adapter nothing but W is needed; with dropout, x itself isn't.
         ctx.save_for_backward(None if A is None else x_NI if dropped_NI is None else dropped_NI, u_NR, A, B)
         ctx.dropped = dropped_NI is not None
@@ -164,10 +164,16 @@ def output_products(output: torch.Tensor) -> Iterator[FrozenLinear]:
             if following is not None:
                 consumers[following] += 1
                 stack.append(following)
+    # A node that is reached from all of its consumers in this way has a value that nobody asks for.
     stack = [output.grad_fn]
     while stack:
         node = stack.pop()
-        if node.name() in ("AddBackward0", "ViewBackward0"):
-            stack += [following for following, _ in node.next_functions if following and consumers[following] == 1]
-        elif isinstance(linear := getattr(node, "linear", None), FrozenLinear):
+        linear = getattr(node, "linear", None)
+        if isinstance(linear, FrozenLinear):
             yield linear
+        # Nor does the gradient of a product without an adapter, such as a surrogate's.
+        if node.name() in ("AddBackward0", "ViewBackward0") or (linear is not None and not node.adapted):
+            for following, _ in node.next_functions:
+                consumers[following] -= 1
+                if following is not None and not consumers[following]:
+                    stack.append(following)

@@ -18,10 +18,12 @@ from transformers import (
 
 from hf_fedlarge.architectures import Architecture, describe, empty_model, load_config, logit_transform
 from hf_fedlarge.artifacts import PackageManifest, read_manifest, verify_files
+from hf_fedlarge.config import format_ranges
 from hf_fedlarge.errors import ArtifactError
 from hf_fedlarge.loss import StreamedHead
 from hf_fedlarge.quantize import FrozenWeight, decode
 from hf_fedlarge.streaming import attach
+from hf_fedlarge.surrogate import bias_name, weight_name
 from hf_fedlarge.tensors import CheckpointReader
 
 
@@ -80,9 +82,38 @@ def load_package(
         verify_files(directory, manifest, published=True)
     tensors = MappedTensors(directory, [name for name in manifest.files if name.endswith(".safetensors")])
     config = package_config(directory)
-    model = _assemble(directory, config, describe(config), tensors, manifest.codecs, dtype, device, micro_batch_size)
+    architecture = describe(config)
+    surrogates = _surrogates(manifest, tensors, config.hidden_size, dtype, torch.device(device))
+    model = _assemble(
+        directory, config, architecture, tensors, manifest.codecs, dtype, device, micro_batch_size, surrogates
+    )
     model.package = manifest
     return model
+
+
+def _surrogates(
+    manifest: PackageManifest,
+    tensors: MappedTensors,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[int, tuple[FrozenWeight, torch.Tensor]]:
+    """Block → W and b of the surrogate behind it."""
+    block_of = {layer: block for block, layer in enumerate(manifest.kept_layers)}
+    found = {}
+    for entry in manifest.surrogates:
+        first = entry.layers[0]
+        if first - 1 not in block_of or set(entry.layers) & set(block_of):
+            raise ArtifactError(
+                f"The package has a surrogate for the layers {format_ranges(entry.layers)}, which do not stand right "
+                f"behind a kept one and were not all dropped; make it again."
+            )
+        bias = tensors[bias_name(first)] if bias_name(first) in tensors else torch.empty(0)
+        if bias.shape != (width,) or not bias.is_floating_point():
+            raise ArtifactError(f"The package lacks {bias_name(first)} of {width} floats; make or fetch it again.")
+        weight = decode(weight_name(first), entry.codec, tensors, shape=(width, width))
+        found[block_of[first - 1]] = weight, bias.to(device, dtype)
+    return found
 
 
 def stream_checkpoint(
@@ -119,6 +150,7 @@ def _assemble(
     dtype: torch.dtype,
     device: str | torch.device,
     micro_batch_size: int | None = None,
+    surrogates: dict[int, tuple[FrozenWeight, torch.Tensor]] | None = None,
 ) -> PreTrainedModel:
     """An empty model with its vectors filled in, whose matrices stream from `tensors`."""
     device = torch.device(device)
@@ -142,7 +174,7 @@ def _assemble(
     head_name = architecture.embedding if architecture.tied else architecture.head
     bias = head_module.bias.data if head_module.bias is not None else None
     head = StreamedHead(weights[f"{head_name}.weight"], bias, logit_transform(config), dtype, device)
-    model.engine = attach(model, architecture, weights, head, device, micro_batch_size)
+    model.engine = attach(model, architecture, weights, head, device, micro_batch_size, surrogates)
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     model.architecture = architecture

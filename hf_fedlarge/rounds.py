@@ -44,6 +44,7 @@ from hf_fedlarge.artifacts import (
     verify_files,
     write_json,
 )
+from hf_fedlarge.calibrate import plan_package, surrogates_for
 from hf_fedlarge.collect import aggregate_updates, start_adapter
 from hf_fedlarge.config import DataConfig, FederationConfig
 from hf_fedlarge.data import STDLIB, concatenate, load_examples, training_columns, write_jsonl
@@ -55,7 +56,7 @@ from hf_fedlarge.merge import merge
 from hf_fedlarge.package import load_tokenizer
 from hf_fedlarge.partition import hold_out, split_by_config
 from hf_fedlarge.plan import CheckIn, sample_cohort
-from hf_fedlarge.shrink import plan_shrink, shrink
+from hf_fedlarge.shrink import shrink
 from hf_fedlarge.update import Asked, measured, outcome
 
 logger = logging.getLogger(__name__)
@@ -117,13 +118,15 @@ class _Federation:
 
     def run_to_end(self) -> dict[str, Any]:
         self._check_settings()
-        plan = plan_shrink(self.checkpoint, keep_layers=self.config.keep_layers, embeddings=self.config.embeddings)
+        if not self.package.exists():
+            plan = plan_package(self.checkpoint, self.config)
+            complete = surrogates_for(plan, self.config)
         target_linears(describe(load_config(self.checkpoint)), self.config.lora)
         self._check_in()
         if not self.package.exists():
             self.report(plan.describe())
             base_id = self.config.base_id or (self.config.checkpoint if self.revision else None)
-            shrink(plan, self.package, base_id=base_id, revision=self.revision)
+            shrink(plan, self.package, base_id=base_id, revision=self.revision, complete=complete)
         package = read_manifest(self.package, PackageManifest)
         verify_files(self.package, package)
         if not self._adapter(0).exists():

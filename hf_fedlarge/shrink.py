@@ -2,14 +2,14 @@
 
 Which layers go is a plan that can be printed before anything is written. Layers are dropped evenly from the middle; the
 first two and the last one stay as long as the count allows, because models stand their loss worst. What stands in a
-dropped layer's place is for the package's layer map to say; so far nothing does.
+dropped layer's place is fitted afterwards (`surrogate.py`) and written into the same package.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -69,6 +69,7 @@ class ShrinkPlan:
         kept: global numbers of the layers that stay; the index is the package's block number.
         codecs: the package's matrices and how each is stored; parameters that are not listed stay dense vectors.
         sources: the package's parameter name → the tensor of the checkpoint it is made from.
+        scores: what each layer scored, where they were chosen by scores; else none.
         full_bytes, package_bytes: weights before and after.
     """
 
@@ -80,6 +81,7 @@ class ShrinkPlan:
     sources: dict[str, str]
     full_bytes: int
     package_bytes: int
+    scores: tuple[float, ...] = ()
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -98,6 +100,7 @@ class ShrinkPlan:
                 for wanted in ("nf4", "int8", "dense")
                 if wanted in self.codecs.values()
             )
+            + "".join(f"\n  layer {layer:3} scores {score:.4f}" for layer, score in enumerate(self.scores))
             + f"\n  weights  {self.full_bytes / 1e6:.1f} MB → {self.package_bytes / 1e6:.1f} MB"
             f" ({self.package_bytes / self.full_bytes:.1%})"
         )
@@ -116,7 +119,11 @@ def choose_layers(total: int, count: int) -> list[int]:
 
 
 def plan_shrink(
-    checkpoint: Path, *, keep_layers: str | float | list[int] = 0.75, embeddings: Embeddings = "int8"
+    checkpoint: Path,
+    *,
+    keep_layers: str | float | list[int] = 0.75,
+    embeddings: Embeddings = "int8",
+    scores: Sequence[float] | None = None,
 ) -> ShrinkPlan:
     """Decide which layers stay and how each weight is stored, from the checkpoint's configuration and headers.
 
@@ -124,6 +131,7 @@ def plan_shrink(
         checkpoint: a directory with a configuration and safetensors.
         keep_layers: a count, a fraction, or layer numbers (`config.parse_layers`).
         embeddings: how the token embedding and the head are stored.
+        scores: of every layer (`calibrate.layer_scores`): those with the highest stay; None: spread evenly.
 
     Raises:
         ArtifactError: not a whole checkpoint.
@@ -135,7 +143,12 @@ def plan_shrink(
     config = load_config(checkpoint)
     full = describe(config)
     wanted = parse_layers(keep_layers, full.layers)
-    kept = choose_layers(full.layers, wanted) if isinstance(wanted, int) else wanted
+    if isinstance(wanted, list):
+        kept, scores = wanted, None
+    elif scores is None:
+        kept = choose_layers(full.layers, wanted)
+    else:
+        kept = sorted(sorted(range(full.layers), key=lambda layer: -scores[layer])[:wanted])
     reader = CheckpointReader(checkpoint)
     stored = full.tensor_names(reader.infos, checkpoint)
     small = describe(shrink_config(config, kept))
@@ -165,6 +178,7 @@ def plan_shrink(
         sources=sources,
         full_bytes=sum(info.nbytes for info in reader.infos.values()),
         package_bytes=package_bytes,
+        scores=tuple(scores or ()),
     )
 
 
@@ -176,6 +190,7 @@ def shrink(
     revision: str | None = None,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
+    complete: Callable[[Path, PackageManifest], PackageManifest] | None = None,
 ) -> PackageManifest:
     """Write the package that `plan` describes.
 
@@ -186,6 +201,8 @@ def shrink(
         revision: its revision on the Hub, if it came from there.
         overwrite: replace a package that is there already.
         progress: called with the bytes that are written, of `ShrinkPlan.package_bytes`.
+        complete: called with the directory and the manifest before the package is visible; may add files to the one and
+            returns the other with them.
 
     Raises:
         OutputError: `output` exists or can't be written.
@@ -240,6 +257,9 @@ def shrink(
             codecs=plan.codecs,
         )
         write_manifest(staging, manifest)
+        if complete:
+            manifest = complete(staging, manifest)
+            write_manifest(staging, manifest)
     return manifest
 
 

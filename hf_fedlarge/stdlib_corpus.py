@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import copy
 import os
+import random
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -100,3 +101,18 @@ def _signature(function: Function, class_name: str | None) -> str:
     header.body, header.decorator_list = [ast.Pass()], []
     text = ast.unparse(header).removesuffix("\n    pass")
     return text if class_name is None else f"class {class_name}:\n    {text}"
+
+
+def standard_library_prose() -> list[dict[str, str]]:
+    """The language reference that `help()` shows, as rows of `text`: prose to calibrate on, in a fixed random order.
+
+    Raises:
+        DataError: the interpreter came without it.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise DataError("This interpreter has no pydoc_data; give calibration text of your own.") from error
+    names = sorted(topics)
+    random.Random(0).shuffle(names)
+    return [{"text": topics[name]} for name in names]

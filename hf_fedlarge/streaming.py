@@ -24,6 +24,7 @@ from hf_fedlarge.memory import keep_freed_memory
 from hf_fedlarge.norm import replace_norms
 from hf_fedlarge.quantize import DenseWeight, FrozenWeight
 from hf_fedlarge.sequences import ATTENTION, lay_end_to_end, masks_of_one
+from hf_fedlarge.surrogate import put_behind
 
 
 def attach(
@@ -33,6 +34,7 @@ def attach(
     head: StreamedHead,
     device: torch.device,
     micro_batch_size: int | None = None,
+    surrogates: dict[int, tuple[FrozenWeight, torch.Tensor]] | None = None,
 ) -> StreamingEngine:
     """Make `model`, whose matrices are empty, stream them from `weights`.
 
@@ -43,6 +45,7 @@ def attach(
         head: the output head.
         device: where to compute.
         micro_batch_size: see `StreamingEngine`.
+        surrogates: the number of a block → W and b of what stands behind it (see `surrogate.put_behind`).
     """
     blocks = []
     for number, block in enumerate(model.get_submodule(architecture.blocks)):
@@ -52,6 +55,8 @@ def attach(
             # What is stored dense lies as the model has it; bitsandbytes wants (out, in).
             turned = path in architecture.transposed and not isinstance(weight, DenseWeight)
             linears.append(FrozenLinear(block.get_submodule(path), weight, turned))
+        if surrogates and number in surrogates:
+            linears.append(put_behind(block, *surrogates[number]))
         replace_norms(block)
         blocks.append((block, linears))
     takes_apart = model._supports_attention_backend and model.config._attn_implementation == "sdpa"

@@ -3,6 +3,8 @@
 Widths are the smallest that NF4's blocks of 64 divide; the tokenizer has the 256 bytes, so that any text encodes.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,9 +28,11 @@ from transformers import (
 
 from hf_fedlarge.architectures import describe
 from hf_fedlarge.artifacts import PackageManifest, read_manifest
+from hf_fedlarge.calibrate import add_surrogates
 from hf_fedlarge.package import MappedTensors, package_config
 from hf_fedlarge.quantize import decode
 from hf_fedlarge.shrink import plan_shrink, shrink
+from hf_fedlarge.surrogate import bias_name, weight_name
 
 HIDDEN = 64
 VOCABULARY = 300
@@ -160,11 +164,32 @@ def make_checkpoint(
     return path
 
 
-def make_package(path: Path, family: str, layers: int = 4, keep: str = "0,2,3", embeddings: str = "int8") -> Path:
-    """A package of the family with a dropped layer in its middle; returns `path`."""
+def make_package(
+    path: Path,
+    family: str,
+    layers: int = 4,
+    keep: str = "0,2,3",
+    embeddings: str = "int8",
+    surrogate_codec: str | None = None,
+) -> Path:
+    """A package of the family with a dropped layer in its middle, a surrogate there if asked for; returns `path`."""
     checkpoint = make_checkpoint(path.with_name(f"{path.name}-full"), family, layers)
-    shrink(plan_shrink(checkpoint, keep_layers=keep, embeddings=embeddings), path)
+    plan = plan_shrink(checkpoint, keep_layers=keep, embeddings=embeddings)
+    sequences = torch.randint(4, 260, (8, 1, 32), generator=torch.Generator().manual_seed(0))
+    complete = partial(add_surrogates, plan=plan, sequences=list(sequences), codec=surrogate_codec)
+    shrink(plan, path, complete=complete if surrogate_codec else None)
     return path
+
+
+def _adding(W: torch.Tensor, b: torch.Tensor) -> Callable[..., object]:
+    """A hook that makes a block's output h into h + h Wᵀ + b."""
+
+    def hook(block: torch.nn.Module, args: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = hidden + torch.nn.functional.linear(hidden, W, b)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    return hook
 
 
 def make_dense(package: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -182,4 +207,10 @@ def make_dense(package: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Mo
         dense = torch.empty(weight.shape, dtype=dtype)
         weight.read_rows(0, weight.shape[0], dense)
         parameter.data.copy_(dense.T if architecture.is_transposed(name) else dense)
+    for entry in manifest.surrogates:
+        weight = decode(weight_name(entry.layers[0]), entry.codec, tensors)
+        W = torch.empty(weight.shape, dtype=dtype)
+        weight.read_rows(0, len(W), W)
+        block = model.get_submodule(architecture.blocks)[manifest.kept_layers.index(entry.layers[0] - 1)]
+        block.register_forward_hook(_adding(W, tensors[bias_name(entry.layers[0])].to(dtype)))
     return model.eval().requires_grad_(False)

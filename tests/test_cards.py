@@ -13,6 +13,7 @@ from hf_fedlarge.artifacts import (
     Contribution,
     LayerEntry,
     PackageManifest,
+    SurrogateEntry,
     UpdateManifest,
     describe_files,
     write_manifest,
@@ -137,6 +138,17 @@ def test_package_card_says_how_to_load_it(tmp_path, embeddings, line):
     card = render_card(make_package(tmp_path / "p", embeddings), "me/small", None)
     assert line in card
     assert ("from hf_fedlarge import" in card) == (embeddings != "bf16")
+
+
+def test_package_card_tells_of_surrogates(tmp_path):
+    surrogates = [SurrogateEntry(layers=[2], codec="nf4", unexplained=0.456)]
+    card = render_card(make_package(tmp_path / "p", "bf16", surrogates=surrogates), "me/small", None)
+    facts = {row[0]: row[1] for row in rows(card) if len(row) == 2}
+    described = "for 2 (4-bit NormalFloat in blocks of 64, their scales quantized again): 46%"
+    assert facts["surrogates, and what they leave unexplained"] == described
+    # Stock transformers would leave them out.
+    assert "AutoModelForCausalLM" not in card
+    assert 'load_package(snapshot_download("me/small"))' in card
 
 
 def test_adapter_card_without_a_summary_uses_the_manifest_and_invents_nothing(tmp_path):

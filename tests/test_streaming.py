@@ -100,6 +100,23 @@ def test_fp32_gradients_equal_plain_autograd_for_any_number_of_micro_batches(pac
         assert distance(gradient, true_gradient) <= 1e-5, f"micro_batch_size={size}"
 
 
+@every_family
+def test_gradients_pass_through_a_surrogate(tmp_path, family):
+    path = make_package(tmp_path / "package", family, surrogate_codec="nf4")
+    true_loss, true_gradient = gradient_of(with_adapter(make_dense(path)), some_batch())
+    streamed = with_adapter(load_package(path, dtype=torch.float32))
+    for size in MICRO_BATCH_SIZES:
+        streamed.engine.micro_batch_size = size
+        loss, gradient = gradient_of(streamed, some_batch())
+        assert loss == pytest.approx(true_loss, rel=1e-5)
+        assert distance(gradient, true_gradient) <= 1e-5, f"micro_batch_size={size}"
+    # One more step dequantizes every matrix, the surrogate's too, at most twice.
+    before = streamed.engine.counters.dequantizations
+    gradient_of(streamed, some_batch())
+    matrices = sum(map(len, streamed.engine.linears))
+    assert streamed.engine.counters.dequantizations - before <= 2 * matrices
+
+
 def test_gradients_can_be_taken_in_evaluation_mode_too(package, truth):
     streamed = with_adapter(load_package(package("llama"), dtype=torch.float32)).eval()
     assert distance(gradient_of(streamed, some_batch())[1], truth("llama")[1]) <= 1e-5

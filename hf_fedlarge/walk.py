@@ -1,0 +1,109 @@
+"""A streamed model's decoder blocks one at a time, over sequences of one length, outside of its own forward.
+
+Walking by layers instead of by sequences visits every block once, and two models can be walked side by side. What a
+block is given besides the hidden states (positions, masks) is recorded once: for whole sequences of one length, each by
+itself, it is always the same.
+
+Shapes: S tokens of a sequence, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+class Walk:
+    """The blocks of a model for sequences of the length of `ids`.
+
+    Args:
+        model: from `package.load_package` or `package.stream_checkpoint`, in eval mode.
+        ids: token ids (1, S) of any such sequence.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, ids: torch.Tensor) -> None:
+        self._model = model
+        self._blocks = list(model.get_submodule(model.architecture.blocks))
+        self._given: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._returns_tuple: dict[nn.Module, bool] = {}
+
+        def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._given[block] = args[1:], kwargs
+
+        def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._returns_tuple[block] = isinstance(output, tuple)
+
+        hooks = [block.register_forward_pre_hook(before, with_kwargs=True) for block in self._blocks]
+        hooks += [block.register_forward_hook(after) for block in self._blocks]
+        try:
+            model.base_model(ids.to(self._device), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    @torch.no_grad()
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """What the first block is given: (1, S, D) of token ids (1, S)."""
+
+        def stop(block: nn.Module, args: tuple[Any, ...]) -> None:
+            raise _ReachedError(args[0])
+
+        hook = self._blocks[0].register_forward_pre_hook(stop)
+        try:
+            self._model.base_model(ids.to(self._device), use_cache=False)
+        except _ReachedError as reached:
+            return reached.hidden
+        finally:
+            hook.remove()
+        raise AssertionError("the model has no first block")
+
+    @torch.no_grad()
+    def step(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The output (1, S, D) of block `number`."""
+        block = self._blocks[number]
+        args, kwargs = self._given[block]
+        output = block(hidden, *args, **kwargs)
+        return output[0] if self._returns_tuple[block] else output
+
+    @torch.no_grad()
+    def loss(self, hidden: torch.Tensor, ids: torch.Tensor) -> float:
+        """Mean next-token loss of `ids` (1, S) for the last block's output (1, S, D), in nats."""
+        with self._blocks_return(hidden):
+            return float(self._model(ids.to(self._device), labels=ids.to(self._device)).loss)
+
+    @property
+    def _device(self) -> torch.device:
+        return self._model.engine.device
+
+    @contextmanager
+    def _blocks_return(self, hidden: torch.Tensor) -> Iterator[None]:
+        """Within it no block computes: what follows the last one sees `hidden`."""
+
+        def returning(as_tuple: bool) -> Callable[..., Any]:
+            return lambda *args, **kwargs: (hidden,) if as_tuple else hidden
+
+        plain = [block.forward for block in self._blocks]
+        for block in self._blocks:
+            block.forward = returning(self._returns_tuple[block])
+        try:
+            yield
+        finally:
+            for block, forward in zip(self._blocks, plain, strict=True):
+                block.forward = forward
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass at the first block, whose input it carries."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden

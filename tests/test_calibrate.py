@@ -1,0 +1,125 @@
+"""Calibration: text into sequences, layers by score, and the package that comes of it."""
+
+import json
+
+import pytest
+import torch
+from families import make_checkpoint, make_tokenizer
+from transformers import AutoModelForCausalLM
+
+from hf_fedlarge.artifacts import PackageManifest, read_manifest, verify_files
+from hf_fedlarge.calibrate import calibration_sequences, layer_scores, plan_package, surrogates_for
+from hf_fedlarge.config import PackageSettings
+from hf_fedlarge.errors import ArtifactError, ConfigError, DataError
+from hf_fedlarge.package import load_package
+from hf_fedlarge.shrink import shrink
+from hf_fedlarge.stdlib_corpus import standard_library_prose
+
+IDS = torch.randint(4, 260, (6, 1, 32), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return make_checkpoint(tmp_path / "full", "llama", layers=5, tokenizer=True)
+
+
+def package_of(checkpoint, output, **settings):
+    settings = PackageSettings(keep_layers=3, **settings)
+    plan = plan_package(checkpoint, settings)
+    return shrink(plan, output, complete=surrogates_for(plan, settings))
+
+
+def test_text_becomes_sequences_of_one_length():
+    sequences = calibration_sequences(make_tokenizer(), [{"text": "x" * 50}] * 9, tokens=100, length=40)
+    assert [tuple(ids.shape) for ids in sequences] == [(1, 40), (1, 40)]
+    with pytest.raises(DataError, match="has 51 tokens; expected 60"):
+        calibration_sequences(make_tokenizer(), [{"text": "x" * 50}], tokens=100, length=60)
+
+
+def test_python_s_documentation_is_the_default_text(checkpoint, tmp_path):
+    manifest = package_of(checkpoint, tmp_path / "package")
+    verify_files(tmp_path / "package", manifest)
+    assert manifest == read_manifest(tmp_path / "package", PackageManifest)
+    assert [entry.layers for entry in manifest.surrogates] == [[2], [3]] or len(manifest.surrogates) == 1
+    assert manifest.digest == package_of(checkpoint, tmp_path / "again").digest
+
+
+def test_own_text_can_be_given(checkpoint, tmp_path):
+    data = tmp_path / "text.jsonl"
+    data.write_text(json.dumps({"text": "A public text of my own. " * 60}) + "\n")
+    one = package_of(checkpoint, tmp_path / "one", calibration=str(data))
+    assert one.digest != package_of(checkpoint, tmp_path / "other").digest
+    data.write_text(json.dumps({"text": "short"}) + "\n")
+    with pytest.raises(DataError, match="calibration text has"):
+        package_of(checkpoint, tmp_path / "short", calibration=str(data))
+    assert not (tmp_path / "short").exists()
+
+
+def test_no_surrogate_where_none_is_asked_for_or_nothing_is_dropped(checkpoint, tmp_path):
+    assert not package_of(checkpoint, tmp_path / "none", surrogate="none").surrogates
+    settings = PackageSettings(keep_layers="1.0")
+    assert surrogates_for(plan_package(checkpoint, settings), settings) is None
+
+
+def test_a_dropped_first_layer_leaves_no_place_for_a_surrogate(checkpoint):
+    with pytest.raises(ConfigError, match="layer 0 is dropped"):
+        plan_package(checkpoint, PackageSettings(keep_layers="1-4"))
+
+
+@pytest.mark.parametrize("choice", ["influence", "loss"])
+def test_the_layer_that_does_least_goes_first(choice, checkpoint, tmp_path):
+    """Layer 3 is made to do next to nothing."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        for projection in (model.model.layers[3].self_attn.o_proj, model.model.layers[3].mlp.down_proj):
+            projection.weight.mul_(1e-3)
+    model.save_pretrained(tmp_path / "idle")
+    make_tokenizer(tmp_path / "idle")
+    scores = layer_scores(tmp_path / "idle", list(IDS), choice)
+    assert scores[0] == float("inf")
+    # A random model's loss may also fall where a layer goes.
+    assert min(range(5), key=lambda layer: abs(scores[layer])) == 3
+    plan = plan_package(tmp_path / "idle", PackageSettings(keep_layers=4, layer_choice=choice))
+    assert len(plan.kept) == 4
+    assert plan.dropped[0] == min(range(5), key=plan.scores.__getitem__)
+    assert "layer   3 scores" in plan.describe()
+
+
+def test_a_surrogate_makes_the_small_model_more_like_the_full_one(checkpoint, tmp_path):
+    full = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    package_of(checkpoint, tmp_path / "with")
+    package_of(checkpoint, tmp_path / "without", surrogate="none")
+    # Text that was not calibrated on.
+    ids = torch.cat(calibration_sequences(make_tokenizer(), standard_library_prose(), tokens=20_000)[-6:])
+    with torch.no_grad():
+        truth = full(ids).logits
+        errors = [
+            (load_package(tmp_path / name, dtype=torch.float32)(ids).logits - truth).norm()
+            for name in ("with", "without")
+        ]
+    assert errors[0] < errors[1]
+
+
+def test_stock_transformers_refuses_a_package_with_surrogates(checkpoint, tmp_path):
+    package_of(checkpoint, tmp_path / "package", embeddings="bf16")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "package")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"layers": [1]}, "do not stand right"),
+        ({"layers": [4, 5]}, "do not stand right"),
+        ({"codec": "int8"}, "surrogates.2.weight"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_its_surrogates_is_refused(checkpoint, tmp_path, change, match):
+    settings = PackageSettings(keep_layers="0,1,4")
+    plan = plan_package(checkpoint, settings)
+    manifest = shrink(plan, tmp_path / "package", complete=surrogates_for(plan, settings))
+    raw = manifest.model_dump(mode="json")
+    raw["surrogates"][0] |= change
+    (tmp_path / "package" / "fedlarge.json").write_text(json.dumps(raw))
+    with pytest.raises(ArtifactError, match=match):
+        load_package(tmp_path / "package")
