@@ -28,10 +28,10 @@ from hf_fedlarge.surrogate import Regression, fit_surrogates
 from hf_fedlarge.tensors import SafetensorsWriter
 from hf_fedlarge.walk import Walk
 
-TOKENS = 16_384
+TOKENS = 32_768
 SURROGATES_NAME = "surrogates.safetensors"
-LENGTH = 512
-_SCORED = 8  # sequences on which a layer's loss is measured
+LENGTH = 128
+_SCORED = 32  # sequences on which a layer's loss is measured
 _CODECS = {"nf4": "nf4", "int8": "int8", "bf16": "dense"}
 Progress = Callable[[int], None]
 
@@ -39,7 +39,10 @@ Progress = Callable[[int], None]
 def calibration_sequences(
     tokenizer: PreTrainedTokenizerBase, examples: Iterable[dict[str, Any]], tokens: int = TOKENS, length: int = LENGTH
 ) -> list[torch.Tensor]:
-    """Calibration text as sequences of one length, each (1, S).
+    """Calibration text as sequences of one length, each (1, S), that begin as training examples do.
+
+    The first token draws the attention of all others and has states like no other, so there must be many of them: short
+    examples follow each other until S is reached, the next sequence begins with the next example; long ones are cut.
 
     Args:
         tokenizer: the model's.
@@ -50,15 +53,18 @@ def calibration_sequences(
     Raises:
         DataError: the text is too short for one sequence.
     """
-    ids: list[int] = []
+    sequences: list[list[int]] = []
+    begun: list[int] = []
     for example in examples:
-        ids += encode_example(example, tokenizer, sys.maxsize)["input_ids"]
-        if len(ids) >= tokens:
+        ids = begun + encode_example(example, tokenizer, sys.maxsize)["input_ids"]
+        pieces = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+        sequences += pieces[:1] if begun else pieces
+        begun = [] if pieces else ids
+        if len(sequences) * length >= tokens:
             break
-    if len(ids) < length:
-        raise DataError(f"The calibration text has {len(ids)} tokens; expected {length} or more, better {TOKENS}.")
-    count = min(len(ids), tokens) // length
-    return list(torch.tensor(ids[: count * length]).view(count, 1, length))
+    if not sequences:
+        raise DataError(f"The calibration text has {len(begun)} tokens; expected {length} or more, better {TOKENS}.")
+    return [torch.tensor(ids)[None] for ids in sequences[: max(1, tokens // length)]]
 
 
 def plan_package(

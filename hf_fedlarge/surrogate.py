@@ -28,14 +28,16 @@ from hf_fedlarge.linear import FrozenLinear
 from hf_fedlarge.quantize import FrozenWeight, decode, encode
 from hf_fedlarge.walk import Walk
 
-RIDGE = 1e-3
+RIDGE = 0.1
+_SMALLEST = 1e-12
 _ROWS = 1024  # in fp64 at a time
 
 
 class Regression:
     """Weighted ridge regression of changes Δ = Y − X on states X, from sums that take their rows in pieces, in fp64.
 
-    It minimizes Σₙ wₙ ‖Δₙ − Xₙ T − b‖² + λ ‖T‖² with wₙ = 1 / ‖Xₙ‖².
+    It minimizes Σₙ wₙ ‖Δₙ − Xₙ T − b‖² + Σⱼ λⱼ ‖Tⱼ‖² with wₙ = 1 / ‖Xₙ‖² and λⱼ in proportion to the variance of X's
+    coordinate j, so that nothing depends on the coordinates' scales, which differ a hundredfold.
 
     Args:
         width: D.
@@ -65,10 +67,11 @@ class Regression:
             self._weight += w_N1.sum()
 
     def solve(self, ridge: float = RIDGE) -> torch.Tensor:
-        """T (D, D) in fp64; λ is `ridge` times the mean variance of X's coordinates."""
+        """T (D, D) in fp64; λⱼ is `ridge` times the weighted sum of squares of X's centred coordinate j."""
         mean = self._x_D / self._weight
         covariance = self._xx_DD - torch.outer(mean, self._x_D)
-        covariance.diagonal().add_(ridge * covariance.trace() / len(mean))
+        # The last term is for coordinates that never change.
+        covariance.diagonal().mul_(1 + ridge).add_(_SMALLEST * covariance.trace() / len(mean))
         return torch.cholesky_solve(self._xd_DD - torch.outer(mean, self._d_D), torch.linalg.cholesky(covariance))
 
     def bias(self, T_DD: torch.Tensor) -> torch.Tensor:

@@ -30,8 +30,16 @@ def package_of(checkpoint, output, **settings):
 
 
 def test_text_becomes_sequences_of_one_length():
-    sequences = calibration_sequences(make_tokenizer(), [{"text": "x" * 50}] * 9, tokens=100, length=40)
-    assert [tuple(ids.shape) for ids in sequences] == [(1, 40), (1, 40)]
+    texts = [{"text": text} for text in ("abcd", "efgh", "0123456789", "ijkl", "mn")]
+    sequences = calibration_sequences(make_tokenizer(), texts, tokens=40, length=8)
+    # Every text ends with an end-of-text token. Short ones are joined, the long one begins a sequence and is cut.
+    assert [make_tokenizer().decode(ids[0], skip_special_tokens=True) for ids in sequences] == [
+        "abcdefg",
+        "01234567",
+        "ijklmn",
+    ]
+    assert {tuple(ids.shape) for ids in sequences} == {(1, 8)}
+    assert len(calibration_sequences(make_tokenizer(), texts, tokens=16, length=8)) == 2
     with pytest.raises(DataError, match="has 51 tokens; expected 60"):
         calibration_sequences(make_tokenizer(), [{"text": "x" * 50}], tokens=100, length=60)
 
