@@ -206,9 +206,7 @@ class Benchmark:
         for keep, method in dict.fromkeys((row["keep"], row["method"]) for row in self.rows):
             rows = [row for row in self.rows if (row["keep"], row["method"]) == (keep, method)]
             mean = {"keep": keep, "method": method, "seeds": len(rows)} | {
-                name: statistics.mean(row[name] for row in rows)
-                for name in rows[0]
-                if isinstance(rows[0][name], float) and name != "seed"
+                name: statistics.mean(row[name] for row in rows) for name in rows[0] if isinstance(rows[0][name], float)
             }
             means.append(mean)
             losses = [f"{mean[name]:.3f}" for name in ("before", "after", "plugged_in")]
