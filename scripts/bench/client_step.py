@@ -30,9 +30,7 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any, ClassVar
 
 from harness import Figures, MemoryPeak, add_common_options, alternate, show, summarize, workplace
 
@@ -129,17 +127,9 @@ def measure(options: argparse.Namespace) -> Figures:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+    from step_timer import StepTimer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
-
-    class StepTimer(TrainerCallback):
-        seconds: ClassVar[list[float]] = []
-
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.started = time.perf_counter()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.started)
 
     if ours:
         from hf_fedlarge.adapters import attach_lora
@@ -148,6 +138,7 @@ def measure(options: argparse.Namespace) -> Figures:
         from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig, StreamingLoraTrainer
 
     checkpoint, package = options.work / "checkpoint", options.work / "package"
+    timer = StepTimer()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     data = Dataset.from_dict(examples(options, AutoConfig.from_pretrained(checkpoint).vocab_size))
     merge_batches = not ours and options.peer == "tuned"
@@ -163,7 +154,7 @@ def measure(options: argparse.Namespace) -> Figures:
             "disable_tqdm": True,
             "use_cpu": not torch.cuda.is_available(),
         }
-        common = {"train_dataset": data, "processing_class": tokenizer, "callbacks": [StepTimer()]}
+        common = {"train_dataset": data, "processing_class": tokenizer, "callbacks": [timer]}
         counters = {}
         if ours:
             extra = {"memory_budget": options.memory_budget, "optim": options.optim}
@@ -187,7 +178,7 @@ def measure(options: argparse.Namespace) -> Figures:
             trainer = SFTTrainer(model, config, peft_config=lora, **common)
             trainer.train()
     return {
-        "step_seconds": statistics.median(StepTimer.seconds[1:]),
+        "step_seconds": statistics.median(timer.seconds[1:]),
         "loss": trainer.state.log_history[-1]["train_loss"],
         "counters": counters,
     } | memory.figures()

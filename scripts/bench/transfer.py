@@ -25,7 +25,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from harness import workplace
@@ -140,22 +140,13 @@ class Benchmark:
 
     def train(self, model: Any, layers: list[int], seed: int) -> tuple[dict[str, Any], dict[str, float]]:
         """Train adapters on a model whose blocks are these layers; returns the factors and the figures."""
-        from transformers import TrainerCallback
+        from step_timer import StepTimer
 
         from hf_fedlarge.adapters import attach_lora, get_factors, initial_factors, set_factors
         from hf_fedlarge.config import LoraSettings
         from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig, StreamingLoraTrainer
 
-        class StepTimer(TrainerCallback):
-            seconds: ClassVar[list[float]] = []
-
-            def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-                self.started = time.perf_counter()
-
-            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-                self.seconds.append(time.perf_counter() - self.started)
-
-        StepTimer.seconds = []
+        timer = StepTimer()
         lora, architecture = LoraSettings(), model.architecture
         full = self.stream_checkpoint(CHECKPOINT).architecture
         everywhere = initial_factors(full, list(range(full.layers)), lora, seed)
@@ -173,10 +164,10 @@ class Benchmark:
             disable_tqdm=True,
         )
         trainer = StreamingLoraTrainer(
-            adapted, config, train_dataset=self.training, processing_class=self.tokenizer, callbacks=[StepTimer()]
+            adapted, config, train_dataset=self.training, processing_class=self.tokenizer, callbacks=[timer]
         )
         trainer.train()
-        figures = {"after": self.loss(adapted), "step_seconds": statistics.median(StepTimer.seconds[1:])}
+        figures = {"after": self.loss(adapted), "step_seconds": statistics.median(timer.seconds[1:])}
         return get_factors(adapted, architecture, layers), figures
 
     def plugged_in(self, factors: dict[str, Any]) -> float:
