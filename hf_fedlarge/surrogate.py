@@ -83,7 +83,8 @@ class Regression:
         T, b = T_DD.double(), b_D.double()
         error = self._dd - 2 * (T * self._xd_DD).sum() - 2 * b @ self._d_D
         error += (T * (self._xx_DD @ T)).sum() + 2 * (self._x_D @ T) @ b + self._weight * (b @ b)
-        return float(error / self._dd)
+        # Rounding can take an exact fit below zero, and a layer that changes nothing leaves nothing to explain.
+        return max(0.0, float(error / self._dd)) if self._dd else 0.0
 
 
 @dataclass(frozen=True)
@@ -136,17 +137,14 @@ def fit_surrogates(
     states = [student.embed(ids) for ids in sequences]
     block_of = {layer: block for block, layer in enumerate(kept)}
     surrogates = []
-    layers = range(len(teacher))
-    done = 0
-    for is_kept, run in groupby(layers, key=block_of.__contains__):
+    for is_kept, run in groupby(range(len(teacher)), key=block_of.__contains__):
         run = list(run)
         for layer in run:
             truth = [teacher.step(layer, hidden) for hidden in truth]
             if is_kept:
                 states = [student.step(block_of[layer], hidden) for hidden in states]
-            done += 1
             if progress:
-                progress(done)
+                progress(layer + 1)
         if is_kept:
             continue
         regression = Regression(truth[0].shape[-1], truth[0].device)

@@ -39,6 +39,14 @@ def test_a_linear_layer_is_recovered_exactly():
     assert regression.unexplained(found, b) < 1e-12
 
 
+def test_a_layer_that_changes_nothing_leaves_nothing_unexplained():
+    x = states()
+    regression = regression_of(x, x)
+    T = regression.solve()
+    assert not T.any()
+    assert regression.unexplained(T, regression.bias(T)) == 0
+
+
 def test_it_is_the_weighted_ridge_regression_that_it_says():
     x, ridge = states(), 0.1
     y = x + torch.tanh(x) * 3
