@@ -9,7 +9,7 @@ LoRA: arXiv 2106.09685.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,25 +108,48 @@ def _fuse(layer: LoraLayer, linear: FrozenLinear, lora: LoraSettings) -> None:
 
 
 def set_factors(model: PeftModel, factors: dict[str, Factors], architecture: Architecture, layers: list[int]) -> None:
-    """Load an adapter in global numbers into a model whose block b is the base's layer `layers[b]`."""
+    """Load an adapter in global numbers into a model whose block b is the base's layer `layers[b]`.
+
+    What it has for neurons that a block lacks is left out.
+    """
     modules = dict(model.get_base_model().named_modules())
     with torch.no_grad():
         for module, (A_RI, B_OR) in factors.items():
-            lora = modules[_renumber(module, architecture, layers.index(architecture.layer_of(f"{module}.")))]
-            lora.lora_A["default"].weight.copy_(A_RI)
-            lora.lora_B["default"].weight.copy_(B_OR)
+            here = _renumber(module, architecture, layers.index(architecture.layer_of(f"{module}.")))
+            if (kept := architecture.neurons_in(here)) is not None:
+                A_RI = A_RI[:, kept]
+            if (kept := architecture.neurons_out(here)) is not None:
+                B_OR = B_OR[kept]
+            modules[here].lora_A["default"].weight.copy_(A_RI)
+            modules[here].lora_B["default"].weight.copy_(B_OR)
 
 
-def get_factors(model: PeftModel, architecture: Architecture, layers: list[int]) -> dict[str, Factors]:
-    """The model's adapter in global numbers, copied to the CPU in fp32."""
+def get_factors(
+    model: PeftModel,
+    architecture: Architecture,
+    layers: list[int],
+    of: Callable[[torch.nn.Parameter], torch.Tensor] = torch.Tensor.detach,
+) -> dict[str, Factors]:
+    """The model's adapter in global numbers, copied to the CPU in fp32; zero for neurons that a block lacks.
+
+    Args:
+        model: with an adapter.
+        architecture: its own.
+        layers: which of the base's layers its blocks are.
+        of: what to take of each parameter, of the same shape, such as its gradient.
+    """
     factors = {}
     for path, module in model.get_base_model().named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
             layer = layers[architecture.layer_of(f"{path}.")]
-            A_RI, B_OR = module.lora_A["default"].weight, module.lora_B["default"].weight
-            factors[_renumber(path, architecture, layer)] = Factors(
-                A_RI.detach().float().cpu().clone(), B_OR.detach().float().cpu().clone()
-            )
+            A_RI, B_OR = (of(lora["default"].weight).float().cpu() for lora in (module.lora_A, module.lora_B))
+            A_RI, B_OR = A_RI.clone(), B_OR.clone()
+            out_features, in_features = _out_in(architecture, architecture.in_block(path))
+            if (kept := architecture.neurons_in(path)) is not None:
+                A_RI = A_RI.new_zeros(len(A_RI), in_features).index_copy_(1, kept, A_RI)
+            if (kept := architecture.neurons_out(path)) is not None:
+                B_OR = B_OR.new_zeros(out_features, B_OR.shape[1]).index_copy_(0, kept, B_OR)
+            factors[_renumber(path, architecture, layer)] = Factors(A_RI, B_OR)
     return factors
 
 

@@ -4,14 +4,14 @@
     from hf_fedlarge.config import PackageSettings
 
     settings = PackageSettings(keep_layers=0.75)
-    plan = api.plan_package(checkpoint, settings)
-    api.shrink(plan, package, complete=api.surrogates_for(plan, settings))
+    api.shrink(api.plan_shrink(checkpoint, settings), settings, package)
 
 They have a module of their own because `hf_fedlarge.shrink` and `hf_fedlarge.merge` are modules. Importing it loads
 torch, transformers and trl.
 """
 
-from hf_fedlarge.calibrate import plan_package, surrogates_for
+from hf_fedlarge.calibrate import make_package as shrink
+from hf_fedlarge.calibrate import plan_package as plan_shrink
 from hf_fedlarge.collect import aggregate_updates as aggregate
 from hf_fedlarge.collect import start_adapter
 from hf_fedlarge.evaluation import evaluate
@@ -19,8 +19,8 @@ from hf_fedlarge.hub import push
 from hf_fedlarge.merge import merge, plan_merge
 from hf_fedlarge.package import load_package, load_tokenizer
 from hf_fedlarge.rounds import run_federation as run
-from hf_fedlarge.shrink import plan_shrink, shrink
 from hf_fedlarge.trainers.client import train_client as train
+from hf_fedlarge.transfer import transfer_report as transfer
 
 __all__ = [
     "aggregate",
@@ -29,12 +29,11 @@ __all__ = [
     "load_tokenizer",
     "merge",
     "plan_merge",
-    "plan_package",
     "plan_shrink",
     "push",
     "run",
     "shrink",
     "start_adapter",
-    "surrogates_for",
     "train",
+    "transfer",
 ]

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2CLS
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.initialization import no_init_weights
@@ -29,6 +30,16 @@ from hf_fedlarge.errors import ArchitectureError, ArtifactError
 
 # Fields that make a layer's arithmetic depend on its number or on how many there are, which dropping layers changes.
 _LAYER_NUMBER_FIELDS = ("scale_attn_by_inverse_layer_idx", "attention_types", "lambda_std_dev", "scale_depth")
+
+_ACTIVATIONS = tuple({kind[0] if isinstance(kind, tuple) else kind for kind in ACT2CLS.values()})
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """Where a block's feed-forward layer is: a neuron is a row of each of `inputs` and a column of `output`."""
+
+    inputs: tuple[str, ...]
+    output: str
 
 
 @dataclass(frozen=True)
@@ -43,9 +54,13 @@ class Architecture:
         transposed: those among `linears` stored as (in, out), as GPT-2's `Conv1D` does.
         embedding: path of the token embedding's module.
         head: path of the output head's module; `tied` says that it shares the embedding's weight.
-        parameters: shape of every parameter, a tied head's weight left out.
+        parameters: shape of every parameter, a tied head's weight left out, with all neurons.
         prefix: the base model's attribute, which some checkpoints leave out of their tensors' names.
         renamings: transformers' own, of names that checkpoints keep from earlier versions (GPT-NeoX's `embed_out`).
+        feed_forward: a block's feed-forward layer, None where its neurons can't be told apart (Phi-3 has gate and up in
+            one matrix).
+        attention_output: path, inside a block, of the matrix that leads back from its attention; None: not found.
+        neurons: the number of a block → which of its neurons stay, sorted; blocks that are not listed have all.
     """
 
     model_type: str
@@ -59,6 +74,9 @@ class Architecture:
     parameters: dict[str, tuple[int, ...]]
     prefix: str
     renamings: tuple[WeightRenaming, ...] = ()
+    feed_forward: FeedForward | None = None
+    attention_output: str | None = None
+    neurons: Mapping[int, torch.Tensor] = field(default_factory=dict, compare=False)
 
     def layer_of(self, name: str) -> int | None:
         """The number of the block that the parameter or module `name` lies in, or None outside the blocks."""
@@ -69,12 +87,42 @@ class Architecture:
         """`name` of one block, renamed to lie in block `layer`."""
         return re.sub(rf"^{re.escape(self.blocks)}\.\d+\.", f"{self.blocks}.{layer}.", name)
 
+    def in_block(self, name: str) -> str | None:
+        """The path of the parameter or module `name` inside its block, or None outside the blocks."""
+        return None if self.layer_of(name) is None else name.split(".", self.blocks.count(".") + 2)[-1]
+
     def is_transposed(self, name: str) -> bool:
         """Whether the parameter `name` is a block's matrix that the model stores as (in, out)."""
-        return (
-            self.layer_of(name) is not None
-            and name.split(".", self.blocks.count(".") + 2)[-1].removesuffix(".weight") in self.transposed
-        )
+        return (self.in_block(name) or "").removesuffix(".weight") in self.transposed
+
+    @property
+    def neuron_count(self) -> int:
+        """How many neurons a feed-forward layer has before any is left out; 0 where they can't be told apart."""
+        if self.feed_forward is None:
+            return 0
+        name = f"{self.blocks}.0.{self.feed_forward.output}.weight"
+        return self.parameters[name][0 if self.is_transposed(name) else 1]
+
+    def neurons_in(self, module: str) -> torch.Tensor | None:
+        """Which of its inputs the matrix `module` of a block takes, where some neurons were left out; else None."""
+        is_output = self.feed_forward and self.in_block(module) == self.feed_forward.output
+        return self.neurons.get(self.layer_of(module)) if is_output else None
+
+    def neurons_out(self, module: str) -> torch.Tensor | None:
+        """Likewise, which of its outputs it gives."""
+        is_input = self.feed_forward and self.in_block(module) in self.feed_forward.inputs
+        return self.neurons.get(self.layer_of(module)) if is_input else None
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter after neurons were left out."""
+        shape = list(self.parameters[name])
+        module, _, leaf = name.rpartition(".")
+        turned = self.is_transposed(name)
+        if (kept := self.neurons_out(module)) is not None:
+            shape[1 if turned else 0] = len(kept)
+        if leaf == "weight" and (kept := self.neurons_in(module)) is not None:
+            shape[0 if turned else 1] = len(kept)
+        return tuple(shape)
 
     def linear_weights(self, layer: int) -> list[str]:
         """Names of the frozen matrices of one block."""
@@ -161,9 +209,9 @@ def describe(config: PretrainedConfig) -> Architecture:
         raise refuse("it reads in both directions (an encoder)")
     if any(getattr(config, field, None) for field in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise refuse("it is a mixture of experts, which is not supported yet")
-    for field in _LAYER_NUMBER_FIELDS:
-        if getattr(config, field, None):
-            raise refuse(f"its {field} makes a layer depend on its number or on how many there are")
+    for key in _LAYER_NUMBER_FIELDS:
+        if getattr(config, key, None):
+            raise refuse(f"its {key} makes a layer depend on its number or on how many there are")
 
     layers = getattr(config, "num_hidden_layers", None)
     model = empty_model(config, torch.bfloat16)
@@ -204,6 +252,8 @@ def describe(config: PretrainedConfig) -> Architecture:
         parameters={path: tuple(parameter.shape) for path, parameter in model.named_parameters() if path != skipped},
         prefix=model.base_model_prefix,
         renamings=tuple(item for item in get_model_conversion_mapping(model) if isinstance(item, WeightRenaming)),
+        feed_forward=_feed_forward(blocks[0]),
+        attention_output=_attention_output(blocks[0], config.hidden_size),
     )
 
 
@@ -247,3 +297,36 @@ def logit_transform(config: PretrainedConfig) -> LogitTransform:
 
 def _linears(block: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def _feed_forward(block: nn.Module) -> FeedForward | None:
+    """The matrices around an activation: some of the same shape, and one after them that leads back."""
+    for path, module in block.named_modules():
+        children = dict(module.named_children())
+        linears = [name for name, child in children.items() if isinstance(child, nn.Linear | Conv1D)]
+        if len(linears) < 2 or not any(isinstance(child, _ACTIVATIONS) for child in children.values()):
+            continue
+        *inputs, output = linears
+        wide, narrow = out_in(children[output])[::-1]
+        if all(out_in(children[name]) == (wide, narrow) for name in inputs):
+            prefix = f"{path}." if path else ""
+            return FeedForward(tuple(prefix + name for name in inputs), prefix + output)
+    return None
+
+
+def _attention_output(block: nn.Module, width: int) -> str | None:
+    """The last matrix that gives hidden states, of the one module with several matrices and no activation."""
+    found = []
+    for path, module in block.named_modules():
+        children = dict(module.named_children())
+        linears = [name for name, child in children.items() if isinstance(child, nn.Linear | Conv1D)]
+        active = any(isinstance(child, _ACTIVATIONS) for child in children.values())
+        outputs = [name for name in linears if out_in(children[name])[0] == width]
+        if path and len(linears) > 1 and not active and outputs:
+            found.append(f"{path}.{outputs[-1]}")
+    return found[0] if len(found) == 1 else None
+
+
+def out_in(linear: nn.Module) -> tuple[int, int]:
+    """How many outputs and inputs a linear layer has."""
+    return (linear.nf, linear.nx) if isinstance(linear, Conv1D) else (linear.out_features, linear.in_features)

@@ -51,10 +51,14 @@ class BaseModelEntry(Record):
 
 
 class LayerEntry(Record):
-    """One layer of the base model: its number there, and the package's block that holds it (None: dropped)."""
+    """One layer of the base model: its number there, and the package's block that holds it (None: dropped).
+
+    `neurons` is how many of its feed-forward layer's neurons that block has (None: all).
+    """
 
     layer: Count
     block: Count | None
+    neurons: Annotated[int, Field(ge=1)] | None = None
 
 
 class SurrogateEntry(Record):

@@ -6,30 +6,32 @@ memory.
 
 from __future__ import annotations
 
-import json
+import hashlib
+import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hf_fedlarge.architectures import load_config
-from hf_fedlarge.artifacts import PackageManifest, file_entry, write_json
+from hf_fedlarge.architectures import describe, load_config
+from hf_fedlarge.artifacts import PackageManifest, check_output, os_problem
 from hf_fedlarge.config import LayerChoice, PackageSettings, parse_layers
 from hf_fedlarge.data import load_examples
-from hf_fedlarge.errors import ConfigError, DataError
+from hf_fedlarge.errors import ConfigError, DataError, OutputError
 from hf_fedlarge.evaluation import encode_example
-from hf_fedlarge.package import load_package, load_tokenizer, stream_checkpoint
-from hf_fedlarge.shrink import ShrinkPlan, plan_shrink
+from hf_fedlarge.fit import FitPlan, Fitted, fit
+from hf_fedlarge.package import load_tokenizer, stream_checkpoint
+from hf_fedlarge.shrink import ShrinkPlan, plan_shrink, shrink
 from hf_fedlarge.stdlib_corpus import standard_library_prose
-from hf_fedlarge.surrogate import Regression, fit_surrogates
-from hf_fedlarge.tensors import SafetensorsWriter
+from hf_fedlarge.surrogate import Regression
+from hf_fedlarge.tensors import checkpoint_digest
 from hf_fedlarge.walk import Walk
 
 TOKENS = 32_768
-SURROGATES_NAME = "surrogates.safetensors"
 LENGTH = 128
 _SCORED = 32  # sequences on which a layer's loss is measured
 _CODECS = {"nf4": "nf4", "int8": "int8", "bf16": "dense"}
@@ -82,19 +84,26 @@ def plan_package(
     Raises:
         FedLargeError: as `plan_shrink`, or the calibration text can't be used.
     """
-    plan = plan_shrink(checkpoint, keep_layers=settings.keep_layers, embeddings=settings.embeddings)
+    keep_layers, keep_neurons = settings.kept
+    wanted = {"keep_layers": keep_layers, "keep_neurons": keep_neurons, "embeddings": settings.embeddings}
+    plan = plan_shrink(checkpoint, **wanted)
     if settings.surrogate != "none" and plan.kept[0] != 0:
         raise ConfigError(
             "A surrogate stands behind a kept layer, but layer 0 is dropped: keep it, or use no surrogate."
         )
-    listed = isinstance(parse_layers(settings.keep_layers, plan.layers), list)
+    listed = isinstance(parse_layers(keep_layers, plan.layers), list)
     if settings.layer_choice == "uniform" or listed or not plan.dropped:
         return plan
-    scores = layer_scores(checkpoint, _sequences(checkpoint, settings), settings.layer_choice, progress)
-    return plan_shrink(checkpoint, keep_layers=settings.keep_layers, embeddings=settings.embeddings, scores=scores)
+    scores = layer_scores(checkpoint, calibration_text(checkpoint, settings), settings.layer_choice, progress)
+    return plan_shrink(checkpoint, **wanted, scores=scores)
 
 
-def _sequences(checkpoint: Path, settings: PackageSettings) -> list[torch.Tensor]:
+def calibration_text(checkpoint: Path, settings: PackageSettings) -> list[torch.Tensor]:
+    """The text that `settings` names, as `calibration_sequences` makes them.
+
+    Raises:
+        FedLargeError: it can't be read or used.
+    """
     examples = load_examples(settings.calibration) if settings.calibration else standard_library_prose()
     longest = getattr(load_config(checkpoint), "max_position_embeddings", None) or LENGTH
     return calibration_sequences(load_tokenizer(checkpoint), examples, length=min(LENGTH, longest))
@@ -145,59 +154,96 @@ def _loss(teacher: Walk, states: Sequence[torch.Tensor], sequences: Sequence[tor
     return sum(teacher.loss(hidden, ids) for hidden, ids in pairs) / len(pairs)
 
 
-def surrogates_for(
-    plan: ShrinkPlan, settings: PackageSettings, progress: Progress | None = None
-) -> Callable[[Path, PackageManifest], PackageManifest] | None:
-    """What `shrink(…, complete=…)` does last: put a fitted surrogate in the place of every run of dropped layers.
+def make_package(
+    plan: ShrinkPlan,
+    settings: PackageSettings,
+    output: Path,
+    *,
+    base_id: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    fitting: Progress | None = None,
+    writing: Progress | None = None,
+) -> PackageManifest:
+    """Fit what the plan needs fitted on calibration text, and write the package.
 
-    None where nothing is to stand there. The calibration text is read at once.
+    The fit is kept in a hidden directory beside `output` until the package is there, so that one that was interrupted
+    goes on where it was.
 
     Args:
-        plan: what is shrunk, from `plan_package`.
+        plan: from `plan_package`.
         settings: the same.
-        progress: called with the layers that are done.
+        output, base_id, revision, overwrite: see `shrink.shrink`.
+        fitting: called with the layers that are fitted.
+        writing: called with the bytes that are written.
 
     Raises:
-        FedLargeError: the calibration text can't be used.
+        FedLargeError: as `shrink.shrink`, or the calibration text can't be used.
     """
-    if settings.surrogate == "none" or not plan.dropped:
-        return None
-    sequences = _sequences(plan.checkpoint, settings)
-    codec = _CODECS[settings.surrogate_codec]
-    return lambda directory, manifest: add_surrogates(directory, manifest, plan, sequences, codec, progress)
+    check_output(output, overwrite)
+    options = {"base_id": base_id, "revision": revision, "overwrite": overwrite, "progress": writing}
+    surrogate_codec = _CODECS[settings.surrogate_codec] if settings.surrogate != "none" and plan.dropped else None
+    if surrogate_codec is None and not plan.widths:
+        return shrink(plan, output, **options)
+    sequences = calibration_text(plan.checkpoint, settings)
+    full = describe(load_config(plan.checkpoint))
+    widths = {layer: plan.widths.get(layer, full.neuron_count) for layer in plan.kept if full.feed_forward}
+    fit_plan = FitPlan(kept=plan.kept, surrogate_codec=surrogate_codec, widths=widths)
+    with _fit_directory(output, plan, fit_plan, sequences) as work:
+        fitted = fit_package(plan, fit_plan, sequences, work, fitting)
+        return shrink(plan, output, fitted=fitted, **options)
 
 
-def add_surrogates(
-    directory: Path,
-    manifest: PackageManifest,
+def fit_package(
     plan: ShrinkPlan,
+    fit_plan: FitPlan,
     sequences: Sequence[torch.Tensor],
-    codec: str = "nf4",
+    work: Path,
     progress: Progress | None = None,
-) -> PackageManifest:
-    """Fit surrogates for a package that isn't visible yet and write them into it; returns its manifest with them.
+) -> Fitted:
+    """`fit.fit` for the checkpoint of a plan, streamed.
 
     Args:
-        directory: the package.
-        manifest: as it is so far.
-        plan: what it was made by.
+        plan: what is shrunk.
+        fit_plan: what is fitted.
         sequences: from `calibration_sequences`.
-        codec: `nf4`, `int8` or `dense` (bf16).
+        work: see `fit.fit`.
         progress: called with the layers that are done.
     """
+    full = describe(load_config(plan.checkpoint))
+    paths = [path for path in (full.attention_output, full.feed_forward and full.feed_forward.output) if path]
+    outputs = {f"{full.blocks}.{layer}.{path}.weight" for layer in fit_plan.widths for path in paths}
+    stored_as = {}
+    for name, codec in plan.codecs.items():
+        block = full.layer_of(name)
+        stored_as[name if block is None else full.in_layer(name, plan.kept[block])] = codec
+    for name in outputs:  # rounded after they were fitted
+        del stored_as[name]
     teacher = Walk(stream_checkpoint(plan.checkpoint), sequences[0])
-    student = Walk(load_package(directory, verify=False), sequences[0])
-    fitted = fit_surrogates(teacher, student, list(plan.kept), sequences, codec, progress=progress)
-    tensors = {name: tensor for surrogate in fitted for name, tensor in surrogate.tensors.items()}
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
-    infos = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}
-    with SafetensorsWriter(directory / SURROGATES_NAME, infos) as writer:
-        for name, tensor in ordered.items():
-            writer.write(name, tensor)
-        entry = writer.close()
-    # Stock transformers, which would leave the surrogates out, must refuse the package.
-    config = json.loads((directory / "config.json").read_bytes())
-    config["quantization_config"] = {"quant_method": "hf_fedlarge", "embeddings": plan.embeddings}
-    write_json(directory / "config.json", config)
-    files = manifest.files | {SURROGATES_NAME: entry, "config.json": file_entry(directory / "config.json")}
-    return manifest.model_copy(update={"files": files, "surrogates": [surrogate.entry for surrogate in fitted]})
+    student = Walk(stream_checkpoint(plan.checkpoint, dtype=torch.bfloat16, stored_as=stored_as), sequences[0])
+    return fit(teacher, student, full, fit_plan, sequences, work, progress)
+
+
+@contextmanager
+def _fit_directory(
+    output: Path, plan: ShrinkPlan, fit_plan: FitPlan, sequences: Sequence[torch.Tensor]
+) -> Iterator[Path]:
+    """Where a fit is kept: what is there of another one is removed, and all of it once the package is there."""
+    identity = hashlib.sha256(
+        repr((checkpoint_digest(plan.checkpoint), fit_plan, sorted(plan.codecs.items()))).encode()
+        + b"".join(ids.numpy().tobytes() for ids in sequences)
+    ).hexdigest()
+    everything = output.with_name(f".{output.name}.fit")
+    work = everything / identity
+    if everything.exists() and not work.exists():
+        shutil.rmtree(everything)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir(parents=True, exist_ok=True)
+        yield work
+    except OSError as error:
+        reason = os_problem(error)
+        if isinstance(error, OutputError) or reason is None:
+            raise
+        raise OutputError(f"{output} could not be written: {reason}.") from error
+    shutil.rmtree(everything)

@@ -201,6 +201,7 @@ def _package_facts(manifest: PackageManifest, run: _Summary) -> list[tuple[str, 
     return [
         ("layers kept", f"{len(kept)} of {len(every)}: {format_ranges(kept)}"),
         ("layers dropped", format_ranges(set(every) - set(kept))),
+        ("neurons kept in their feed-forward layers", _neurons(manifest)),
         (
             "surrogates, and what they leave unexplained",
             "; ".join(
@@ -217,6 +218,13 @@ def _package_facts(manifest: PackageManifest, run: _Summary) -> list[tuple[str, 
         ("size", _bytes(manifest.total_bytes)),
         ("digest of this package", _code(manifest.digest)),
     ]
+
+
+def _neurons(manifest: PackageManifest) -> str:
+    counts = sorted({entry.neurons for entry in manifest.layers if entry.neurons is not None})
+    if not counts:
+        return "all"
+    return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
 def _adapter_facts(manifest: AdapterManifest, run: _Summary) -> list[tuple[str, Any]]:
@@ -347,3 +355,17 @@ def _seconds(value: float | None) -> str | None:
 
 def _share(value: float | None) -> str | None:
     return None if value is None else f"{value:.4g}"
+
+
+def read_license(checkpoint: Path) -> str | None:
+    """The licence that the checkpoint's model card declares, or None."""
+    card = checkpoint / "README.md"
+    if not card.is_file():
+        return None
+    match = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        header = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        return None
+    found = header.get("license") if isinstance(header, dict) else None
+    return found if isinstance(found, str) else None

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("-o", "--output", type=Path, required=True, help="the package directory to make")
     one.add_argument("--revision", help="the Hub revision")
     one.add_argument("--base-id", help="what to call the base model, where CHECKPOINT is a local copy of it")
-    one.add_argument("--keep-layers", default="0.75", help="a count, a fraction, or numbers such as 0-9,12 (0.75)")
+    one.add_argument("--keep-layers", help="a count, a fraction, or numbers such as 0-9,12 (all)")
+    one.add_argument(
+        "--keep-neurons",
+        type=float,
+        metavar="SHARE",
+        help="of the feed-forward layer of every kept layer (2/3, or 1 with --keep-layers)",
+    )
     one.add_argument(
         "--layer-choice",
         choices=("uniform", "influence", "loss"),
@@ -73,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--surrogate", choices=("linear", "none"), default="linear", help="what stands for dropped layers (linear)"
     )
     one.add_argument("--surrogate-codec", choices=("nf4", "int8", "bf16"), default="nf4", help="its storage (nf4)")
-    one.add_argument("--calibration", metavar="DATA", help="public text to fit surrogates on (Python's documentation)")
+    one.add_argument("--calibration", metavar="DATA", help="public text to fit on (Python's documentation)")
     one.add_argument("--embeddings", choices=("int8", "nf4", "bf16"), default="int8", help="embedding and head (int8)")
     one.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     _overwrite(one)
@@ -103,15 +109,26 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("model", help="a checkpoint (directory or Hub id) or a package directory")
     one.add_argument("--adapter", type=Path, help="an adapter to plug in")
     one.add_argument("--data", required=True, help="examples: a file, a Hub data set, or stdlib")
-    one.add_argument("--max-length", type=int, default=1024, help="tokens an example is cut at (1024)")
-    one.add_argument("--batch-size", type=int, default=8, help="examples computed together (8)")
-    one.add_argument("--examples", type=int, help="evaluate the first so many (all)")
-    one.add_argument("--assistant-only", action="store_true", help="count only what the assistant says")
+    _evaluation(one)
+
+    one = command("transfer", _transfer, "Compare what an adapter is worth on the package and on the full model.")
+    one.add_argument("checkpoint", help="the full model: a directory, or a Hub id")
+    one.add_argument("package", type=Path, help="the package that the adapter was trained on")
+    one.add_argument("adapter", type=Path, help="the adapter directory")
+    one.add_argument("--data", required=True, help="held-out examples: a file, a Hub data set, or stdlib")
+    one.add_argument("--reference", type=Path, metavar="ADAPTER", help="one that was trained on the full model")
+    one.add_argument("--gradients", action="store_true", help="how far both models' gradients agree, a layer at a time")
+    one.add_argument("--revision", help="the Hub revision")
+    _evaluation(one)
+    one.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
 
     one = command("run", _run, "Run a whole federation from a file; run it again to go on after an interruption.")
     one.add_argument("federation", type=Path, help="the federation in YAML")
     one.add_argument("--output", type=Path, help="the run directory (run, beside the file)")
     one.add_argument("--launcher", choices=("inprocess", "accelerate"), help="how clients are started (the file's)")
+    one.add_argument(
+        "--no-stop", action="store_true", help="go on where the full model with the adapter stays worse than the base"
+    )
 
     one = command("push", _push, "Publish a checkpoint, an adapter or a package on the Hub.")
     one.add_argument("directory", type=Path, help="a merged checkpoint, an adapter or a package")
@@ -151,6 +168,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     totals.add_row("peak memory, largest process", f"{summary['peak_memory_bytes'] / 1e6:.0f} MB")
     totals.add_row("peak memory, largest client", f"{summary['client_peak_memory_bytes'] / 1e6:.0f} MB")
     console.print(totals)
+    if "transfer" in summary:
+        print_transfer(summary["transfer"])
     sample = summary["sample"]
     if sample["prompt"]:
         for title, text in (("asked", sample["prompt"]), ("before", sample["before"]), ("after", sample["after"])):
@@ -160,30 +179,33 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 def _shrink(options: argparse.Namespace) -> None:
     from hf_fedlarge.artifacts import check_output
-    from hf_fedlarge.calibrate import plan_package, surrogates_for
+    from hf_fedlarge.calibrate import make_package, plan_package
     from hf_fedlarge.config import PackageSettings, format_ranges
     from hf_fedlarge.hub import resolve_checkpoint
-    from hf_fedlarge.shrink import shrink
 
     if not options.dry_run:
         check_output(options.output, options.overwrite)
     checkpoint, revision = resolve_checkpoint(options.checkpoint, options.revision)
+    if options.keep_neurons is not None and not 0 < options.keep_neurons <= 1:
+        raise ConfigError(f"--keep-neurons {options.keep_neurons} is out of range; expected above 0 and up to 1.")
     settings = PackageSettings(**{name: getattr(options, name) for name in PackageSettings.model_fields})
     plan = plan_package(checkpoint, settings)
     print(plan.describe())
-    complete = surrogates_for(plan, settings)
     if options.dry_run:
         return
-    base_id = options.base_id or (options.checkpoint if revision else None)
-    with _progress("shrinking", plan.package_bytes) as advance:
-        manifest = shrink(
+    with (
+        _progress("fitting", plan.layers, " layers") as fitting,
+        _progress("shrinking", plan.package_bytes) as writing,
+    ):
+        manifest = make_package(
             plan,
+            settings,
             options.output,
-            base_id=base_id,
+            base_id=options.base_id or (options.checkpoint if revision else None),
             revision=revision,
             overwrite=options.overwrite,
-            progress=advance,
-            complete=complete,
+            fitting=fitting,
+            writing=writing,
         )
     for entry in manifest.surrogates:
         print(f"surrogate for {format_ranges(entry.layers)}: explains {1 - entry.unexplained:.1%} of what they change")
@@ -231,29 +253,75 @@ def _merge(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from hf_fedlarge.artifacts import manifest_kind
-    from hf_fedlarge.data import load_examples
     from hf_fedlarge.evaluation import as_record, evaluate
     from hf_fedlarge.hub import resolve_checkpoint
 
-    for name in ("max_length", "batch_size"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected 1 or more.")
     local = Path(options.model)
+    data, how = _evaluated(options)
     model = local if manifest_kind(local) == "package" else resolve_checkpoint(options.model)[0]
+    print(json.dumps(as_record(evaluate(model, data, adapter=options.adapter, **how))))
+
+
+def _transfer(options: argparse.Namespace) -> None:
+    from hf_fedlarge.hub import resolve_checkpoint
+    from hf_fedlarge.transfer import gradient_agreement, transfer_report
+
+    data, how = _evaluated(options)
+    checkpoint, _ = resolve_checkpoint(options.checkpoint, options.revision)
+    report = transfer_report(checkpoint, options.package, options.adapter, data, reference=options.reference, **how)
+    if options.gradients:
+        report["gradient_agreement"] = gradient_agreement(checkpoint, options.package, options.adapter, data, **how)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    print_transfer(report)
+
+
+def print_transfer(report: dict[str, Any]) -> None:
+    """A transfer report as a table on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"What the adapter is worth, in nats per token ({report['examples']} examples)", title_justify="left"
+    )
+    for name in ("", "held-out loss", "95 % interval over examples"):
+        table.add_column(name, justify="right" if name else "left")
+    names = {
+        "base": "base",
+        "package": "package before training",
+        "package_trained": "package after",
+        "full_model": "full model with the adapter",
+        "reference": "full model, trained itself",
+    }
+
+    def row(title: str, entry: dict[str, float | None], form: str) -> None:
+        known = entry["low"] is not None
+        interval = f"{entry['low']:{form}} to {entry['high']:{form}}" if known else "unknown"
+        table.add_row(title, f"{entry['value']:{form}}", interval)
+
+    for name, entry in report["loss"].items():
+        row(names[name], entry, ".3f")
+    row("gain of the full model", report["gain"], "+.3f")
+    if report["share_kept"]:
+        row("share of the gain kept", report["share_kept"], ".1%")
+    console = Console()
+    console.print(table)
+    for layer, cosine in report.get("gradient_agreement", {}).items():
+        console.print(f"layer {layer}: gradients agree by {cosine:.3f}")
+
+
+def _evaluated(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The examples to evaluate on, and how."""
+    from hf_fedlarge.data import load_examples
+
+    for name in ("max_length", "batch_size", "examples"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected 1 or more.")
     data = load_examples(options.data)
     if options.examples is not None:
-        if options.examples < 1:
-            raise ConfigError(f"--examples is {options.examples}; expected 1 or more.")
         data = data.select(range(min(options.examples, len(data))))
-    evaluation = evaluate(
-        model,
-        data,
-        adapter=options.adapter,
-        max_length=options.max_length,
-        batch_size=options.batch_size,
-        assistant_only=options.assistant_only,
-    )
-    print(json.dumps(as_record(evaluation)))
+    return data, {name: getattr(options, name) for name in ("max_length", "batch_size", "assistant_only")}
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -272,7 +340,8 @@ def _run(options: argparse.Namespace) -> None:
     # Of all the bars of all the clients, those of the training steps tell enough.
     hide_progress()
     logging.disable_progress_bar()
-    summary = run_federation(config, output, LAUNCHERS[config.launcher], lambda line: print(line, flush=True))
+    train = LAUNCHERS[config.launcher]
+    summary = run_federation(config, output, train, lambda line: print(line, flush=True), stop=not options.no_stop)
     print_summary(summary)
     print(f"\n{output / 'merged'} is the merged checkpoint; {output / 'summary.json'} has all figures.")
 
@@ -291,16 +360,33 @@ def _push(options: argparse.Namespace) -> None:
     )
 
 
+def _evaluation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-length", type=int, default=1024, help="tokens an example is cut at (1024)")
+    parser.add_argument("--batch-size", type=int, default=8, help="examples computed together (8)")
+    parser.add_argument("--examples", type=int, help="evaluate the first so many (all)")
+    parser.add_argument("--assistant-only", action="store_true", help="count only what the assistant says")
+
+
 def _overwrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an output that hf-fedlarge made")
 
 
 @contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def _progress(what: str, total: int, unit: str = "B") -> Iterator[Callable[[int], None]]:
+    """A bar, shown from the first step on."""
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None) as bar:
-        yield lambda done: bar.update(done - bar.n)
+    with ExitStack() as shown:
+        bar = None
+
+        def advance(done: int) -> None:
+            nonlocal bar
+            bar = bar or shown.enter_context(
+                tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", disable=None)
+            )
+            bar.update(done - bar.n)
+
+        yield advance
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
@@ -112,8 +113,52 @@ def load_model(model_dir: Path, adapter: Path | None = None, *, verify: bool = T
     return wrapped.eval()
 
 
-@torch.no_grad()
 def evaluate_model(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, data: Sequence[dict[str, Any]], **how: Any
+) -> Evaluation:
+    """Evaluate a loaded model; it is in eval mode meanwhile, and left as it was.
+
+    Args:
+        model: any causal language model, streamed or not.
+        tokenizer: its own.
+        data: examples as `data.load_examples` gives them.
+        how: `max_length`, `batch_size` and `assistant_only`, see `evaluate`.
+
+    Raises:
+        DataError: no example has a labelled token within `max_length`.
+    """
+    total, tokens = 0.0, []
+    for loss, counts in _batch_losses(model, tokenizer, data, **how):
+        total += loss
+        tokens += counts
+    return Evaluation(loss=total / sum(tokens), tokens=sum(tokens), examples=len(tokens))
+
+
+def example_losses(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, data: Sequence[dict[str, Any]], **how: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """For every example with a labelled token: the sum of its losses, in nats, and how many tokens they are of.
+
+    The order is that of the examples' lengths, the same for every model with this tokenizer.
+
+    Args:
+        model: a streamed one.
+        tokenizer, data, how: see `evaluate_model`.
+
+    Raises:
+        DataError: no example has a labelled token within `max_length`.
+    """
+    sums, tokens = [], []
+    with model.streamed_head.recording() as recorded:
+        for _, counts in _batch_losses(model, tokenizer, data, **how):
+            sums += [float(losses.double().sum()) for losses in torch.cat(recorded).split(counts)]
+            tokens += counts
+            recorded.clear()
+    return np.array(sums), np.array(tokens)
+
+
+@torch.no_grad()
+def _batch_losses(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     data: Sequence[dict[str, Any]],
@@ -121,12 +166,8 @@ def evaluate_model(
     max_length: int = 1024,
     batch_size: int = 8,
     assistant_only: bool = False,
-) -> Evaluation:
-    """Evaluate a loaded model; it is in eval mode meanwhile, and left as it was.
-
-    Raises:
-        DataError: no example has a labelled token within `max_length`.
-    """
+) -> Iterator[tuple[float, list[int]]]:
+    """For every batch the sum of its losses, and how many labelled tokens each of its examples has."""
     examples = [encode_example(row, tokenizer, max_length, assistant_only) for row in data]
     examples = [example for example in examples if any(label != IGNORED for label in example["labels"][1:])]
     if not examples:
@@ -134,15 +175,12 @@ def evaluate_model(
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    total, tokens = 0.0, 0
-    for batch in _batches(examples, batch_size, tokenizer):
+    for batch in padded_batches(examples, batch_size, tokenizer):
         outputs = model(
             **{key: value.to(device) for key, value in batch.items()}, num_items_in_batch=1, use_cache=False
         )
-        total += float(outputs.loss)
-        tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
+        yield float(outputs.loss), (batch["labels"][:, 1:] != IGNORED).sum(dim=1).tolist()
     model.train(training)
-    return Evaluation(loss=total / tokens, tokens=tokens, examples=len(examples))
 
 
 def encode_example(
@@ -216,10 +254,10 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
-def _batches(
+def padded_batches(
     examples: list[dict[str, list[int]]], size: int, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Padded batches, examples of like length together."""
+    """`encode_example`'s examples in padded batches, those of like length together."""
     examples = sorted(examples, key=lambda example: len(example["input_ids"]))
     pad = _pad_id(tokenizer)
     for start in range(0, len(examples), size):

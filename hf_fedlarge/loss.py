@@ -13,6 +13,7 @@ Shapes: N labelled positions, D hidden, V vocabulary, R rows of the head in a sl
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,6 +50,16 @@ class StreamedHead:
         width = weight.shape[1] * dtype.itemsize
         self.rows = min(weight.shape[0], max(256, _SLICE_BYTES // width))
         self._buffer: torch.Tensor | None = None
+        self._recorded: list[torch.Tensor] | None = None
+
+    @contextmanager
+    def recording(self) -> Iterator[list[torch.Tensor]]:
+        """Within it, −log p of every position that `cross_entropy` sums up is kept: (N,) a call, fp32, on the CPU."""
+        self._recorded = []
+        try:
+            yield self._recorded
+        finally:
+            self._recorded = None
 
     def slices(self) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(start, stop, rows (R, D)) over the vocabulary; the rows are overwritten by the next slice."""
@@ -92,10 +103,12 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: torch.Tensor, labels_N: torch.Tensor, head: StreamedHead) -> torch.Tensor:
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            loss, grad_ND = _loss_and_gradient(hidden_ND.to(head.dtype), labels_N, head, ctx.needs_input_grad[0])
+            losses_N, grad_ND = _losses_and_gradient(hidden_ND.to(head.dtype), labels_N, head, ctx.needs_input_grad[0])
         if grad_ND is not None:
             ctx.save_for_backward(grad_ND.to(hidden_ND.dtype))
-        return loss
+        if head._recorded is not None:
+            head._recorded.append(losses_N.cpu())
+        return losses_N.sum()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -103,7 +116,7 @@ class _CrossEntropy(torch.autograd.Function):
         return grad_ND * grad.to(grad_ND.dtype), None, None
 
 
-def _loss_and_gradient(
+def _losses_and_gradient(
     hidden_ND: torch.Tensor, labels_N: torch.Tensor, head: StreamedHead, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     scale, cap = head.transform.scale, head.transform.cap
@@ -144,11 +157,11 @@ def _loss_and_gradient(
                 grad_ND[part] = grad_ND[part] * decay_N[:, None] + p_NR.to(rows_RD.dtype) @ rows_RD
 
     sum_N = others_N + (label_logit_N - top_N).exp()
-    loss = (top_N + sum_N.log() - label_logit_N).sum()
+    losses_N = top_N + sum_N.log() - label_logit_N
     if grad_ND is None:
-        return loss, None
+        return losses_N, None
     pull_N = others_N if cap is None else others_N * (1 - (label_logit_N / cap).square())
-    return loss, grad_ND.sub_(label_rows_ND.float().mul_(pull_N[:, None])).mul_(scale / sum_N[:, None])
+    return losses_N, grad_ND.sub_(label_rows_ND.float().mul_(pull_N[:, None])).mul_(scale / sum_N[:, None])
 
 
 def causal_loss(

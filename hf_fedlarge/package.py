@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,10 +23,13 @@ from hf_fedlarge.artifacts import PackageManifest, read_manifest, verify_files
 from hf_fedlarge.config import format_ranges
 from hf_fedlarge.errors import ArtifactError
 from hf_fedlarge.loss import StreamedHead
-from hf_fedlarge.quantize import FrozenWeight, decode
+from hf_fedlarge.neurons import indices_name
+from hf_fedlarge.quantize import DenseWeight, FrozenWeight, decode, encode
 from hf_fedlarge.streaming import attach
 from hf_fedlarge.surrogate import bias_name, weight_name
 from hf_fedlarge.tensors import CheckpointReader
+
+_ROWS = 1024  # encoded at a time; whole blocks of 64 values
 
 
 class MappedTensors:
@@ -82,7 +87,7 @@ def load_package(
         verify_files(directory, manifest, published=True)
     tensors = MappedTensors(directory, [name for name in manifest.files if name.endswith(".safetensors")])
     config = package_config(directory)
-    architecture = describe(config)
+    architecture = replace(describe(config), neurons=_neurons(manifest, describe(config), tensors))
     surrogates = _surrogates(manifest, tensors, config.hidden_size, dtype, torch.device(device))
     model = _assemble(
         directory, config, architecture, tensors, manifest.codecs, dtype, device, micro_batch_size, surrogates
@@ -116,8 +121,34 @@ def _surrogates(
     return found
 
 
+def _neurons(manifest: PackageManifest, architecture: Architecture, tensors: MappedTensors) -> dict[int, torch.Tensor]:
+    """Block → numbers of the neurons it has, for the blocks that lost some."""
+    found = {}
+    for entry in manifest.layers:
+        if entry.block is None or entry.neurons is None:
+            continue
+        name = indices_name(entry.layer)
+        kept = tensors[name] if name in tensors else torch.empty(0)
+        if (
+            kept.shape != (entry.neurons,)
+            or kept.dtype != torch.int32
+            or not (kept.diff() > 0).all()
+            or not 0 <= kept[0] <= kept[-1] < architecture.neuron_count
+        ):
+            raise ArtifactError(
+                f"The package lacks {name}, increasing numbers of {entry.neurons} of {architecture.neuron_count} "
+                "neurons; make or fetch it again."
+            )
+        found[entry.block] = kept.long()
+    return found
+
+
 def stream_checkpoint(
-    directory: Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    directory: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    stored_as: Mapping[str, str] | None = None,
 ) -> PreTrainedModel:
     """A full checkpoint as a model that streams its blocks, so that a model larger than memory can be evaluated.
 
@@ -125,6 +156,7 @@ def stream_checkpoint(
         directory: a checkpoint with safetensors.
         dtype: of the computation; None: the checkpoint's own.
         device: where to compute.
+        stored_as: matrix → the codec of a package in which its values shall seem to have been stored.
 
     Raises:
         ArtifactError: not a whole checkpoint.
@@ -138,7 +170,8 @@ def stream_checkpoint(
     ends = {f"{architecture.embedding}.weight", f"{architecture.head}.weight"}
     matrices = {name for layer in range(architecture.layers) for name in architecture.linear_weights(layer)}
     codecs = dict.fromkeys(matrices | (ends & set(architecture.parameters)), "dense")
-    return _assemble(directory, config, architecture, tensors, codecs, dtype or config.dtype or torch.float32, device)
+    dtype = dtype or config.dtype or torch.float32
+    return _assemble(directory, config, architecture, tensors, codecs, dtype, device, stored_as=stored_as)
 
 
 def _assemble(
@@ -151,12 +184,15 @@ def _assemble(
     device: str | torch.device,
     micro_batch_size: int | None = None,
     surrogates: dict[int, tuple[FrozenWeight, torch.Tensor]] | None = None,
+    stored_as: Mapping[str, str] | None = None,
 ) -> PreTrainedModel:
     """An empty model with its vectors filled in, whose matrices stream from `tensors`."""
     device = torch.device(device)
     model = empty_model(config, dtype)
+    _narrow(model, architecture)
     weights: dict[str, FrozenWeight] = {}
-    for name, shape in architecture.parameters.items():
+    for name in architecture.parameters:
+        shape = architecture.shape_of(name)
         if name not in tensors:
             raise ArtifactError(f"{directory} lacks the tensor {name}; make or fetch it again.")
         codec = codecs.get(name)
@@ -166,6 +202,10 @@ def _assemble(
         # A checkpoint keeps GPT-2's matrices as the model has them, a package as bitsandbytes wants them.
         turned = architecture.is_transposed(name) and codec != "dense"
         weights[name] = decode(name, codec, tensors, shape=(shape[1], shape[0]) if turned else shape)
+        if stored_as and name in stored_as:
+            rounded = RoundedWeight(weights[name], stored_as[name], architecture.is_transposed(name))
+            # Rows of an embedding are looked up one by one, blocks are read whole.
+            weights[name] = rounded if architecture.layer_of(name) is not None else rounded.rounded()
     for buffer_name, buffer in model.named_buffers():
         module, _, leaf = buffer_name.rpartition(".")
         model.get_submodule(module)._buffers[leaf] = buffer.to(device)
@@ -177,8 +217,58 @@ def _assemble(
     model.engine = attach(model, architecture, weights, head, device, micro_batch_size, surrogates)
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    model.architecture = architecture
+    model.architecture, model.streamed_head = architecture, head
     return model
+
+
+class RoundedWeight:
+    """A dense matrix that reads as if a package had stored it; it is rounded anew each time.
+
+    Args:
+        weight: as a checkpoint has it.
+        codec: of the package.
+        transposed: whether a package stores it the other way round.
+    """
+
+    def __init__(self, weight: DenseWeight, codec: str, transposed: bool) -> None:
+        self._weight, self._codec, self._transposed = weight, codec, transposed
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self._weight.shape[::-1] if self._transposed else self._weight.shape
+
+    @property
+    def stored(self) -> tuple[torch.Tensor, ...]:
+        """What it is read from."""
+        return self._weight.stored
+
+    def read_rows(self, start: int, stop: int, out: torch.Tensor) -> None:
+        """Write the rows [start, stop) into `out` as they would be."""
+        self.rounded().read_rows(start, stop, out)
+
+    def gather(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The rows at `index` as they would be."""
+        return self.rounded().gather(index, dtype)
+
+    def rounded(self) -> FrozenWeight:
+        """What a package would hold, in memory."""
+        (values,) = self.stored
+        rows = (values.T if self._transposed else values).split(_ROWS)
+        return decode("weight", self._codec, encode("weight", self.shape, self._codec, rows))
+
+
+def _narrow(model: nn.Module, architecture: Architecture) -> None:
+    """Give the matrices around a feed-forward layer's neurons the sizes that are left."""
+    for name in architecture.parameters:
+        module, _, leaf = name.rpartition(".")
+        if leaf != "weight":
+            continue
+        linear = model.get_submodule(module)
+        if (kept := architecture.neurons_out(module)) is not None:
+            setattr(linear, "nf" if hasattr(linear, "nf") else "out_features", len(kept))
+        if (kept := architecture.neurons_in(module)) is not None:
+            setattr(linear, "nx" if hasattr(linear, "nx") else "in_features", len(kept))
 
 
 def package_config(directory: Path) -> PretrainedConfig:

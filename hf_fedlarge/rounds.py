@@ -44,22 +44,23 @@ from hf_fedlarge.artifacts import (
     verify_files,
     write_json,
 )
-from hf_fedlarge.calibrate import plan_package, surrogates_for
+from hf_fedlarge.calibrate import make_package, plan_package
 from hf_fedlarge.collect import aggregate_updates, start_adapter
 from hf_fedlarge.config import DataConfig, FederationConfig
 from hf_fedlarge.data import STDLIB, concatenate, load_examples, training_columns, write_jsonl
 from hf_fedlarge.errors import ConfigError, FedLargeError, OutputError, UpdateRefusedError
 from hf_fedlarge.evaluation import as_record, evaluate, generate_text, load_model
 from hf_fedlarge.hub import resolve_checkpoint
-from hf_fedlarge.memory import peak_memory_bytes
 from hf_fedlarge.merge import merge
 from hf_fedlarge.package import load_tokenizer
 from hf_fedlarge.partition import hold_out, split_by_config
 from hf_fedlarge.plan import CheckIn, sample_cohort
-from hf_fedlarge.shrink import shrink
-from hf_fedlarge.update import Asked, measured, outcome
+from hf_fedlarge.report import peaks, traffic
+from hf_fedlarge.transfer import transfer_report
+from hf_fedlarge.update import Asked, outcome
 
 logger = logging.getLogger(__name__)
+_BAD_ROUNDS = 2  # in a row, before a run stops
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ Train = Callable[[ClientJob], None]
 Report = Callable[[str], None]
 
 
-def run_federation(config: FederationConfig, run: Path, train: Train, report: Report = logger.info) -> dict[str, Any]:
+def run_federation(
+    config: FederationConfig, run: Path, train: Train, report: Report = logger.info, *, stop: bool = True
+) -> dict[str, Any]:
     """Run a federation to its end, or go on with one that was interrupted.
 
     Args:
@@ -89,6 +92,7 @@ def run_federation(config: FederationConfig, run: Path, train: Train, report: Re
         run: its directory, made if it isn't there.
         train: trains one client and writes its update; what it raises of ours is reported, and the client is left out.
         report: told of each step in a line.
+        stop: end with an error where two rounds in a row made the full model worse than the base.
 
     Returns:
         The summary, as `summary.json` has it.
@@ -105,14 +109,14 @@ def run_federation(config: FederationConfig, run: Path, train: Train, report: Re
     except OSError as error:
         raise OutputError(f"{run} can't be written: {error.strerror}.") from error
     with lock:
-        return _Federation(config, run, train, report).run_to_end()
+        return _Federation(config, run, train, report, stop).run_to_end()
 
 
 class _Federation:
     """One run directory and the steps on it. Every step is skipped where its result is there already."""
 
-    def __init__(self, config: FederationConfig, run: Path, train: Train, report: Report) -> None:
-        self.config, self.run, self.train, self.report = config, run, train, report
+    def __init__(self, config: FederationConfig, run: Path, train: Train, report: Report, stop: bool) -> None:
+        self.config, self.run, self.train, self.report, self.stop = config, run, train, report, stop
         self.settings = config.model_dump(mode="json")
         self.package = run / "package"
 
@@ -120,13 +124,12 @@ class _Federation:
         self._check_settings()
         if not self.package.exists():
             plan = plan_package(self.checkpoint, self.config)
-            complete = surrogates_for(plan, self.config)
         target_linears(describe(load_config(self.checkpoint)), self.config.lora)
         self._check_in()
         if not self.package.exists():
             self.report(plan.describe())
             base_id = self.config.base_id or (self.config.checkpoint if self.revision else None)
-            shrink(plan, self.package, base_id=base_id, revision=self.revision, complete=complete)
+            make_package(plan, self.config, self.package, base_id=base_id, revision=self.revision)
         package = read_manifest(self.package, PackageManifest)
         verify_files(self.package, package)
         if not self._adapter(0).exists():
@@ -134,6 +137,7 @@ class _Federation:
         self._baseline()
         for number in range(1, self.config.rounds + 1):
             if not self._round(number).exists():
+                self._check_that_it_helps(number)
                 self._run_round(number, package)
         return self._finish(package)
 
@@ -197,6 +201,19 @@ class _Federation:
         write_json(path, {"loss": losses, "sample": self._sample(self.checkpoint)})
         self.report(f"held-out loss: base {losses['base']:.3f}, package {losses['package']:.3f}")
 
+    def _check_that_it_helps(self, number: int) -> None:
+        """A small model can teach what harms the full one; two rounds of that are enough to see it."""
+        if not self.stop or number <= _BAD_ROUNDS:
+            return
+        base = json.loads((self.run / "baseline.json").read_text())["loss"]["base"]
+        last = [self._record(past)["loss_full"] for past in range(number - _BAD_ROUNDS, number)]
+        if min(last) > base:
+            raise FedLargeError(
+                f"Stopped before round {number}: with the adapters of the last {_BAD_ROUNDS} rounds the full model's "
+                f"held-out loss is {', '.join(f'{loss:.3f}' for loss in last)}, worse than the base's {base:.3f}. "
+                "Lower the learning rate or keep more of the model, or go on with --no-stop."
+            )
+
     def _run_round(self, number: int, package: PackageManifest) -> None:
         started = time.monotonic()
         check_ins = [CheckIn(**entry) for entry in json.loads((self.run / "check_ins.json").read_text())]
@@ -244,12 +261,14 @@ class _Federation:
                 "loss_small": self._loss(self.package, staging / "adapter"),
                 "loss_full": self._loss(self.checkpoint, staging / "adapter"),
             }
-            record = self._traffic(number, updates, package) | {
+            have = {client for past in range(1, number) for client in self._record(past)["bytes_by_client"]}
+            down = read_manifest(self._adapter(number - 1), AdapterManifest).total_bytes
+            record = traffic(updates, down, package.total_bytes, have) | {
                 "round": number,
                 **losses,
                 "energy_dropped": collected.manifest.energy_dropped,
                 "seconds": round(time.monotonic() - started, 1),
-                **_peaks(updates),
+                **peaks(updates),
                 "clients": [entry.model_dump() for entry in collected.manifest.contributions],
                 "refused": [{"client": client, "reason": cause} for client, cause in refused],
             }
@@ -267,11 +286,12 @@ class _Federation:
         if not merged.exists() or read_manifest(merged, CheckpointManifest).adapter != digest:
             merge(self.checkpoint, last, merged, overwrite=True)
         baseline = json.loads((self.run / "baseline.json").read_text())
-        rounds = [
-            json.loads((self._round(number) / "round.json").read_text()) for number in range(1, self.config.rounds + 1)
-        ]
+        rounds = [self._record(number) for number in range(1, self.config.rounds + 1)]
         summary = {
             "loss": baseline["loss"] | {"merged": self._loss(merged)},
+            "transfer": transfer_report(
+                self.checkpoint, self.package, last, self._held_out(), verify=False, **self._how()
+            ),
             "rounds": rounds,
             "bytes_down": sum(entry["bytes_down"] for entry in rounds),
             "bytes_up": sum(entry["bytes_up"] for entry in rounds),
@@ -296,30 +316,6 @@ class _Federation:
         }
         write_json(self.run / "summary.json", summary)
         return summary
-
-    def _traffic(self, number: int, updates: list[Path], package: PackageManifest) -> dict[str, Any]:
-        """Bytes that a real network would carry: the package once a client, the adapter down and the update up."""
-        adapter = read_manifest(self._adapter(number - 1), AdapterManifest).total_bytes
-        have = {
-            name
-            for past in range(1, number)
-            for name in json.loads((self._round(past) / "round.json").read_text())["bytes_by_client"]
-        }
-        by_client = {
-            update.name: {
-                "down": adapter + (0 if update.name in have else package.total_bytes),
-                "up": sum(path.stat().st_size for path in update.iterdir()),
-            }
-            for update in updates
-        }
-        down, up = (sum(entry[way] for entry in by_client.values()) for way in ("down", "up"))
-        return {
-            "bytes_by_client": by_client,
-            "bytes_down": down,
-            "bytes_up": up,
-            "bytes_down_per_client": down // len(updates),
-            "bytes_up_per_client": up // len(updates),
-        }
 
     def _asked(self, client: str, examples: int) -> Asked:
         """What a client can have trained on at the most: its examples, as often as the training arguments say."""
@@ -354,22 +350,25 @@ class _Federation:
         return held_out.shuffle(seed=self.config.seed).select(range(limit))
 
     def _loss(self, model: Path, adapter: Path | None = None) -> float:
+        # Both were made or checked by this run.
+        return as_record(evaluate(model, self._held_out(), adapter=adapter, verify=False, **self._how()))["loss"]
+
+    def _how(self) -> dict[str, Any]:
+        """Evaluation as training does it."""
         training = self.config.training
-        evaluation = evaluate(
-            model,
-            self._held_out(),
-            adapter=adapter,
-            max_length=training.get("max_length", DEFAULT_MAX_LENGTH),
-            batch_size=training.get("per_device_eval_batch_size", 8),
-            assistant_only=training.get("assistant_only_loss", False),
-            verify=False,  # both were made or checked by this run
-        )
-        return as_record(evaluation)["loss"]
+        return {
+            "max_length": training.get("max_length", DEFAULT_MAX_LENGTH),
+            "batch_size": training.get("per_device_eval_batch_size", 8),
+            "assistant_only": training.get("assistant_only_loss", False),
+        }
 
     def _sample(self, model: Path) -> str | None:
         if self.config.sample_prompt is None:
             return None
         return generate_text(load_model(model, verify=False), load_tokenizer(model), self.config.sample_prompt)
+
+    def _record(self, number: int) -> dict[str, Any]:
+        return json.loads((self._round(number) / "round.json").read_text())
 
     def _round(self, number: int) -> Path:
         return self.run / "rounds" / f"{number:04d}"
@@ -380,9 +379,3 @@ class _Federation:
 
 def _hub_options(data: DataConfig) -> dict[str, str | None]:
     return {"split": data.hub_split, "revision": data.hub_revision}
-
-
-def _peaks(updates: list[Path]) -> dict[str, int]:
-    """The largest resident size so far of this process, and of a client's, which in-process is the same one."""
-    clients = max(int(measured(update).get("peak_memory_bytes", 0)) for update in updates)
-    return {"peak_memory_bytes": max(peak_memory_bytes(), clients), "client_peak_memory_bytes": clients}

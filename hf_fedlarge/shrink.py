@@ -2,26 +2,26 @@
 
 Which layers go is a plan that can be printed before anything is written. Layers are dropped evenly from the middle; the
 first two and the last one stay as long as the count allows, because models stand their loss worst. What stands in a
-dropped layer's place is fitted afterwards (`surrogate.py`) and written into the same package.
+dropped layer's place, and which neurons the others keep, is fitted before (`fit.py`).
 """
 
 from __future__ import annotations
 
-import re
+import math
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
 import torch
-import yaml
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from hf_fedlarge.architectures import Architecture, describe, empty_model, load_config, shrink_config
 from hf_fedlarge.artifacts import (
     BaseModelEntry,
+    FileEntry,
     LayerEntry,
     PackageManifest,
     check_output,
@@ -31,8 +31,11 @@ from hf_fedlarge.artifacts import (
     write_manifest,
 )
 from hf_fedlarge.blocks import in_order, workers
+from hf_fedlarge.cards import read_license
 from hf_fedlarge.config import Embeddings, format_ranges, parse_layers
 from hf_fedlarge.errors import ArtifactError, ConfigError
+from hf_fedlarge.fit import Fitted
+from hf_fedlarge.neurons import indices_name
 from hf_fedlarge.quantize import BLOCK, Infos, encode_rows, encoded_infos, join_rows
 from hf_fedlarge.tensors import (
     INDEX_NAME,
@@ -44,7 +47,8 @@ from hf_fedlarge.tensors import (
 )
 
 MAX_SHARD_BYTES = 2**30
-_ROW_BLOCK_BYTES = 4 * 2**20
+FITTED_NAME = "fitted.safetensors"
+_ROW_BLOCK_VALUES = 2 * 2**20
 # Everything besides config and weights that a model directory needs to be used; never code.
 _COMPANIONS = (
     "tokenizer*",
@@ -70,7 +74,8 @@ class ShrinkPlan:
         codecs: the package's matrices and how each is stored; parameters that are not listed stay dense vectors.
         sources: the package's parameter name → the tensor of the checkpoint it is made from.
         scores: what each layer scored, where they were chosen by scores; else none.
-        full_bytes, package_bytes: weights before and after.
+        widths: layer → how many of its neurons stay; layers that are not listed keep all.
+        full_bytes, package_bytes: weights before and after, surrogates left out.
     """
 
     checkpoint: Path
@@ -82,6 +87,7 @@ class ShrinkPlan:
     full_bytes: int
     package_bytes: int
     scores: tuple[float, ...] = ()
+    widths: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -90,11 +96,14 @@ class ShrinkPlan:
 
     def describe(self) -> str:
         """The plan as a few lines of text."""
+        widths = sorted(set(self.widths.values()))
+        neurons = f"{widths[0]} to {widths[-1]}" if len(widths) > 1 else str(*widths)
         return (
             f"{self.checkpoint}: keep {len(self.kept)} of {self.layers} layers\n"
             f"  kept     {format_ranges(self.kept)}\n"
             f"  dropped  {format_ranges(self.dropped)}\n"
-            f"  storage  {len(self.codecs)} matrices: "
+            + (f"  neurons  {neurons} in a layer\n" if widths else "")
+            + f"  storage  {len(self.codecs)} matrices: "
             + ", ".join(
                 f"{sum(codec == wanted for codec in self.codecs.values())} {wanted}"
                 for wanted in ("nf4", "int8", "dense")
@@ -122,6 +131,7 @@ def plan_shrink(
     checkpoint: Path,
     *,
     keep_layers: str | float | list[int] = 0.75,
+    keep_neurons: float = 1.0,
     embeddings: Embeddings = "int8",
     scores: Sequence[float] | None = None,
 ) -> ShrinkPlan:
@@ -130,13 +140,15 @@ def plan_shrink(
     Args:
         checkpoint: a directory with a configuration and safetensors.
         keep_layers: a count, a fraction, or layer numbers (`config.parse_layers`).
+        keep_neurons: the share of its neurons that each kept layer's feed-forward layer keeps, to a multiple of 64.
         embeddings: how the token embedding and the head are stored.
         scores: of every layer (`calibrate.layer_scores`): those with the highest stay; None: spread evenly.
 
     Raises:
         ArtifactError: not a whole checkpoint.
         ArchitectureError: a model that can't be shrunk.
-        ConfigError: `keep_layers` or `embeddings` is out of range.
+        ConfigError: `keep_layers`, `keep_neurons` or `embeddings` is out of range, or the family has feed-forward
+            layers whose neurons can't be told apart.
     """
     if embeddings not in ("int8", "nf4", "bf16"):
         raise ConfigError(f"--embeddings {embeddings} is not known; expected int8, nf4 or bf16.")
@@ -151,7 +163,10 @@ def plan_shrink(
         kept = sorted(sorted(range(full.layers), key=lambda layer: -scores[layer])[:wanted])
     reader = CheckpointReader(checkpoint)
     stored = full.tensor_names(reader.infos, checkpoint)
+    count = _width(full, keep_neurons)
+    widths = dict.fromkeys(kept, count) if count < full.neuron_count else {}
     small = describe(shrink_config(config, kept))
+    small = replace(small, neurons={kept.index(layer): torch.arange(count) for layer, count in widths.items()})
 
     sources, codecs, package_bytes = {}, {}, 0
     matrices = {name for block in range(small.layers) for name in small.linear_weights(block)}
@@ -179,7 +194,20 @@ def plan_shrink(
         full_bytes=sum(info.nbytes for info in reader.infos.values()),
         package_bytes=package_bytes,
         scores=tuple(scores or ()),
+        widths=widths,
     )
+
+
+def _width(architecture: Architecture, share: float) -> int:
+    """How many neurons a layer keeps of those it has."""
+    if not 0 < share <= 1:
+        raise ConfigError(f"--keep-neurons {share} is out of range; expected a share above 0 and up to 1.")
+    if share < 1 and architecture.feed_forward is None:
+        raise ConfigError(
+            f"The feed-forward layers of {architecture.model_type} can't lose neurons, as gate and up are one matrix "
+            "there; use --keep-neurons 1 and fewer layers."
+        )
+    return min(architecture.neuron_count, max(BLOCK, round(share * architecture.neuron_count / BLOCK) * BLOCK))
 
 
 def shrink(
@@ -190,7 +218,7 @@ def shrink(
     revision: str | None = None,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
-    complete: Callable[[Path, PackageManifest], PackageManifest] | None = None,
+    fitted: Fitted | None = None,
 ) -> PackageManifest:
     """Write the package that `plan` describes.
 
@@ -201,23 +229,28 @@ def shrink(
         revision: its revision on the Hub, if it came from there.
         overwrite: replace a package that is there already.
         progress: called with the bytes that are written, of `ShrinkPlan.package_bytes`.
-        complete: called with the directory and the manifest before the package is visible; may add files to the one and
-            returns the other with them.
+        fitted: from `fit.fit`, for a plan by which neurons go or surrogates are wanted.
 
     Raises:
         OutputError: `output` exists or can't be written.
     """
     check_output(output, overwrite)
     config = load_config(plan.checkpoint)
+    fitted = fitted or Fitted()
+    assert set(plan.widths) == set(fitted.neurons), "the fit is of another plan"
     small_config = shrink_config(config, list(plan.kept))
+    block_of = {layer: block for block, layer in enumerate(plan.kept)}
     small = describe(small_config)
+    small = replace(small, neurons={block_of[layer]: kept for layer, kept in fitted.neurons.items()})
     reader = CheckpointReader(plan.checkpoint)
     infos = {name: _infos(small, name, plan.codecs.get(name)) for name in small.parameters}
     shards = plan_shards({name: _bytes(parts) for name, parts in infos.items()}, MAX_SHARD_BYTES)
-    places = {name: _places(plan, small, reader, name) for name in small.parameters}
+    places = {name: _places(small, name) for name in small.parameters}
 
     def encoded_rows(place: tuple[str, int, int]) -> dict[str, torch.Tensor]:
-        return _encoded_rows(plan, small, reader, *place)
+        name, start, stop = place
+        rows = _rows(plan, small, reader, fitted, name, start, stop)
+        return encode_rows(name, plan.codecs.get(name, "dense"), rows)
 
     with staged_directory(output, overwrite=overwrite) as staging, workers() as pool:
         base_digest = pool.submit(checkpoint_digest, plan.checkpoint)
@@ -240,9 +273,11 @@ def shrink(
         if len(shards) > 1:
             total = sum(_bytes(parts) for parts in infos.values())
             write_json(staging / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        _write_config(staging, small_config, small, plan)
+        extras = fitted.tensors | {indices_name(layer): kept.to(torch.int32) for layer, kept in fitted.neurons.items()}
+        if extras:
+            files[FITTED_NAME] = _write_tensors(staging / FITTED_NAME, extras)
+        _write_config(staging, small_config, small, plan, stock=plan.embeddings == "bf16" and not extras)
         _copy_companions(plan.checkpoint, staging)
-        block_of = {layer: block for block, layer in enumerate(plan.kept)}
         manifest = PackageManifest(
             files=files | {path.name: file_entry(path) for path in sorted(staging.iterdir()) if path.name not in files},
             base=BaseModelEntry(
@@ -252,78 +287,83 @@ def shrink(
                 license=read_license(plan.checkpoint),
             ),
             model_type=small.model_type,
-            layers=[LayerEntry(layer=layer, block=block_of.get(layer)) for layer in range(plan.layers)],
+            layers=[
+                LayerEntry(layer=layer, block=block_of.get(layer), neurons=plan.widths.get(layer))
+                for layer in range(plan.layers)
+            ],
             embeddings=plan.embeddings,
             codecs=plan.codecs,
+            surrogates=fitted.surrogates,
         )
         write_manifest(staging, manifest)
-        if complete:
-            manifest = complete(staging, manifest)
-            write_manifest(staging, manifest)
     return manifest
-
-
-def read_license(checkpoint: Path) -> str | None:
-    """The licence that the checkpoint's model card declares, or None."""
-    card = checkpoint / "README.md"
-    if not card.is_file():
-        return None
-    match = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    try:
-        header = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
-        return None
-    found = header.get("license") if isinstance(header, dict) else None
-    return found if isinstance(found, str) else None
 
 
 def _infos(architecture: Architecture, name: str, codec: str | None) -> Infos:
     """The tensors that the parameter `name` becomes; a vector, which has no codec, is stored in bf16."""
     if codec is None:
-        return {name: (torch.bfloat16, architecture.parameters[name])}
+        return {name: (torch.bfloat16, architecture.shape_of(name))}
     return encoded_infos(name, _stored_shape(architecture, name), codec)
 
 
 def _stored_shape(architecture: Architecture, name: str) -> tuple[int, ...]:
     """(out, in) also where the model's layer has it the other way round: bitsandbytes stores it so."""
-    shape = architecture.parameters[name]
+    shape = architecture.shape_of(name)
     return shape[::-1] if architecture.is_transposed(name) else shape
 
 
-def _places(
-    plan: ShrinkPlan, architecture: Architecture, reader: CheckpointReader, name: str
-) -> list[tuple[str, int, int]]:
+def _places(architecture: Architecture, name: str) -> list[tuple[str, int, int]]:
     """(name, start, stop): the blocks of rows, as they are stored in the package, that a parameter is encoded in."""
-    source = plan.sources[name]
-    if architecture.is_transposed(name):
-        step, rows = BLOCK * 16, architecture.parameters[name][1]
-        ranges = [(start, min(start + step, rows)) for start in range(0, rows, step)]
-    else:
-        # Multiples of 64 rows are whole quantization blocks, whatever the width.
-        ranges = reader.row_ranges(source, _ROW_BLOCK_BYTES, multiple=BLOCK)
-    return [(name, *rows) for rows in ranges]
+    rows, *columns = _stored_shape(architecture, name) or (1,)
+    # Multiples of 64 rows are whole quantization blocks, whatever the width.
+    step = max(1, _ROW_BLOCK_VALUES // math.prod(columns) // BLOCK) * BLOCK
+    return [(name, start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _encoded_rows(
-    plan: ShrinkPlan, architecture: Architecture, reader: CheckpointReader, name: str, start: int, stop: int
-) -> dict[str, torch.Tensor]:
-    source = plan.sources[name]
+def _rows(
+    plan: ShrinkPlan,
+    architecture: Architecture,
+    reader: CheckpointReader,
+    fitted: Fitted,
+    name: str,
+    start: int,
+    stop: int,
+) -> torch.Tensor:
+    """Some rows of a parameter as they are stored in the package, but not encoded yet."""
+    source, module = plan.sources[name], name.rpartition(".")[0]
+    block = architecture.layer_of(name)
+    if block is not None and (full_name := architecture.in_layer(name, plan.kept[block])) in fitted.outputs:
+        return fitted.outputs[full_name][start:stop]
+    if (kept := architecture.neurons_out(module)) is not None:
+        whole = reader.read(source)
+        return (whole.T if architecture.is_transposed(name) else whole)[kept[start:stop]]
     if architecture.is_transposed(name):
-        rows = reader.read(source).T[start:stop]
-    else:
-        rows = reader.read_rows(source, start, stop)
-    return encode_rows(name, plan.codecs.get(name, "dense"), rows)
+        return reader.read(source).T[start:stop]
+    return reader.read_rows(source, start, stop)
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileEntry:
+    # Wider types first, so that every tensor is aligned to its type when the file is mapped.
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    with SafetensorsWriter(
+        path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}
+    ) as file:
+        for name, tensor in ordered.items():
+            file.write(name, tensor)
+        return file.close()
 
 
 def _bytes(infos: Infos) -> int:
     return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in infos.values())
 
 
-def _write_config(staging: Path, config: PretrainedConfig, architecture: Architecture, plan: ShrinkPlan) -> None:
+def _write_config(
+    staging: Path, config: PretrainedConfig, architecture: Architecture, plan: ShrinkPlan, stock: bool
+) -> None:
     """The small model's configuration. Stock transformers loads it where all it needs is bitsandbytes' NF4."""
     config.dtype = torch.bfloat16
     values = config.to_diff_dict() | {"architectures": config.architectures, "dtype": "bfloat16"}
-    if plan.embeddings == "bf16":
+    if stock:
         inside = {
             f"{architecture.blocks}.{block}.{path}"
             for block in range(architecture.layers)

@@ -14,10 +14,8 @@ Shapes: N tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import wraps
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -26,7 +24,6 @@ from torch import nn
 from hf_fedlarge.artifacts import SurrogateEntry
 from hf_fedlarge.linear import FrozenLinear
 from hf_fedlarge.quantize import FrozenWeight, decode, encode
-from hf_fedlarge.walk import Walk
 
 RIDGE = 0.1
 _SMALLEST = 1e-12
@@ -87,19 +84,6 @@ class Regression:
         return max(0.0, float(error / self._dd)) if self._dd else 0.0
 
 
-@dataclass(frozen=True)
-class Surrogate:
-    """What stands for a run of dropped layers.
-
-    Attributes:
-        entry: which layers, how it is stored, and how well it fits.
-        tensors: its stored tensors by name, W's as `quantize.encode` makes them, and b (D,) in bf16.
-    """
-
-    entry: SurrogateEntry
-    tensors: dict[str, torch.Tensor]
-
-
 def weight_name(first_layer: int) -> str:
     """What W of the run that begins at `first_layer` is called in a package."""
     return f"surrogates.{first_layer}.weight"
@@ -110,56 +94,22 @@ def bias_name(first_layer: int) -> str:
     return f"surrogates.{first_layer}.bias"
 
 
-def fit_surrogates(
-    teacher: Walk,
-    student: Walk,
-    kept: list[int],
-    sequences: Sequence[torch.Tensor],
-    codec: str,
-    ridge: float = RIDGE,
-    progress: Callable[[int], None] | None = None,
-) -> list[Surrogate]:
-    """Surrogates for all runs of layers of `teacher` that are not `kept`, in order, each fitted after those before it.
-
-    Memory: the hidden states of all sequences in both models, in the models' dtype, and one block of each.
+def store_surrogate(
+    regression: Regression, run: list[int], codec: str, dtype: torch.dtype, ridge: float = RIDGE
+) -> tuple[SurrogateEntry, dict[str, torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
+    """The surrogate for a run of layers as it is stored, and as it computes once it is.
 
     Args:
-        teacher: the full model.
-        student: the small one, without surrogates.
-        kept: global numbers of the student's blocks; the first layer is among them.
-        sequences: calibration tokens, each (1, S).
+        regression: from the states that enter the run to those that leave it.
+        run: the layers, consecutive.
         codec: how W is stored: `nf4`, `int8` or `dense` (bf16).
+        dtype: of the computation.
         ridge: see `Regression.solve`.
-        progress: called with the layers that are done.
+
+    Returns:
+        What the manifest says of it; its stored tensors by name, W's as `quantize.encode` makes them and b (D,) in
+        bf16; and the function of the hidden states.
     """
-    assert kept[0] == 0, "what stands before the first block has no block to follow"
-    truth = [teacher.embed(ids) for ids in sequences]
-    states = [student.embed(ids) for ids in sequences]
-    block_of = {layer: block for block, layer in enumerate(kept)}
-    surrogates = []
-    for is_kept, run in groupby(range(len(teacher)), key=block_of.__contains__):
-        run = list(run)
-        for layer in run:
-            truth = [teacher.step(layer, hidden) for hidden in truth]
-            if is_kept:
-                states = [student.step(block_of[layer], hidden) for hidden in states]
-            if progress:
-                progress(layer + 1)
-        if is_kept:
-            continue
-        regression = Regression(truth[0].shape[-1], truth[0].device)
-        for x, y in zip(states, truth, strict=True):
-            regression.add(x[0], y[0])
-        surrogate, stand_in = _store(regression, run, codec, ridge, states[0].dtype)
-        states = [stand_in(hidden) for hidden in states]
-        surrogates.append(surrogate)
-    return surrogates
-
-
-def _store(
-    regression: Regression, run: list[int], codec: str, ridge: float, dtype: torch.dtype
-) -> tuple[Surrogate, Callable[[torch.Tensor], torch.Tensor]]:
-    """A fitted surrogate as it is stored, and as it computes once it is."""
     name = weight_name(run[0])
     T = regression.solve(ridge)
     # Rounding can spoil a map that explains little: then nothing stands there.
@@ -174,9 +124,8 @@ def _store(
             break
     W, b = stored.to(T.device, dtype), b.to(T.device, dtype)
     entry = SurrogateEntry(layers=run, codec=codec, unexplained=share)
-    return Surrogate(entry, tensors | {bias_name(run[0]): b.to("cpu", torch.bfloat16)}), (
-        lambda hidden: hidden + nn.functional.linear(hidden, W, b)
-    )
+    tensors[bias_name(run[0])] = b.to("cpu", torch.bfloat16)
+    return entry, tensors, lambda hidden: hidden + nn.functional.linear(hidden, W, b)
 
 
 def put_behind(block: nn.Module, weight: FrozenWeight, bias: torch.Tensor) -> FrozenLinear:

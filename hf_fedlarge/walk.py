@@ -4,7 +4,7 @@ Walking by layers instead of by sequences visits every block once, and two model
 block is given besides the hidden states (positions, masks) is recorded once: for whole sequences of one length, each by
 itself, it is always the same.
 
-Shapes: S tokens of a sequence, D hidden.
+Shapes: B sequences of S tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -50,9 +50,19 @@ class Walk:
     def __len__(self) -> int:
         return len(self._blocks)
 
+    def block(self, number: int) -> nn.Module:
+        """The block `number`."""
+        return self._blocks[number]
+
+    def dense(self, number: int, path: str) -> torch.Tensor:
+        """A copy (in, out) of the matrix at `path` in block `number`, dequantized."""
+        engine, block = self._model.engine, self._blocks[number]
+        with engine.visit(block):
+            return engine.linear_of[block.get_submodule(path)].dense().clone()
+
     @torch.no_grad()
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """What the first block is given: (1, S, D) of token ids (1, S)."""
+        """What the first block is given: (B, S, D) of token ids (B, S)."""
 
         def stop(block: nn.Module, args: tuple[Any, ...]) -> None:
             raise _ReachedError(args[0])
@@ -68,7 +78,7 @@ class Walk:
 
     @torch.no_grad()
     def step(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
-        """The output (1, S, D) of block `number`."""
+        """The output (B, S, D) of block `number` for any number of sequences."""
         block = self._blocks[number]
         args, kwargs = self._given[block]
         output = block(hidden, *args, **kwargs)

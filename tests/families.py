@@ -3,8 +3,9 @@
 Widths are the smallest that NF4's blocks of 64 divide; the tokenizer has the 256 bytes, so that any text encodes.
 """
 
+import tempfile
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,7 +29,9 @@ from transformers import (
 
 from hf_fedlarge.architectures import describe
 from hf_fedlarge.artifacts import PackageManifest, read_manifest
-from hf_fedlarge.calibrate import add_surrogates
+from hf_fedlarge.calibrate import fit_package
+from hf_fedlarge.fit import FitPlan
+from hf_fedlarge.neurons import indices_name
 from hf_fedlarge.package import MappedTensors, package_config
 from hf_fedlarge.quantize import decode
 from hf_fedlarge.shrink import plan_shrink, shrink
@@ -171,13 +174,18 @@ def make_package(
     keep: str = "0,2,3",
     embeddings: str = "int8",
     surrogate_codec: str | None = None,
+    keep_neurons: float = 1.0,
 ) -> Path:
     """A package of the family with a dropped layer in its middle, a surrogate there if asked for; returns `path`."""
     checkpoint = make_checkpoint(path.with_name(f"{path.name}-full"), family, layers)
-    plan = plan_shrink(checkpoint, keep_layers=keep, embeddings=embeddings)
-    sequences = torch.randint(4, 260, (8, 1, 32), generator=torch.Generator().manual_seed(0))
-    complete = partial(add_surrogates, plan=plan, sequences=list(sequences), codec=surrogate_codec)
-    shrink(plan, path, complete=complete if surrogate_codec else None)
+    plan = plan_shrink(checkpoint, keep_layers=keep, keep_neurons=keep_neurons, embeddings=embeddings)
+    fitted = None
+    if surrogate_codec or plan.widths:
+        sequences = torch.randint(4, 260, (8, 1, 32), generator=torch.Generator().manual_seed(0))
+        with tempfile.TemporaryDirectory() as work:
+            fit_plan = FitPlan(plan.kept, surrogate_codec, plan.widths)
+            fitted = fit_package(plan, fit_plan, list(sequences), Path(work))
+    shrink(plan, path, fitted=fitted)
     return path
 
 
@@ -193,20 +201,34 @@ def _adding(W: torch.Tensor, b: torch.Tensor) -> Callable[..., object]:
 
 
 def make_dense(package: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """A plain transformers model with exactly the package's weights, dequantized to `dtype`: the reference."""
+    """A plain transformers model with exactly the package's weights, dequantized to `dtype`: the reference.
+
+    Neurons that the package lacks are there with zeros.
+    """
     manifest = read_manifest(package, PackageManifest)
     config = package_config(package)
     architecture = describe(config)
     tensors = MappedTensors(package, [name for name in manifest.files if name.endswith(".safetensors")])
+    kept = {entry.block: tensors[indices_name(entry.layer)].long() for entry in manifest.layers if entry.neurons}
+    architecture = replace(architecture, neurons=kept)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for name, parameter in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        rows, columns = architecture.neurons_out(module), architecture.neurons_in(module)
         if name not in manifest.codecs:
-            parameter.data.copy_(tensors[name])
-            continue
-        weight = decode(name, manifest.codecs[name], tensors)
-        dense = torch.empty(weight.shape, dtype=dtype)
-        weight.read_rows(0, weight.shape[0], dense)
-        parameter.data.copy_(dense.T if architecture.is_transposed(name) else dense)
+            dense = tensors[name]
+        else:
+            weight = decode(name, manifest.codecs[name], tensors)
+            dense = torch.empty(weight.shape, dtype=dtype)
+            weight.read_rows(0, weight.shape[0], dense)
+        stored = parameter.data.T if architecture.is_transposed(name) else parameter.data
+        stored.zero_()
+        if rows is not None:
+            stored[rows] = dense.to(dtype)
+        elif columns is not None and leaf == "weight":
+            stored[:, columns] = dense
+        else:
+            stored.copy_(dense)
     for entry in manifest.surrogates:
         weight = decode(weight_name(entry.layers[0]), entry.codec, tensors)
         W = torch.empty(weight.shape, dtype=dtype)

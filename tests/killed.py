@@ -10,7 +10,7 @@ from hf_fedlarge import rounds
 from hf_fedlarge.config import load_federation
 from hf_fedlarge.trainers.launch import LAUNCHERS
 
-STEPS = ("write_json", "write_jsonl", "shrink", "start_adapter", "aggregate_updates", "merge")
+STEPS = ("write_json", "write_jsonl", "make_package", "start_adapter", "aggregate_updates", "merge")
 
 
 def run_until(federation: Path, output: Path, step: int) -> None:

@@ -93,6 +93,22 @@ def test_factors_set_in_global_numbers_lie_on_the_package_s_blocks_and_come_back
             assert torch.equal(lora.lora_B["default"].weight, B_OR)
 
 
+def test_an_adapter_for_blocks_that_lost_neurons_comes_back_with_zeros_for_them(tmp_path):
+    model = load_package(make_package(tmp_path / "package", "llama", keep_neurons=0.5))
+    factors = some_factors(model.architecture)
+    adapted = attach_lora(model, model.architecture, LORA)
+    set_factors(adapted, factors, model.architecture, KEPT)
+    returned = get_factors(adapted, model.architecture, KEPT)
+    for block, layer in enumerate(KEPT):
+        missing = torch.ones(128, dtype=torch.bool)
+        missing[model.architecture.neurons[block]] = False
+        for path, zeros in (("mlp.gate_proj", "B"), ("mlp.down_proj", "A"), ("self_attn.o_proj", None)):
+            (A, B), (A_was, B_was) = (which[f"model.layers.{layer}.{path}"] for which in (returned, factors))
+            assert (A.shape, B.shape) == (A_was.shape, B_was.shape)
+            assert torch.equal(A, A_was.masked_fill(missing, 0) if zeros == "A" else A_was)
+            assert torch.equal(B, B_was.masked_fill(missing[:, None], 0) if zeros == "B" else B_was)
+
+
 def test_factors_are_copies_that_later_training_does_not_change():
     model = make_model("llama")
     architecture = describe(model.config)

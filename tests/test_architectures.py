@@ -99,6 +99,29 @@ def test_a_family_is_described_as_it_is(family):
     assert ("lm_head.weight" in found.parameters) == (not tied)
 
 
+FEED_FORWARD = {
+    "gpt2": (("mlp.c_fc",), "mlp.c_proj", "attn.c_proj"),
+    "gpt_neox": (("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", "attention.dense"),
+    "gptj": (("mlp.fc_in",), "mlp.fc_out", "attn.out_proj"),
+    "opt": (("fc1",), "fc2", "self_attn.out_proj"),
+    "opt_projected": (("fc1",), "fc2", "self_attn.out_proj"),
+}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_what_leads_back_from_attention_and_from_neurons_is_found(family):
+    found = describe(make_config(family))
+    default = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", "self_attn.o_proj"
+    inputs, output, attention = FEED_FORWARD.get(family, default)
+    assert found.attention_output == attention
+    if family == "phi3":  # gate and up in one matrix
+        assert found.feed_forward is None
+        assert found.neuron_count == 0
+        return
+    assert (found.feed_forward.inputs, found.feed_forward.output) == (inputs, output)
+    assert found.neuron_count == make_model(family).get_submodule(f"{found.blocks}.0.{output}").weight.numel() // 64
+
+
 def test_names_are_numbered_and_renumbered_inside_the_blocks_only():
     found = describe(make_config("gpt2", layers=12))
     assert found.layer_of("transformer.h.11.attn.c_attn.weight") == 11

@@ -8,11 +8,10 @@ from families import make_checkpoint, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_fedlarge.artifacts import PackageManifest, read_manifest, verify_files
-from hf_fedlarge.calibrate import calibration_sequences, layer_scores, plan_package, surrogates_for
+from hf_fedlarge.calibrate import calibration_sequences, layer_scores, make_package, plan_package
 from hf_fedlarge.config import PackageSettings
 from hf_fedlarge.errors import ArtifactError, ConfigError, DataError
 from hf_fedlarge.package import load_package
-from hf_fedlarge.shrink import shrink
 from hf_fedlarge.stdlib_corpus import standard_library_prose
 
 IDS = torch.randint(4, 260, (6, 1, 32), generator=torch.Generator().manual_seed(0))
@@ -26,7 +25,7 @@ def checkpoint(tmp_path):
 def package_of(checkpoint, output, **settings):
     settings = PackageSettings(keep_layers=3, **settings)
     plan = plan_package(checkpoint, settings)
-    return shrink(plan, output, complete=surrogates_for(plan, settings))
+    return make_package(plan, settings, output)
 
 
 def test_text_becomes_sequences_of_one_length():
@@ -65,8 +64,19 @@ def test_own_text_can_be_given(checkpoint, tmp_path):
 
 def test_no_surrogate_where_none_is_asked_for_or_nothing_is_dropped(checkpoint, tmp_path):
     assert not package_of(checkpoint, tmp_path / "none", surrogate="none").surrogates
-    settings = PackageSettings(keep_layers="1.0")
-    assert surrogates_for(plan_package(checkpoint, settings), settings) is None
+    settings = PackageSettings(keep_layers="1.0", calibration="missing.jsonl")  # which nobody reads
+    assert not make_package(plan_package(checkpoint, settings), settings, tmp_path / "whole").surrogates
+
+
+@pytest.mark.parametrize(
+    ("given", "kept", "width"),
+    [({}, 5, 64), ({"keep_layers": 3}, 3, 128), ({"keep_neurons": 0.5}, 5, 64), ({"keep_neurons": 1.0}, 5, 128)],
+)
+def test_what_is_not_said_follows_from_what_is(given, kept, width, checkpoint):
+    plan = plan_package(checkpoint, PackageSettings(**given))
+    assert len(plan.kept) == kept
+    assert plan.widths == ({} if width == 128 else dict.fromkeys(range(5), width))
+    assert ("64 in a layer" in plan.describe()) == (width == 64)
 
 
 def test_a_dropped_first_layer_leaves_no_place_for_a_surrogate(checkpoint):
@@ -125,7 +135,7 @@ def test_stock_transformers_refuses_a_package_with_surrogates(checkpoint, tmp_pa
 def test_a_manifest_that_does_not_fit_its_surrogates_is_refused(checkpoint, tmp_path, change, match):
     settings = PackageSettings(keep_layers="0,1,4")
     plan = plan_package(checkpoint, settings)
-    manifest = shrink(plan, tmp_path / "package", complete=surrogates_for(plan, settings))
+    manifest = make_package(plan, settings, tmp_path / "package")
     raw = manifest.model_dump(mode="json")
     raw["surrogates"][0] |= change
     (tmp_path / "package" / "fedlarge.json").write_text(json.dumps(raw))

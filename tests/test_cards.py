@@ -151,6 +151,17 @@ def test_package_card_tells_of_surrogates(tmp_path):
     assert 'load_package(snapshot_download("me/small"))' in card
 
 
+def test_package_card_tells_of_neurons(tmp_path):
+    layers = [LayerEntry(layer=0, block=0, neurons=1024), LayerEntry(layer=1, block=1, neurons=512)]
+    card = render_card(make_package(tmp_path / "p", "bf16", layers=layers), "me/small", None)
+    facts = {row[0]: row[1] for row in rows(card) if len(row) == 2}
+    assert facts["neurons kept in their feed-forward layers"] == "512 to 1024"
+    assert "AutoModelForCausalLM" not in card
+    plain = render_card(make_package(tmp_path / "q", "bf16"), "me/small", None)
+    assert ["neurons kept in their feed-forward layers", "all"] in rows(plain)
+    assert "AutoModelForCausalLM" in plain
+
+
 def test_adapter_card_without_a_summary_uses_the_manifest_and_invents_nothing(tmp_path):
     card = render_card(make_adapter(tmp_path / "a"), "me/adapter", None)
     head = metadata(card)

@@ -15,12 +15,14 @@ from families import make_checkpoint
 from federation import make_update
 from transformers import AutoModelForCausalLM
 
+from hf_fedlarge.adapters import read_factors
 from hf_fedlarge.artifacts import AdapterManifest, CheckpointManifest, read_manifest, sha256_of, verify_files
 from hf_fedlarge.cards import render_card
 from hf_fedlarge.cli import main
 from hf_fedlarge.config import load_federation
 from hf_fedlarge.data import from_rows, write_jsonl
-from hf_fedlarge.errors import ArtifactError, ConfigError, DataError, OutputError, UpdateRefusedError
+from hf_fedlarge.errors import ArtifactError, ConfigError, DataError, FedLargeError, OutputError, UpdateRefusedError
+from hf_fedlarge.package import load_package
 from hf_fedlarge.plan import CheckIn, sample_cohort
 from hf_fedlarge.rounds import run_federation
 from hf_fedlarge.trainers.launch import LAUNCHERS, ClientFailedError
@@ -116,6 +118,48 @@ def test_a_run_ends_with_a_better_full_model_and_honest_figures(home, whole):
     model = AutoModelForCausalLM.from_pretrained(output / "merged")
     assert model.config.num_hidden_layers == 4
     assert model.dtype == torch.bfloat16
+
+
+def test_by_default_every_layer_stays_with_some_of_its_neurons(home, tmp_path):
+    summary = run(home, tmp_path / "run", keep_layers=None, rounds=1)
+    assert summary["loss"]["merged"] < summary["loss"]["base"]
+    package = load_package(tmp_path / "run" / "package")
+    assert package.package.kept_layers == [0, 1, 2, 3]
+    adapter = read_factors(tmp_path / "run" / "rounds" / "0001" / "adapter")
+    for block, kept in package.architecture.neurons.items():
+        missing = sorted(set(range(128)) - set(kept.tolist()))
+        assert len(missing) == 64
+        # In the full model's shapes, with nothing for neurons that no client has seen.
+        for path, part in (("gate_proj", "B_OR"), ("up_proj", "B_OR"), ("down_proj", "A_RI")):
+            factor = getattr(adapter[f"model.layers.{block}.mlp.{path}"], part)
+            factor = factor.T if part == "A_RI" else factor
+            assert len(factor) == 128
+            assert factor[missing].abs().max() < 1e-12 * factor.abs().max()  # rounding of the truncation
+            assert factor[kept].any()
+
+
+def test_a_run_that_harms_the_full_model_stops_after_two_rounds(home, tmp_path):
+    output = tmp_path / "run"
+    run(home, output, rounds=2)
+    # A base that is better than anything that was trained.
+    baseline = json.loads((output / "baseline.json").read_text())
+    baseline["loss"]["base"] = 0.25
+    (output / "baseline.json").write_text(json.dumps(baseline))
+    for _ in range(2):
+        with pytest.raises(FedLargeError, match=r"Stopped before round 3: .* worse than the base's 0\.250.* --no-stop"):
+            run(home, output, rounds=3)
+        assert not (output / "rounds" / "0003").exists()
+    summary = run_federation(config_of(home, rounds=3), output, LAUNCHERS["inprocess"], stop=False)
+    assert len(summary["rounds"]) == 3
+
+
+def test_the_summary_has_the_transfer_report(whole):
+    _, summary = whole
+    report, loss = summary["transfer"], summary["loss"]
+    assert report["loss"]["base"]["value"] == pytest.approx(loss["base"])
+    assert report["loss"]["full_model"]["value"] == pytest.approx(summary["rounds"][-1]["loss_full"])
+    assert report["loss"]["package_trained"]["value"] == pytest.approx(summary["rounds"][-1]["loss_small"])
+    assert report["gain"]["low"] > 0
 
 
 def test_the_summary_is_what_a_model_card_reads(whole):

@@ -9,7 +9,7 @@ from families import FAMILIES, PAD, make_dense, make_package
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from hf_fedlarge import engine
-from hf_fedlarge.adapters import attach_lora, expected_shapes, set_factors
+from hf_fedlarge.adapters import attach_lora, expected_shapes, get_factors, set_factors
 from hf_fedlarge.architectures import describe
 from hf_fedlarge.arena import Arena
 from hf_fedlarge.budget import Plan
@@ -52,9 +52,9 @@ def some_batch(seed=0):
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(unlabelled, -100)}
 
 
-def with_adapter(model, lora=LORA):
+def with_adapter(model, lora=LORA, architecture=None):
     """The model in training mode, with an adapter whose factors are all far from zero."""
-    architecture = describe(model.config)
+    architecture = architecture or describe(model.config)
     layers = list(range(architecture.layers))
     generator = torch.Generator().manual_seed(1)
     factors = {
@@ -115,6 +115,26 @@ def test_gradients_pass_through_a_surrogate(tmp_path, family):
     gradient_of(streamed, some_batch())
     matrices = sum(map(len, streamed.engine.linears))
     assert streamed.engine.counters.dequantizations - before <= 2 * matrices
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"phi3"}))
+def test_gradients_of_blocks_that_lost_neurons_are_those_of_blocks_with_zeros_there(tmp_path, family):
+    path = make_package(tmp_path / "package", family, keep_neurons=0.5)
+    model, dense = load_package(path, dtype=torch.float32), make_dense(path)
+    architecture, layers = model.architecture, list(range(model.architecture.layers))
+    streamed = with_adapter(model, architecture=architecture)
+    # What comes back is zero where neurons are missing, and so is the reference's adapter.
+    plain = attach_lora(dense, architecture, LORA).train()
+    set_factors(plain, get_factors(streamed, architecture, layers), describe(dense.config), layers)
+    losses, gradients = [], []
+    for adapted, where in ((streamed, architecture), (plain, describe(dense.config))):
+        losses.append(gradient_of(adapted, some_batch())[0])
+        for parameter in adapter_parameters(adapted):
+            parameter.data = parameter.grad
+        widened = get_factors(adapted, where, layers)
+        gradients.append(torch.cat([part.flatten() for pair in widened.values() for part in pair]).double())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert distance(*gradients) <= 1e-5
 
 
 def test_gradients_can_be_taken_in_evaluation_mode_too(package, truth):

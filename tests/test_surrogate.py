@@ -6,8 +6,9 @@ from families import FAMILIES, make_checkpoint, make_dense, make_package
 from torch import nn
 
 from hf_fedlarge.artifacts import PackageManifest, read_manifest
+from hf_fedlarge.fit import FitPlan, fit
 from hf_fedlarge.package import load_package, stream_checkpoint
-from hf_fedlarge.surrogate import Regression, fit_surrogates
+from hf_fedlarge.surrogate import Regression
 from hf_fedlarge.tensors import CheckpointReader
 from hf_fedlarge.walk import Walk
 
@@ -71,10 +72,14 @@ def test_it_is_the_weighted_ridge_regression_that_it_says():
 def test_walking_block_by_block_computes_what_the_model_does(family, tmp_path):
     model = stream_checkpoint(make_checkpoint(tmp_path / "full", family, layers=3), dtype=torch.float32)
     walk = Walk(model, IDS[0])
-    for ids in IDS[:2]:
+    together = walk.embed(IDS[:2, 0])
+    for number in range(len(walk)):
+        together = walk.step(number, together)
+    for place, ids in enumerate(IDS[:2]):
         hidden = walk.embed(ids)
         for number in range(len(walk)):
             hidden = walk.step(number, hidden)
+        torch.testing.assert_close(together[place], hidden[0], rtol=1e-4, atol=1e-4)
         with torch.no_grad():
             assert walk.loss(hidden, ids) == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-5)
             # Nothing is left behind on the blocks.
@@ -126,10 +131,11 @@ def test_where_the_dropped_layer_is_a_linear_map_the_small_model_is_the_full_one
     W = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) / 16
     teacher_model.model.layers[1].forward = lambda hidden, *args, **kwargs: hidden + nn.functional.linear(hidden, W)
     many = torch.randint(4, 260, (40, 1, 12), generator=torch.Generator().manual_seed(1))
-    (surrogate,) = fit_surrogates(teacher, student, [0, 2], list(many), "dense", ridge=1e-9)
-    stored = surrogate.tensors["surrogates.1.weight"].float()
+    plan = FitPlan(kept=(0, 2), surrogate_codec="dense", widths={}, surrogate_ridge=1e-9)
+    fitted = fit(teacher, student, teacher_model.architecture, plan, list(many), tmp_path)
+    stored = fitted.tensors["surrogates.1.weight"].float()
     torch.testing.assert_close(stored, W, rtol=0.01, atol=1e-3)  # bf16
-    assert surrogate.entry.unexplained < 1e-4
+    assert fitted.surrogates[0].unexplained < 1e-4
 
 
 def test_the_shards_of_the_base_are_left_alone(tmp_path):

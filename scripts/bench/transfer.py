@@ -11,15 +11,17 @@ The reference is LoRA on the full model in bf16. Packages are in NF4 with int8 e
 
     share kept = (loss of the base − loss of the full model with the adapter) / (the same of the reference)
 
-Methods: `none` (layers dropped evenly, nothing in their place), `linear` (surrogates fitted on Python's documentation:
-text of another domain), `in-domain` (surrogates fitted on docstrings that nobody trains on), `influence` and `loss` (as
-`linear`, with the layers chosen by score).
+Methods: `none` (layers dropped evenly, nothing in their place), `linear` (surrogates there), `influence` and `loss`
+(likewise, the layers chosen by score), `neurons` (all layers, with as many of their neurons as make no more bytes than
+`linear`). They are fitted on Python's documentation, text of another domain, and with `-in-domain` behind the name on
+docstrings that nobody trains on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import sys
@@ -36,20 +38,22 @@ from hf_fedlarge.trainers.client import ClientArguments  # noqa: F401  (sets wha
 
 CHECKPOINT = Path("demo/SmolLM2-135M-Instruct")
 HELD_OUT, CALIBRATION, MAX_LENGTH, BATCH = 64, 192, 160, 8
-METHODS = {
+IN_DOMAIN = "-in-domain"
+SETTINGS = {
     "none": {"surrogate": "none"},
     "linear": {},
-    "in-domain": {},
     "influence": {"layer_choice": "influence"},
     "loss": {"layer_choice": "loss"},
+    "neurons": {},
 }
+METHODS = [*SETTINGS, *(method + IN_DOMAIN for method in SETTINGS if method != "none")]
 
 
 def main() -> int:
     """Train, plug in and evaluate every method; print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--keep", nargs="+", default=["0.75"], help="shares, counts or layer lists")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["none", "linear", "in-domain"])
+    parser.add_argument("--keep", nargs="+", default=["0.75"], help="shares or counts of the layers")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["none", "linear", "neurons", METHODS[-1]])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--surrogate-codec", choices=("nf4", "int8", "bf16"), default="nf4")
@@ -114,22 +118,22 @@ class Benchmark:
 
     def package(self, keep: str, method: str) -> dict[str, Any]:
         """Make a package; where it is, what it costs and which layers it has."""
-        from hf_fedlarge.calibrate import plan_package, surrogates_for
+        from hf_fedlarge.calibrate import make_package, plan_package
         from hf_fedlarge.config import PackageSettings, format_ranges
-        from hf_fedlarge.shrink import shrink
 
         directory = self.work / f"package-{keep}-{method}"
         shutil.rmtree(directory, ignore_errors=True)
-        calibration = str(self.calibration) if method == "in-domain" else None
+        kind = method.removesuffix(IN_DOMAIN)
+        kept = {"keep_neurons": self.neurons(keep)} if kind == "neurons" else {"keep_layers": keep}
         settings = PackageSettings(
-            keep_layers=keep,
             surrogate_codec=self.options.surrogate_codec,
-            calibration=calibration,
-            **METHODS[method],
+            calibration=str(self.calibration) if method.endswith(IN_DOMAIN) else None,
+            **kept,
+            **SETTINGS[kind],
         )
         started = time.perf_counter()
         plan = plan_package(CHECKPOINT, settings)
-        manifest = shrink(plan, directory, complete=surrogates_for(plan, settings))
+        manifest = make_package(plan, settings, directory)
         weights = sum(entry.size for name, entry in manifest.files.items() if name.endswith(".safetensors"))
         return {
             "directory": directory,
@@ -137,6 +141,23 @@ class Benchmark:
             "make_seconds": time.perf_counter() - started,
             "bytes_share": weights / plan.full_bytes,
         }
+
+    def neurons(self, keep: str) -> float:
+        """The share of neurons with which all layers have as many weights as that share of layers with surrogates."""
+        from hf_fedlarge.architectures import describe, load_config
+        from hf_fedlarge.config import parse_layers
+
+        architecture = describe(load_config(CHECKPOINT))
+        sizes = {
+            path: math.prod(architecture.parameters[f"{architecture.blocks}.0.{path}.weight"])
+            for path in architecture.linears
+        }
+        forward = architecture.feed_forward
+        neurons = sum(sizes[path] for path in (*forward.inputs, forward.output))
+        surrogate = (sizes[forward.output] // architecture.neuron_count) ** 2
+        share = parse_layers(keep, architecture.layers) / architecture.layers
+        left = share * sum(sizes.values()) + (1 - share) * surrogate - (sum(sizes.values()) - neurons)
+        return math.floor(left / neurons * architecture.neuron_count / 64) * 64 / architecture.neuron_count
 
     def train(self, model: Any, layers: list[int], seed: int) -> tuple[dict[str, Any], dict[str, float]]:
         """Train adapters on a model whose blocks are these layers; returns the factors and the figures."""

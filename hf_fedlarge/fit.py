@@ -1,0 +1,271 @@
+"""What a shrunk model needs besides the layers it keeps, fitted on calibration text one block at a time.
+
+The full model and the small one are walked side by side. The small one, which doesn't exist yet, is the full one with
+its weights as they will be stored and the dropped layers left out. In the place of dropped layers comes a linear
+surrogate (`surrogate`); the output matrices of the others, which may lose neurons, are fitted anew (`neurons`). Each
+fit is made on what the fits before it give, so it also corrects what they left. Both models are streamed from the
+checkpoint, so it may be larger than memory; results and the hidden states are written down after every block, and a fit
+that was interrupted goes on from there.
+
+Shapes: N tokens, S of a sequence, D hidden, F neurons, K that stay.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from hf_fedlarge.architectures import Architecture
+from hf_fedlarge.artifacts import SurrogateEntry
+from hf_fedlarge.neurons import NeuronFit
+from hf_fedlarge.quantize import decode, encode
+from hf_fedlarge.surrogate import RIDGE, Regression, store_surrogate
+from hf_fedlarge.walk import Walk
+
+_TOGETHER = 16  # sequences in a step
+_PROBE = 0.05  # the share of a change in a feed-forward layer's output that may be lost where it is just added
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """What is to be fitted.
+
+    Attributes:
+        kept: global numbers of the layers that stay; the first layer is among them where any surrogate is wanted.
+        surrogate_codec: how surrogates are stored: `nf4`, `int8` or `dense` (bf16); None: nothing stands for dropped
+            layers.
+        widths: layer → how many of its neurons stay, for the kept layers whose output matrices are fitted anew.
+        output_codec: how those are stored.
+        surrogate_ridge: see `surrogate.Regression.solve`.
+    """
+
+    kept: tuple[int, ...]
+    surrogate_codec: str | None
+    widths: Mapping[int, int]
+    output_codec: str = "nf4"
+    surrogate_ridge: float = RIDGE
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What was fitted.
+
+    Attributes:
+        surrogates: what stands for dropped layers; their stored tensors are among `tensors`.
+        neurons: layer → numbers of the neurons that stay (K,), sorted, where some go.
+        outputs: the full model's parameter name → the output matrix (D, K) that was fitted anew, bf16.
+        tensors: the surrogates' stored tensors by name.
+    """
+
+    surrogates: list[SurrogateEntry] = field(default_factory=list)
+    neurons: dict[int, torch.Tensor] = field(default_factory=dict)
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def fit(
+    teacher: Walk,
+    student: Walk,
+    architecture: Architecture,
+    plan: FitPlan,
+    sequences: Sequence[torch.Tensor],
+    work: Path,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Fit what `plan` asks for.
+
+    Memory: the hidden states of all sequences in both models, in the models' dtypes, one block of each, and where
+    output matrices are fitted some three matrices (F, F) in fp32.
+
+    Args:
+        teacher: the full model.
+        student: the full model with its weights as the package will store them; output matrices that are fitted anew
+            not rounded yet.
+        architecture: of the full model.
+        plan: what to fit.
+        sequences: calibration tokens, each (1, S), all of one length.
+        work: an existing directory of this fit's own; what is found there of an earlier, interrupted one with the same
+            arguments is used.
+        progress: called with the layers that are done.
+    """
+    journal = _Journal(work)
+    done, truth, states = journal.resume()
+    if not done:
+        batches = torch.cat(list(sequences)).split(_TOGETHER)
+        truth, states = [teacher.embed(ids) for ids in batches], [student.embed(ids) for ids in batches]
+    for layer in range(done, len(teacher)):
+        result: dict[str, torch.Tensor] = {}
+        note: dict[str, str] = {}
+        after = [teacher.step(layer, hidden) for hidden in truth]
+        if layer in plan.widths:
+            states, result = _fit_block(teacher, student, architecture, layer, plan, truth, after, states)
+        elif layer in plan.kept:
+            states = [student.step(layer, hidden) for hidden in states]
+        truth = after
+        if layer not in plan.kept and plan.surrogate_codec and (layer + 1 == len(teacher) or layer + 1 in plan.kept):
+            run = list(range(max(kept for kept in plan.kept if kept < layer) + 1, layer + 1))
+            regression = Regression(truth[0].shape[-1], truth[0].device)
+            for x, y in zip(states, truth, strict=True):
+                regression.add(x.flatten(0, 1), y.flatten(0, 1))
+            entry, result, stand_in = store_surrogate(
+                regression, run, plan.surrogate_codec, states[0].dtype, plan.surrogate_ridge
+            )
+            note = {"surrogate": entry.model_dump_json()}
+            states = [stand_in(hidden) for hidden in states]
+        journal.write(layer, result, note, truth, states)
+        if progress:
+            progress(layer + 1)
+    return journal.results()
+
+
+def _fit_block(
+    teacher: Walk,
+    student: Walk,
+    architecture: Architecture,
+    layer: int,
+    plan: FitPlan,
+    truth: list[torch.Tensor],
+    after: list[torch.Tensor],
+    states: list[torch.Tensor],
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """The states after a block whose output matrices are fitted anew, and what was fitted.
+
+    `truth` and `after` are the full model's states before and after it, `states` the small one's before it.
+    """
+    block, everything = student.block(layer), architecture.neuron_count
+    attention, feed_forward = architecture.attention_output, architecture.feed_forward.output
+    result = {}
+
+    def refit(path: str, count: int, wanted: Iterable[torch.Tensor]) -> Callable[..., torch.Tensor]:
+        output = block.get_submodule(path)
+        kept_K, V_DK = _refit(student, layer, path, count, states, wanted)
+        encoded = encode(path, tuple(V_DK.shape), plan.output_codec, [V_DK])
+        stored_DK = torch.empty(V_DK.shape, dtype=states[0].dtype)
+        decode(path, plan.output_codec, encoded).read_rows(0, len(V_DK), stored_DK)
+        stored_DK = stored_DK.to(states[0].device)
+        result[f"{architecture.blocks}.{layer}.{path}.weight"] = V_DK
+        if count < everything and path == feed_forward:
+            result["neurons"] = kept_K.to(torch.int32)
+        return lambda _, args, value: nn.functional.linear(args[0][..., kept_K], stored_DK, output.bias)
+
+    with ExitStack() as refitted:
+        if attention:
+            # With a silent feed-forward layer a block gives the states between the two.
+            with _hooked(teacher.block(layer), feed_forward, _silence), _hooked(block, feed_forward, _silence):
+                between = (teacher.step(layer, hidden) for hidden in truth)
+                given = refit(attention, student.dense(layer, attention).shape[0], between)
+            refitted.enter_context(_hooked(block, attention, given))
+        given = refit(feed_forward, plan.widths[layer], after)
+        refitted.enter_context(_hooked(block, feed_forward, given))
+        return [student.step(layer, hidden) for hidden in states], result
+
+
+def _refit(
+    student: Walk, layer: int, path: str, count: int, states: list[torch.Tensor], wanted: Iterable[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """An output matrix with which the block, given `states`, comes closer to `wanted`.
+
+    Returns:
+        Which of its inputs stay (K,), and the matrix (D, K) in bf16, both on the CPU.
+    """
+    block = student.block(layer)
+    W_FD = student.dense(layer, path)
+    share = _share_added(student, layer, path, states[0])
+    sums = NeuronFit(*W_FD.shape, W_FD.device)
+    for hidden, target in zip(states, wanted, strict=True):
+        seen: list[torch.Tensor] = []
+        with _hooked(block, path, lambda _, args, value: seen.append(args[0])):  # noqa: B023 (called at once)
+            given = student.step(layer, hidden)
+        y_ND = target.flatten(0, 1).float()
+        e_ND = (y_ND - given.flatten(0, 1).float()) / share if share else torch.zeros_like(y_ND)
+        w_N1 = 1 / y_ND.square().sum(dim=1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+        sums.add(seen[0].reshape(-1, len(W_FD)), e_ND, w_N1)
+    kept_K, V_KD = sums.solve(W_FD, count)
+    return kept_K.cpu(), V_KD.T.to("cpu", torch.bfloat16).contiguous()
+
+
+def _share_added(student: Walk, layer: int, path: str, hidden: torch.Tensor) -> float:
+    """What share of a matrix' output the block just adds to its own; 0 where a norm stands between."""
+    plain = student.step(layer, hidden).float()
+    generator = torch.Generator().manual_seed(0)
+    push = torch.randn(plain.shape[-1], generator=generator).to(plain.device) * plain.square().mean().sqrt()
+    with _hooked(student.block(layer), path, lambda _, args, value: value + push.to(value.dtype)):
+        moved = student.step(layer, hidden).float() - plain
+    share = float((moved @ push).mean() / (push @ push))
+    lost = (moved - share * push).square().sum() / moved.square().sum()
+    return share if lost < _PROBE**2 else 0.0
+
+
+def _silence(_: nn.Module, args: Any, value: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(value)
+
+
+@contextmanager
+def _hooked(block: nn.Module, path: str, hook: Callable[..., Any]) -> Iterator[None]:
+    """Within it, `hook` sees and may change what the module at `path` gives."""
+    handle = block.get_submodule(path).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _Journal:
+    """What is done of a fit: a file for each layer's results, and one with the states after the last of them."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory, self._states = directory, directory / "states.safetensors"
+
+    def resume(self) -> tuple[int, list[torch.Tensor], list[torch.Tensor]]:
+        """How many layers are done, and the states of both models after them."""
+        if not self._states.exists():
+            return 0, [], []
+        with safe_open(self._states, framework="pt") as file:
+            done = int(file.metadata()["done"])
+            truth, states = (list(file.get_tensor(name).split(_TOGETHER)) for name in ("truth", "states"))
+        return done, truth, states
+
+    def write(
+        self,
+        layer: int,
+        result: dict[str, torch.Tensor],
+        note: dict[str, str],
+        truth: list[torch.Tensor],
+        states: list[torch.Tensor],
+    ) -> None:
+        """A layer is done; the states come last, so that what they follow is there."""
+        if result:
+            self._save(result, self._directory / f"layer-{layer:05}.safetensors", note)
+        self._save({"truth": torch.cat(truth), "states": torch.cat(states)}, self._states, {"done": str(layer + 1)})
+
+    def results(self) -> Fitted:
+        """All of it; tensors are mapped from their files."""
+        fitted = Fitted()
+        for path in sorted(self._directory.glob("layer-*.safetensors")):
+            layer = int(path.stem.rpartition("-")[2])
+            with safe_open(path, framework="pt") as file:
+                found: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                note = file.metadata() or {}
+            if "surrogate" in note:
+                fitted.surrogates.append(SurrogateEntry.model_validate_json(note["surrogate"]))
+                fitted.tensors.update(found)
+            else:
+                if "neurons" in found:
+                    fitted.neurons[layer] = found.pop("neurons").long()
+                fitted.outputs.update(found)
+        return fitted
+
+    def _save(self, tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        partial = path.with_suffix(".partial")
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+        os.replace(partial, path)

@@ -1,0 +1,151 @@
+"""How much of what a small model learned the full one keeps: side by side on held-out examples.
+
+The report has the loss of the base, of the package before and after training, and of the full model with the adapter
+plugged in; with a reference, an adapter trained on the full model itself, the share of its gain that was kept.
+Intervals are percentile bootstraps over examples, the same resamples for every model. The cheap predictor is how far
+the adapter's gradients in the small and in the full model point the same way (GradOT, arXiv 2507.04455).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_fedlarge.adapters import attach_lora, get_factors, read_factors, set_factors
+from hf_fedlarge.artifacts import AdapterManifest, read_manifest
+from hf_fedlarge.evaluation import encode_example, example_losses, load_model, padded_batches
+from hf_fedlarge.package import load_package, load_tokenizer, stream_checkpoint
+
+_RESAMPLES = 2000
+_GRADIENT_EXAMPLES = 16
+
+
+def transfer_report(
+    checkpoint: Path,
+    package: Path,
+    adapter: Path,
+    data: Sequence[dict[str, Any]],
+    *,
+    reference: Path | None = None,
+    max_length: int = 1024,
+    batch_size: int = 8,
+    assistant_only: bool = False,
+    verify: bool = True,
+) -> dict[str, Any]:
+    """What an adapter that was trained on a package is worth on the full model.
+
+    Args:
+        checkpoint: the full model.
+        package: the small one.
+        adapter: in global layer numbers.
+        data: held-out examples.
+        reference: an adapter trained on the full model.
+        max_length, batch_size, assistant_only, verify: see `evaluation.evaluate`.
+
+    Returns:
+        `loss` of `base`, `package`, `package_trained`, `full_model` and, with a reference, `reference`; `gain`, by how
+        much the adapter lowers the full model's loss; `share_kept` of the reference's gain, None without one. Each is
+        `{"value", "low", "high"}`, the last two a 95 % interval, None of a single example. `examples` and `tokens`.
+
+    Raises:
+        FedLargeError: as `evaluation.evaluate`.
+    """
+    models = {
+        "base": (checkpoint, None),
+        "package": (package, None),
+        "package_trained": (package, adapter),
+        "full_model": (checkpoint, adapter),
+    }
+    if reference:
+        models["reference"] = (checkpoint, reference)
+    tokenizer, sums = load_tokenizer(package), {}
+    for name, (model, plugged) in models.items():
+        loaded = load_model(model, plugged, verify=verify)
+        sums[name], tokens = example_losses(
+            loaded, tokenizer, data, max_length=max_length, batch_size=batch_size, assistant_only=assistant_only
+        )
+        del loaded
+
+    base, plugged_in, full = (sums[name] for name in ("base", "full_model", "reference" if reference else "base"))
+    return {
+        "loss": {name: _interval(lambda of, n: of / n, of, tokens) for name, of in sums.items()},
+        "gain": _interval(lambda a, b, n: (a - b) / n, base, plugged_in, tokens),
+        "share_kept": _interval(lambda a, b, c: (a - b) / (a - c), base, plugged_in, full) if reference else None,
+        "examples": len(tokens),
+        "tokens": int(tokens.sum()),
+    }
+
+
+def _interval(statistic: Callable[..., Any], *samples: np.ndarray) -> dict[str, float | None]:
+    """A function of sums over examples, with the 95 % interval over resampled examples."""
+    count = len(samples[0])
+    drawn = np.random.default_rng(0).integers(count, size=(_RESAMPLES, count))
+    low, high = np.quantile(statistic(*(sample[drawn].sum(axis=1) for sample in samples)), [0.025, 0.975])
+    interval = {"low": float(low), "high": float(high)} if count > 1 else {"low": None, "high": None}
+    return {"value": float(statistic(*(sample.sum() for sample in samples)))} | interval
+
+
+def gradient_agreement(
+    checkpoint: Path,
+    package: Path,
+    adapter: Path,
+    data: Sequence[dict[str, Any]],
+    *,
+    max_length: int = 1024,
+    batch_size: int = 8,
+    assistant_only: bool = False,
+) -> dict[int, float]:
+    """Kept layer → cosine of the adapter's gradients in the small and in the full model, on the first few examples.
+
+    Neurons that the package lacks are left out of both.
+
+    Args:
+        checkpoint, package, adapter, data, max_length, batch_size, assistant_only: see `transfer_report`.
+    """
+    lora, factors = read_manifest(adapter, AdapterManifest).lora, read_factors(adapter)
+    tokenizer = load_tokenizer(package)
+    examples = [encode_example(row, tokenizer, max_length, assistant_only) for row in data]
+    batches = list(padded_batches(examples[:_GRADIENT_EXAMPLES], batch_size, tokenizer))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    small = load_package(package, device=device, verify=False)
+    kept = small.package.kept_layers
+    factors = {module: pair for module, pair in factors.items() if small.architecture.layer_of(f"{module}.") in kept}
+    found = []
+    for model, layers in (
+        (small, kept),
+        (stream_checkpoint(checkpoint, device=device), list(range(len(small.package.layers)))),
+    ):
+        architecture = model.architecture
+        adapted = attach_lora(model, architecture, lora)
+        set_factors(adapted, factors, architecture, layers)
+        _backward(adapted, batches)
+        found.append(get_factors(adapted, architecture, layers, lambda parameter: parameter.grad))
+        if model is small:
+            present = get_factors(adapted, architecture, layers, torch.ones_like)
+    cosines = {}
+    for layer in kept:
+        inside = [module for module in present if small.architecture.layer_of(f"{module}.") == layer]
+        ours, theirs = (
+            torch.cat(
+                [
+                    (part * mask).flatten()
+                    for module in inside
+                    for part, mask in zip(of[module], present[module], strict=True)
+                ]
+            )
+            for of in found
+        )
+        cosines[layer] = float(torch.cosine_similarity(ours, theirs, dim=0))
+    return cosines
+
+
+def _backward(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
+    device = next(model.parameters()).device
+    model.train()
+    for batch in batches:
+        batch = {key: value.to(device) for key, value in batch.items()}
+        model(**batch, num_items_in_batch=1, use_cache=False).loss.backward()
