@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from hf_fedlarge.architectures import Architecture
@@ -179,17 +179,31 @@ def write_adapter(
             writer.write(name, tensor)
 
 
+class AdapterReader:
+    """An adapter's factors, one module at a time, from files that were checked before (`update.py`).
+
+    Attributes:
+        modules: paths in global numbers, in the order of the file.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / ADAPTER_WEIGHTS
+        suffix = ".lora_A.weight"
+        with safe_open(self._path, framework="pt") as file:
+            names = [name for name in file.keys() if name.endswith(suffix)]  # noqa: SIM118 (it is no dict)
+        self.modules = [name.removeprefix(_PREFIX).removesuffix(suffix) for name in names]
+
+    def read(self, module: str) -> Factors:
+        """The fp32 factors of one module; the file is mapped for no longer than this takes."""
+        with safe_open(self._path, framework="pt") as file:
+            A_RI, B_OR = (file.get_tensor(f"{_PREFIX}{module}.lora_{letter}.weight") for letter in "AB")
+        return Factors(A_RI.float(), B_OR.float())
+
+
 def read_factors(directory: Path) -> dict[str, Factors]:
     """Module path in global numbers → fp32 factors of an adapter whose files were checked before (`update.py`)."""
-    tensors = load_file(directory / ADAPTER_WEIGHTS)
-    suffix = ".lora_A.weight"
-    return {
-        key.removeprefix(_PREFIX).removesuffix(suffix): Factors(
-            A_RI.float(), tensors[f"{key.removesuffix(suffix)}.lora_B.weight"].float()
-        )
-        for key, A_RI in tensors.items()
-        if key.endswith(suffix)
-    }
+    reader = AdapterReader(directory)
+    return {module: reader.read(module) for module in reader.modules}
 
 
 def tensor_shapes(expected: dict[str, tuple[tuple[int, int], tuple[int, int]]]) -> dict[str, tuple[int, int]]:
