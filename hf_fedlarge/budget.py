@@ -10,9 +10,9 @@ from hf_fedlarge.errors import ConfigError
 # Products of this many tokens run at their full rate; without a budget no more than these are computed together.
 FULL_RATE_TOKENS = 512
 # What is kept of a forward pass without a budget: little beside what a process takes anyway.
-_UNASKED_BYTES = 64 * 2**20
+UNASKED_BYTES = 64 * 2**20
 # A block's backward holds its graph and, beside it, gradients of about half its activations at a time.
-_WORKING = 1.5
+WORKING = 1.5
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -67,18 +67,18 @@ def plan_activations(
     if available is None:
         at_once = total if micro_batch_size is None else max(FULL_RATE_TOKENS, micro_batch_size * longest)
         # The last block's last group is the first to be differentiated: what it holds would be made again at once.
-        kept = int(_UNASKED_BYTES / (token_bytes * min(at_once, total))) if token_bytes else 1
+        kept = int(UNASKED_BYTES / (token_bytes * min(at_once, total))) if token_bytes else 1
         return Plan(group_tokens=at_once, kept=max(1, kept))
     # The hidden states between the blocks, and their gradient.
     rest = available - boundary_bytes * total * (blocks + 2)
-    if rest < _WORKING * token_bytes * longest:
-        needed = _WORKING * token_bytes * longest + boundary_bytes * total * (blocks + 2)
+    if rest < WORKING * token_bytes * longest:
+        needed = WORKING * token_bytes * longest + boundary_bytes * total * (blocks + 2)
         raise ConfigError(
             f"The memory budget leaves {max(available, 0) / 1e6:.0f} MB for activations, but a step of {total} tokens "
             f"takes {needed / 1e6:.0f} MB: raise --memory_budget, or lower --max_length or the batch."
         )
     # One group in work; what is left after it is kept, so a group takes no more than a third.
-    group = min(total, max(longest, FULL_RATE_TOKENS, int(rest / 3 / (_WORKING * token_bytes))))
-    group = max(longest, min(group, int(rest / (_WORKING * token_bytes))))
-    kept = int((rest - _WORKING * token_bytes * group) / (token_bytes * group))
+    group = min(total, max(longest, FULL_RATE_TOKENS, int(rest / 3 / (WORKING * token_bytes))))
+    group = max(longest, min(group, int(rest / (WORKING * token_bytes))))
+    kept = int((rest - WORKING * token_bytes * group) / (token_bytes * group))
     return Plan(group_tokens=group, kept=max(0, min(kept, blocks * -(-total // group))))

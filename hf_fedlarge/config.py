@@ -150,7 +150,22 @@ class PackageSettings(Record):
         return self.keep_layers, 1.0 if self.keep_neurons is None else self.keep_neurons
 
 
-class FederationConfig(PackageSettings):
+class SelectionSettings(Record):
+    """Who trains in a round, and when it ends.
+
+    `cohort` clients are wanted (None: all), drawn by `selection` (`plan.SELECTIONS`), and a share of `over_select` more
+    for those that won't answer. A round ends with as many valid updates as wanted, when everybody was heard of, or
+    `deadline_seconds` after the server took it up; with fewer than `min_updates` it is abandoned.
+    """
+
+    cohort: Annotated[int, Field(ge=1)] | None = None
+    over_select: Annotated[float, Field(ge=0, le=10)] = 0.0
+    selection: Literal["uniform", "data", "availability", "resources"] = "uniform"
+    min_updates: Annotated[int, Field(ge=1)] = 1
+    deadline_seconds: Annotated[float, Field(gt=0)] | None = None
+
+
+class FederationConfig(PackageSettings, SelectionSettings):
     """A whole federation, as `federation.yaml` gives it.
 
     `base_id` is what manifests and cards call the base model where `checkpoint` is a local copy of it; `training`
@@ -163,8 +178,6 @@ class FederationConfig(PackageSettings):
     data: DataConfig
     lora: LoraSettings = LoraSettings()
     rounds: Annotated[int, Field(ge=1)] = 3
-    cohort: Annotated[int, Field(ge=1)] | None = None
-    min_updates: Annotated[int, Field(ge=1)] = 1
     aggregator: Literal["exact", "fedavg"] = "exact"
     weighting: Literal["tokens", "examples"] = "tokens"
     seed: Annotated[int, Field(ge=0)] = 0

@@ -10,7 +10,8 @@ any point goes on from what is whole and ends with the same bytes:
       held_out.jsonl     the clients' held-out examples together
       package/           the shrunk model, with its download counted in every client's first round
       rounds/0000/       the adapter that changes nothing
-      rounds/0001/       adapter/ and round.json; a round is committed by the rename of this directory
+      rounds/0001/       adapter/ and round.json; a round is committed by the rename of this directory (`server.py`)
+      journal.jsonl      what was done, whose updates count, how many bytes went where (`journal.py`)
       merged/            the checkpoint with the last adapter folded in
       summary.json
 
@@ -22,15 +23,14 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 from filelock import FileLock, Timeout
 
 from hf_fedlarge.adapters import target_linears
@@ -39,28 +39,30 @@ from hf_fedlarge.artifacts import (
     AdapterManifest,
     CheckpointManifest,
     PackageManifest,
+    UpdateManifest,
     read_manifest,
-    staged_directory,
     verify_files,
     write_json,
 )
 from hf_fedlarge.calibrate import make_package, plan_package
+from hf_fedlarge.clients import CHECK_INS, check_in, read_check_ins, split_clients
 from hf_fedlarge.collect import aggregate_updates, start_adapter
-from hf_fedlarge.config import DataConfig, FederationConfig
-from hf_fedlarge.data import STDLIB, concatenate, load_examples, training_columns, write_jsonl
+from hf_fedlarge.config import FederationConfig
+from hf_fedlarge.data import load_examples
 from hf_fedlarge.errors import ConfigError, FedLargeError, OutputError, UpdateRefusedError
 from hf_fedlarge.evaluation import as_record, evaluate, generate_text, load_model
 from hf_fedlarge.hub import resolve_checkpoint
+from hf_fedlarge.journal import Journal
 from hf_fedlarge.merge import merge
-from hf_fedlarge.package import load_tokenizer
-from hf_fedlarge.partition import hold_out, split_by_config
-from hf_fedlarge.plan import CheckIn, sample_cohort
+from hf_fedlarge.package import load_tokenizer, package_config
 from hf_fedlarge.report import peaks, traffic
+from hf_fedlarge.server import Order, RoundServer
 from hf_fedlarge.transfer import transfer_report
-from hf_fedlarge.update import Asked, outcome
+from hf_fedlarge.update import Asked, Expected, outcome, validate_update
 
 logger = logging.getLogger(__name__)
 _BAD_ROUNDS = 2  # in a row, before a run stops
+_ATTEMPTS = 3  # at a round, each with another cohort
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class _Federation:
         self.config, self.run, self.train, self.report, self.stop = config, run, train, report, stop
         self.settings = config.model_dump(mode="json")
         self.package = run / "package"
+        self.journal = Journal(run / "journal.jsonl")
 
     def run_to_end(self) -> dict[str, Any]:
         self._check_settings()
@@ -136,9 +139,14 @@ class _Federation:
             start_adapter(self.package, self._adapter(0), self.config.lora, self.config.seed)
         self._baseline()
         for number in range(1, self.config.rounds + 1):
-            if not self._round(number).exists():
+            server = RoundServer(
+                self.run / "rounds", number, self.journal, self.config, partial(self._validate, package, number)
+            )
+            if server.committed.exists():
+                server.finish()
+            else:
                 self._check_that_it_helps(number)
-                self._run_round(number, package)
+                self._run_round(server, package)
         return self._finish(package)
 
     def _check_settings(self) -> None:
@@ -160,37 +168,13 @@ class _Federation:
         self.checkpoint, self.revision = resolve_checkpoint(self.config.checkpoint, revision)
 
     def _check_in(self) -> None:
-        """Split the data among simulated clients, once; each says how many examples it has.
-
-        The settings become the run's here, after all of them have been read and found good.
-        """
-        path = self.run / "check_ins.json"
-        if path.exists():
+        """Split the data among simulated clients, once; the settings, all found good by now, become the run's."""
+        if (self.run / CHECK_INS).exists():
             return
-        settings = self.config.data
-        local = {} if settings.source == STDLIB or Path(settings.source).exists() else _hub_options(settings)
-        clients = split_by_config(load_examples(settings.source, **local), settings, self.config.seed)
-        needed = max(self.config.cohort or 1, self.config.min_updates)
-        if len(clients) < needed:
-            raise ConfigError(f"The data makes {len(clients)} clients; {needed} are wanted in a round.")
+        clients = split_clients(self.config)
         write_json(self.run / "federation.json", {"settings": self.settings, "revision": self.revision})
-        together, check_ins = [], []
-        for name, examples in clients.items():
-            if settings.max_examples and settings.max_examples < len(examples):
-                examples = examples.shuffle(seed=self.config.seed).select(range(settings.max_examples))
-            kept, held_out = hold_out(training_columns(examples), settings.held_out, self.config.seed)
-            home = self.run / "clients" / name
-            home.mkdir(parents=True, exist_ok=True)
-            write_jsonl(kept, home / "train.jsonl")
-            if held_out is not None:
-                write_jsonl(held_out, home / "held_out.jsonl")
-                together.append(held_out)
-            check_ins.append({"client": name, "examples": len(kept), "memory_bytes": psutil.virtual_memory().total})
-        if not together:
-            raise ConfigError("No client has an example to hold out; give each at least two.")
-        write_jsonl(concatenate(together), self.run / "held_out.jsonl")
-        write_json(path, check_ins)
-        self.report(f"{len(check_ins)} clients checked in with {sum(c['examples'] for c in check_ins)} examples")
+        check_ins = check_in(clients, self.config, self.run)
+        self.report(f"{len(check_ins)} clients checked in with {sum(entry.examples for entry in check_ins)} examples")
 
     def _baseline(self) -> None:
         """The losses that everything is compared with: the base's and the untrained package's."""
@@ -214,70 +198,81 @@ class _Federation:
                 "Lower the learning rate or keep more of the model, or go on with --no-stop."
             )
 
-    def _run_round(self, number: int, package: PackageManifest) -> None:
-        started = time.monotonic()
-        check_ins = [CheckIn(**entry) for entry in json.loads((self.run / "check_ins.json").read_text())]
-        examples = {check_in.client: check_in.examples for check_in in check_ins}
-        cohort = sample_cohort(check_ins, self.config.cohort, self.config.seed, number, package.total_bytes)
-        self.report(f"round {number}: {', '.join(cohort)}")
-        work = self._round(number).with_name(f".{number:04d}.work")
-        work.mkdir(parents=True, exist_ok=True)
-        refused: list[tuple[str, str]] = []
-        updates = []
-        for client in cohort:
-            update = work / client
+    def _validate(self, package: PackageManifest, number: int, client: str, update: Path) -> UpdateManifest:
+        parent = read_manifest(self._adapter(number - 1), AdapterManifest)
+        architecture = describe(package_config(self.package))
+        asked = self._asked(client)
+        return validate_update(update, Expected(package, architecture, parent.lora, number, parent.digest, asked))
+
+    def _run_round(self, server: RoundServer, package: PackageManifest) -> None:
+        started, number = time.monotonic(), server.number
+        check_ins = read_check_ins(self.run)
+
+        def aggregate(updates: list[Path], adapter: Path) -> None:
+            aggregate_updates(
+                updates,
+                self.package,
+                adapter,
+                aggregator=self.config.aggregator,
+                previous=self._adapter(number - 1),
+                weighting=self.config.weighting,
+                round_number=number,
+                min_updates=self.config.min_updates,
+                asked={update: self._asked(update.name) for update in updates},
+            )
+
+        def evaluate(adapter: Path) -> dict[str, float]:
+            return {
+                "loss_small": self._loss(self.package, adapter),
+                "loss_full": self._loss(self.checkpoint, adapter),
+            }
+
+        def describe_round(adapter: AdapterManifest, updates: list[Path]) -> dict[str, Any]:
+            return {
+                **traffic(self.journal, number),
+                "energy_dropped": adapter.energy_dropped,
+                "seconds": round(time.monotonic() - started, 1),
+                **peaks(updates),
+                "clients": [entry.model_dump() for entry in adapter.contributions],
+            }
+
+        for attempt in range(1, _ATTEMPTS + 1):
+            order = server.open(check_ins, package.total_bytes)
+            self.report(f"round {number}: {', '.join(order.clients)}")
+            self._ask(server, order, package)
+            try:
+                record = server.close(order, aggregate, evaluate, describe_round)
+                break
+            except UpdateRefusedError as error:
+                # Without a cohort all clients were asked, and nobody else can be drawn.
+                if attempt == _ATTEMPTS or self.config.cohort is None:
+                    raise
+                self.report(f"{error}")
+        self.report(
+            f"round {number} committed: loss {record['loss_small']:.3f} (package), "
+            f"{record['loss_full']:.3f} (full model)"
+        )
+
+    def _ask(self, server: RoundServer, order: Order, package: PackageManifest) -> None:
+        """Train the order's clients one after the other, until the round has what it wants."""
+        down = read_manifest(self._adapter(order.round - 1), AdapterManifest).total_bytes
+        while waiting := server.waiting(order):
+            client = waiting[0]
+            known = self.journal.find("asked", client=client)
+            server.asked(client, down if known else down + package.total_bytes)
+            update = server.work / client
             # Trained before the server was killed: an update appears whole or not at all.
             if not update.exists():
                 try:
-                    self.train(self._job(client, number, update))
+                    self.train(self._job(client, order.round, update))
                 except FedLargeError as error:
-                    refused.append((client, str(error)))
+                    server.fail(order, client, str(error))
                     self.report(f"  {client} did not train: {error}")
                     continue
-            updates.append(update)
             self.report(f"  {client}: {outcome(update)}")
-        if not updates:
-            raise UpdateRefusedError(f"Round {number}: no client trained. {' '.join(cause for _, cause in refused)}")
-        with staged_directory(self._round(number)) as staging:
-            try:
-                collected = aggregate_updates(
-                    updates,
-                    self.package,
-                    staging / "adapter",
-                    aggregator=self.config.aggregator,
-                    previous=self._adapter(number - 1),
-                    weighting=self.config.weighting,
-                    round_number=number,
-                    min_updates=self.config.min_updates,
-                    asked={update: self._asked(update.name, examples[update.name]) for update in updates},
-                )
-            except UpdateRefusedError:
-                shutil.rmtree(work)  # or every rerun would fail over the same updates
-                raise
-            refused.extend(collected.refused)
-            for client, cause in collected.refused:
-                self.report(f"  {client}: {cause}")
-            losses = {
-                "loss_small": self._loss(self.package, staging / "adapter"),
-                "loss_full": self._loss(self.checkpoint, staging / "adapter"),
-            }
-            have = {client for past in range(1, number) for client in self._record(past)["bytes_by_client"]}
-            down = read_manifest(self._adapter(number - 1), AdapterManifest).total_bytes
-            record = traffic(updates, down, package.total_bytes, have) | {
-                "round": number,
-                **losses,
-                "energy_dropped": collected.manifest.energy_dropped,
-                "seconds": round(time.monotonic() - started, 1),
-                **peaks(updates),
-                "clients": [entry.model_dump() for entry in collected.manifest.contributions],
-                "refused": [{"client": client, "reason": cause} for client, cause in refused],
-            }
-            write_json(staging / "round.json", record)
-        shutil.rmtree(work, ignore_errors=True)
-        self.report(
-            f"round {number} committed: loss {losses['loss_small']:.3f} (package), "
-            f"{losses['loss_full']:.3f} (full model)"
-        )
+            receipt = server.receive(order, client, update)
+            if not receipt.accepted:
+                self.report(f"  {receipt.reason}")
 
     def _finish(self, package: PackageManifest) -> dict[str, Any]:
         last = self._adapter(self.config.rounds)
@@ -317,8 +312,9 @@ class _Federation:
         write_json(self.run / "summary.json", summary)
         return summary
 
-    def _asked(self, client: str, examples: int) -> Asked:
+    def _asked(self, client: str) -> Asked:
         """What a client can have trained on at the most: its examples, as often as the training arguments say."""
+        [examples] = [known.examples for known in read_check_ins(self.run) if known.client == client]
         training = self.config.training
         longest = training.get("max_length", DEFAULT_MAX_LENGTH)
         batch = training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1)
@@ -375,7 +371,3 @@ class _Federation:
 
     def _adapter(self, number: int) -> Path:
         return self._round(number) / "adapter"
-
-
-def _hub_options(data: DataConfig) -> dict[str, str | None]:
-    return {"split": data.hub_split, "revision": data.hub_revision}

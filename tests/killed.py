@@ -6,11 +6,15 @@ from pathlib import Path
 
 import torch
 
-from hf_fedlarge import rounds
+from hf_fedlarge import rounds, server
 from hf_fedlarge.config import load_federation
+from hf_fedlarge.journal import Journal
 from hf_fedlarge.trainers.launch import LAUNCHERS
 
-STEPS = ("write_json", "write_jsonl", "make_package", "start_adapter", "aggregate_updates", "merge")
+STEPS = {
+    rounds: ("write_json", "check_in", "make_package", "start_adapter", "aggregate_updates", "merge"),
+    server: ("write_json", "commit_directory"),
+}
 
 
 def run_until(federation: Path, output: Path, step: int) -> None:
@@ -34,6 +38,8 @@ def run_until(federation: Path, output: Path, step: int) -> None:
 
         return wrapper
 
-    for name in STEPS:
-        setattr(rounds, name, counted(getattr(rounds, name)))
+    for module, names in STEPS.items():
+        for name in names:
+            setattr(module, name, counted(getattr(module, name)))
+    Journal.write = counted(Journal.write)
     rounds.run_federation(load_federation(federation), output, counted(LAUNCHERS["inprocess"]))

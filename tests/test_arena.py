@@ -15,7 +15,7 @@ from hf_fedlarge.package import load_package
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_fedlarge.budget._UNASKED_BYTES", 0)  # more than all of a tiny model's activations
+    monkeypatch.setattr("hf_fedlarge.budget.UNASKED_BYTES", 0)  # more than all of a tiny model's activations
     model = load_package(make_package(tmp_path / "package", "llama"))
     return attach_lora(model, model.architecture, LoraSettings(rank=4)).train()
 

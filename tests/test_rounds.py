@@ -282,7 +282,9 @@ def test_a_round_below_its_quorum_commits_nothing(home, tmp_path):
             raise ClientFailedError("the battery is empty")
         LAUNCHERS["inprocess"](job)
 
-    with pytest.raises(UpdateRefusedError, match="1 of 1 updates are valid; at least 2 are needed"):
+    with pytest.raises(
+        UpdateRefusedError, match="Round 1 is abandoned: 1 valid updates of 4 clients; at least 2 are needed"
+    ):
         run(home, tmp_path / "run", train=train, cohort=None, min_updates=2, rounds=1)
     assert not (tmp_path / "run" / "rounds" / "0001").exists()
     run(home, tmp_path / "run", cohort=None, min_updates=2, rounds=1)

@@ -1,0 +1,74 @@
+"""Clients simulated on the server's machine: a data set split among them, each with files of its own.
+
+run/check_ins.json              who is there, with how many examples
+run/clients/NAME/train.jsonl    and held_out.jsonl
+run/held_out.jsonl              the clients' held-out examples together
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from hf_fedlarge.artifacts import write_json
+from hf_fedlarge.config import FederationConfig
+from hf_fedlarge.data import STDLIB, concatenate, load_examples, training_columns, write_jsonl
+from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.partition import hold_out, split_by_config
+from hf_fedlarge.plan import CheckIn
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+CHECK_INS = "check_ins.json"
+
+
+def split_clients(config: FederationConfig) -> dict[str, Dataset]:
+    """The data as each client has it; nothing is written.
+
+    Raises:
+        ConfigError: fewer clients than a round wants.
+        DataError: the data can't be read or split.
+    """
+    settings = config.data
+    local = settings.source == STDLIB or Path(settings.source).exists()
+    hub = {} if local else {"split": settings.hub_split, "revision": settings.hub_revision}
+    clients = split_by_config(load_examples(settings.source, **hub), settings, config.seed)
+    needed = max(config.cohort or 1, config.min_updates)
+    if len(clients) < needed:
+        raise ConfigError(f"The data makes {len(clients)} clients; {needed} are wanted in a round.")
+    return clients
+
+
+def check_in(clients: dict[str, Dataset], config: FederationConfig, run: Path) -> list[CheckIn]:
+    """Write each client's files into the run directory, and last of all who checked in.
+
+    Raises:
+        ConfigError: no client has enough examples for one to be held out.
+    """
+    settings, together, check_ins = config.data, [], []
+    for name, examples in clients.items():
+        if settings.max_examples and settings.max_examples < len(examples):
+            examples = examples.shuffle(seed=config.seed).select(range(settings.max_examples))
+        kept, held_out = hold_out(training_columns(examples), settings.held_out, config.seed)
+        home = run / "clients" / name
+        home.mkdir(parents=True, exist_ok=True)
+        write_jsonl(kept, home / "train.jsonl")
+        if held_out is not None:
+            write_jsonl(held_out, home / "held_out.jsonl")
+            together.append(held_out)
+        check_ins.append(CheckIn(name, examples=len(kept), memory_bytes=psutil.virtual_memory().total))
+    if not together:
+        raise ConfigError("No client has an example to hold out; give each at least two.")
+    write_jsonl(concatenate(together), run / "held_out.jsonl")
+    write_json(run / CHECK_INS, [asdict(known) for known in check_ins])
+    return check_ins
+
+
+def read_check_ins(run: Path) -> list[CheckIn]:
+    """Who checked in to a run."""
+    return [CheckIn(**entry) for entry in json.loads((run / CHECK_INS).read_text())]

@@ -1,0 +1,291 @@
+"""A round on the server: a state machine, selected → received → validated → aggregated → evaluated → committed.
+
+Every step is an entry of the run's journal, and what it made is whole before the entry is written. A server that was
+killed takes up the round where the journal ends: an accepted update counts and is not asked for again, a refused one
+stays refused, a client that did not answer is not asked twice. What a step would do again it does with the same bytes.
+
+    rounds/.0001.work/CLIENT/     an update, as it was received
+    rounds/.0001.work/.round/     the aggregated adapter, then the round's record
+    rounds/0001/                  the same directory, renamed: the round is committed
+
+A round whose valid updates are fewer than `min_updates` is abandoned: the state stays what it was. The next attempt
+draws other clients; the updates that were accepted count there.
+
+Nothing here knows how clients are reached. Whoever does asks `open` for the order, hands over with `receive` what
+comes and with `fail` what doesn't, and then calls `close`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hf_fedlarge.artifacts import (
+    AdapterManifest,
+    UpdateManifest,
+    commit_directory,
+    read_manifest,
+    staged_directory,
+    verify_files,
+    write_json,
+)
+from hf_fedlarge.config import FederationConfig
+from hf_fedlarge.errors import ArtifactError, UpdateRefusedError
+from hf_fedlarge.journal import Journal
+from hf_fedlarge.plan import CheckIn, sample_cohort
+from hf_fedlarge.update import read_update
+
+_STAGING = ".round"  # no client can be called so
+
+
+@dataclass(frozen=True)
+class Order:
+    """An open round: the clients to ask, in this order, and how many valid updates end it."""
+
+    round: int
+    attempt: int
+    clients: tuple[str, ...]
+    goal: int
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What became of an update: it counts, or why it doesn't. The same update handed over again gets the same."""
+
+    client: str
+    digest: str
+    accepted: bool
+    reason: str | None = None
+
+
+class RoundServer:
+    """One round of a run.
+
+    Args:
+        rounds: the run's directory of rounds.
+        number: the round's.
+        journal: the run's.
+        config: what the round is selected and closed by.
+        validate: checks one client's update and gives its manifest, or raises `UpdateRefusedError`.
+    """
+
+    def __init__(
+        self,
+        rounds: Path,
+        number: int,
+        journal: Journal,
+        config: FederationConfig,
+        validate: Callable[[str, Path], UpdateManifest],
+    ) -> None:
+        self.number, self.journal, self.config, self._validate = number, journal, config, validate
+        self.committed = rounds / f"{number:04d}"
+        self.work = rounds / f".{number:04d}.work"
+        self._since = time.monotonic()
+
+    # Selected
+
+    def open(self, check_ins: Sequence[CheckIn], needed_bytes: int = 0) -> Order:
+        """Draw the clients, or take up the order of a server that was killed.
+
+        Raises:
+            ConfigError: too few clients can take part.
+        """
+        missing = [client for client in self.accepted if not (self.work / client).exists()]
+        if missing or self._of("committed"):
+            raise ArtifactError(
+                f"{self.journal.path} says that round {self.number} "
+                + (f"accepted {missing[0]}'s update" if missing else "was committed")
+                + f", but {self.work / missing[0] if missing else self.committed} is missing; restore it from a copy, "
+                "or begin again with another --output."
+            )
+        self.work.mkdir(parents=True, exist_ok=True)
+        entries = self.journal.find("selected", round=self.number)
+        if not entries or self.journal.find("abandoned", round=self.number, attempt=entries[-1]["attempt"]):
+            attempt, config = len(entries) + 1, self.config
+            cohort = sample_cohort(
+                seen(check_ins, self.journal),
+                config.cohort,
+                config.seed,
+                self.number,
+                needed_bytes,
+                selection=config.selection,
+                spare=config.over_select,
+                attempt=attempt,
+            )
+            goal = config.cohort or len(cohort)
+            self._write("selected", attempt=attempt, clients=cohort, goal=goal)
+            entries = self.journal.find("selected", round=self.number)
+        last = entries[-1]
+        return Order(self.number, last["attempt"], tuple(last["clients"]), last["goal"])
+
+    def waiting(self, order: Order) -> list[str]:
+        """The clients that have been neither heard of nor given up; none once the goal or the deadline is reached."""
+        if len(self.accepted) >= order.goal or self.is_late or self._of("closed", attempt=order.attempt):
+            return []
+        heard = {entry["client"] for entry in self._of("validated", "failed", attempt=order.attempt)}
+        return [client for client in order.clients if client not in heard | self.accepted.keys()]
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the deadline, counted from when this server took the round up, has passed."""
+        deadline = self.config.deadline_seconds
+        return deadline is not None and time.monotonic() - self._since > deadline
+
+    def asked(self, client: str, down: int) -> None:
+        """Write down that a client is sent `down` bytes; a client that is asked again has them already."""
+        if not self._of("asked", client=client):
+            self._write("asked", client=client, bytes=down)
+
+    # Received and validated
+
+    @property
+    def accepted(self) -> dict[str, str]:
+        """Client → digest of its update, of those that count in this round."""
+        return {entry["client"]: entry["digest"] for entry in self._of("validated", accepted=True)}
+
+    def receive(self, order: Order, client: str, directory: Path) -> Receipt:
+        """Take a client's update and check it; what `directory` holds may be removed when this returns.
+
+        Handing the same update over again changes nothing. A client's first valid update counts; another one from it
+        is refused, and so is one that comes after the round was closed.
+        """
+        home = self.work / client
+        try:
+            digest = read_update(directory).digest
+        except ArtifactError:
+            digest = "unreadable"
+        for entry in self._of("validated", client=client, digest=digest):
+            if entry["accepted"] or entry["attempt"] == order.attempt:
+                return Receipt(client, digest, entry["accepted"], entry["reason"])
+        reason = self._refusal(order, client)
+        if reason is None:
+            try:
+                manifest = self._validate(client, directory)
+                if directory != home:
+                    # From here on it is our own copy that counts, and it is the one that was looked at.
+                    with staged_directory(home, overwrite=True) as staging:
+                        shutil.copytree(directory, staging, dirs_exist_ok=True)
+                        verify_files(staging, manifest)
+            except UpdateRefusedError as error:
+                reason = str(error)
+            except ArtifactError as error:
+                reason = f"{client} refused: {error}"
+        size = sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
+        measured = {} if reason else {"tokens": manifest.tokens, "seconds": manifest.measured.get("seconds")}
+        if not self._of("received", client=client, digest=digest):
+            self._write("received", client=client, digest=digest, bytes=size, **measured)
+        self._write(
+            "validated",
+            attempt=order.attempt,
+            client=client,
+            digest=digest,
+            accepted=reason is None,
+            reason=reason,
+        )
+        if reason is not None and directory == home:
+            shutil.rmtree(home)  # so that the client can be asked again in another attempt
+        return Receipt(client, digest, reason is None, reason)
+
+    def fail(self, order: Order, client: str, reason: str) -> None:
+        """Write down that a client gave no update."""
+        self._write("failed", attempt=order.attempt, client=client, reason=reason)
+
+    @property
+    def refused(self) -> list[dict[str, str]]:
+        """Who gave no update, or one that does not count, and why, in every attempt."""
+        entries = [*self._of("failed"), *self._of("validated", accepted=False)]
+        return [{"client": entry["client"], "reason": entry["reason"]} for entry in entries]
+
+    def _refusal(self, order: Order, client: str) -> str | None:
+        """Why an update isn't even looked at."""
+        if client not in order.clients and client not in self.accepted:
+            return f"{client} refused: it was not asked in round {self.number}."
+        if client in self.accepted:
+            return f"{client} refused: it sent more than one update; the first counts."
+        if self._of("closed", attempt=order.attempt) or self.is_late:
+            return f"{client} refused: its update came after round {self.number} was closed."
+        return None
+
+    # Aggregated, evaluated, committed
+
+    def close(
+        self,
+        order: Order,
+        aggregate: Callable[[list[Path], Path], object],
+        evaluate: Callable[[Path], dict[str, float]],
+        describe: Callable[[AdapterManifest, list[Path]], dict[str, Any]],
+    ) -> dict[str, Any]:
+        """Aggregate what was accepted, evaluate, commit; returns the round's record.
+
+        Args:
+            order: the open round.
+            aggregate: makes an adapter directory of update directories, which come in the order of clients' names.
+            evaluate: the losses of an adapter directory.
+            describe: what the record says besides, of the adapter and the updates.
+
+        Raises:
+            UpdateRefusedError: too few updates count; the round is abandoned and the run's state is what it was.
+        """
+        if not self._of("closed"):
+            if len(self.accepted) < self.config.min_updates:
+                self._write("abandoned", attempt=order.attempt, accepted=self.accepted)
+                raise UpdateRefusedError(
+                    f"Round {self.number} is abandoned: {len(self.accepted)} valid updates of {len(order.clients)} "
+                    f"clients; at least {self.config.min_updates} are needed. "
+                    + " ".join(entry["reason"] for entry in self.refused)
+                )
+            self._write("closed", attempt=order.attempt, clients=self.accepted)
+        updates = [self.work / client for client in sorted(self._of("closed")[0]["clients"])]
+        staging = self.work / _STAGING
+        staging.mkdir(exist_ok=True)
+        adapter = staging / "adapter"
+        if not adapter.exists():
+            aggregate(updates, adapter)
+        manifest = read_manifest(adapter, AdapterManifest)
+        if not self._of("aggregated"):
+            self._write("aggregated", adapter=manifest.digest)
+        if not self._of("evaluated"):
+            self._write("evaluated", losses=evaluate(adapter))
+        losses = self._of("evaluated")[0]["losses"]
+        record = {"round": self.number, **losses, **describe(manifest, updates), "refused": self.refused}
+        write_json(staging / "round.json", record)
+        commit_directory(staging, self.committed)
+        self.finish()
+        return record
+
+    def finish(self) -> None:
+        """Write down that the round is committed, and remove what it was made of."""
+        if not self._of("committed"):
+            self._write("committed", adapter=read_manifest(self.committed / "adapter", AdapterManifest).digest)
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def _of(self, *events: str, **fields: Any) -> list[dict[str, Any]]:
+        return self.journal.find(*events, round=self.number, **fields)
+
+    def _write(self, event: str, **fields: Any) -> None:
+        self.journal.write(event, round=self.number, **fields)
+
+
+def seen(check_ins: Sequence[CheckIn], journal: Journal) -> list[CheckIn]:
+    """The check-ins with what the server saw of each client in earlier rounds: its answers and its speed."""
+    asked = Counter(entry["client"] for entry in journal.find("asked"))
+    answered = Counter(entry["client"] for entry in journal.find("validated", accepted=True))
+    speed = {
+        entry["client"]: entry["tokens"] / entry["seconds"]
+        for entry in journal.find("received")
+        if entry.get("tokens") and entry.get("seconds")
+    }
+    return [
+        replace(
+            check_in,
+            asked=asked[check_in.client],
+            answered=answered[check_in.client],
+            tokens_per_second=speed.get(check_in.client, check_in.tokens_per_second),
+        )
+        for check_in in check_ins
+    ]

@@ -1,0 +1,125 @@
+"""What a client's memory is enough for: an estimate, and the largest package and adapter within it.
+
+The estimate adds up what `docs/performance.md` lists: libraries, the package's pages (mapped; with less memory they are
+read again every step), the arena, hidden states, one block's activations, what is kept of them, and the adapters with
+gradients and moments. Parts were measured, not the sum: `_SPARE` is what measured peaks had above the sum of the parts.
+
+Clients of different tiers meet in one aggregate: adapters speak in the base's layer numbers and are averaged as
+products.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_fedlarge.adapters import expected_shapes
+from hf_fedlarge.architectures import Architecture, describe, load_config
+from hf_fedlarge.budget import FULL_RATE_TOKENS, UNASKED_BYTES, WORKING
+from hf_fedlarge.config import Embeddings, LoraSettings
+from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.shrink import ShrinkPlan, plan_shrink
+
+LIBRARIES = 600 * 10**6
+_SPARE = 1.45
+_ADAPTER_BYTES = 16  # a value, its gradient and two moments in fp32
+_STATE_BYTES = 2  # bf16
+_MIN_RANK = 4
+# From the best down: leaving out neurons costs less of what is learned than leaving out layers (docs/transfer.md).
+_SHARES = (
+    (1.0, 1.0),
+    (1.0, 5 / 6),
+    (1.0, 2 / 3),
+    (1.0, 1 / 2),
+    (1.0, 3 / 8),
+    (3 / 4, 1 / 2),
+    (2 / 3, 1 / 2),
+    (1 / 2, 1 / 2),
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The package and the adapter for an amount of memory.
+
+    Attributes:
+        keep_layers, keep_neurons: the shares that stay.
+        rank: of the adapter.
+        plan: of the package.
+        needed_bytes: the estimate of what a client takes.
+    """
+
+    keep_layers: float
+    keep_neurons: float
+    rank: int
+    plan: ShrinkPlan
+    needed_bytes: int
+
+
+def client_bytes(architecture: Architecture, layers: int, package_bytes: int, lora: LoraSettings, tokens: int) -> int:
+    """An estimate of a client's peak memory on the CPU without `--memory_budget`.
+
+    Args:
+        architecture: of the full model.
+        layers: how many the package has.
+        package_bytes: its size.
+        lora: rank and targets of the adapter.
+        tokens: of one optimizer step, all its sequences together.
+    """
+    block = [
+        math.prod(architecture.parameters[f"{architecture.blocks}.0.{path}.weight"]) for path in architecture.linears
+    ]
+    shapes = expected_shapes(architecture, [0], lora)
+    width = architecture.parameters[f"{architecture.embedding}.weight"][-1]
+    # Every matrix's output once in bf16, and the block's width in fp32 and bf16 around norms and sums.
+    outputs = sum(values // width for values in block)
+    activations = min(tokens, FULL_RATE_TOKENS) * (2 * outputs + 16 * width)
+    own = (
+        sum(block) * _STATE_BYTES
+        + tokens * width * _STATE_BYTES * (layers + 2)
+        + WORKING * activations
+        + UNASKED_BYTES
+        + layers * sum(a[0] * a[1] + b[0] * b[1] for a, b in shapes.values()) * _ADAPTER_BYTES
+    )
+    return int(LIBRARIES + package_bytes + _SPARE * own)
+
+
+def fit_memory(checkpoint: Path, memory_bytes: int, tokens: int, lora: LoraSettings, embeddings: Embeddings) -> Fit:
+    """The best package and the highest rank, up to `lora.rank`, that fit into `memory_bytes`.
+
+    The package comes first: a lower rank costs less of what is learned than a smaller package.
+
+    Raises:
+        ConfigError: not even half of the layers and rank 4 fit; the message has what they need.
+        FedLargeError: as `plan_shrink`.
+    """
+    architecture = describe(load_config(checkpoint))
+    needed = 0
+    for keep_layers, keep_neurons in _SHARES:
+        if keep_neurons < 1 and architecture.feed_forward is None:
+            if keep_layers == 1:
+                continue
+            keep_neurons = 1.0
+        plan = plan_shrink(checkpoint, keep_layers=keep_layers, keep_neurons=keep_neurons, embeddings=embeddings)
+        rank = lora.rank
+        while rank >= min(_MIN_RANK, lora.rank):
+            settings = lora.model_copy(update={"rank": rank})
+            needed = client_bytes(architecture, len(plan.kept), plan.package_bytes, settings, tokens)
+            if needed <= memory_bytes:
+                return Fit(keep_layers, keep_neurons, rank, plan, needed)
+            rank //= 2
+    raise ConfigError(
+        f"{memory_bytes / 1e6:.0f} MB are too few for a client of {checkpoint} with {tokens} tokens a step: the "
+        f"smallest package needs {needed / 1e6:.0f} MB. Lower max_length or the batch, or leave such clients out."
+    )
+
+
+def describe_fit(fit: Fit, memory_bytes: int, tokens: int) -> str:
+    """The fit in a line, as the server prints it."""
+    neurons = f" with {fit.keep_neurons:.0%} of their neurons" if fit.keep_neurons < 1 else ""
+    return (
+        f"fits in {memory_bytes / 1e9:.1f} GB at {tokens} tokens: keep {len(fit.plan.kept)} of {fit.plan.layers} layers"
+        f"{neurons}, r={fit.rank}: {fit.plan.package_bytes / 1e6:.0f} MB to download, about "
+        f"{fit.needed_bytes / 1e6:.0f} MB in use"
+    )

@@ -1,0 +1,291 @@
+"""A round as a state machine: who counts, what a kill leaves, and that nothing happens twice."""
+
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import round_driver
+from federation import LORA, make_federation, make_update
+from round_driver import CLIENTS, check_ins, close, drive, make_server
+
+from hf_fedlarge.artifacts import AdapterManifest, read_manifest
+from hf_fedlarge.collect import start_adapter
+from hf_fedlarge.errors import ArtifactError, UpdateRefusedError
+from hf_fedlarge.journal import Journal
+from hf_fedlarge.plan import SELECTIONS, CheckIn, sample_cohort
+from hf_fedlarge.server import seen
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A package, the adapter of round 0, and an update of each of four clients."""
+    path = tmp_path_factory.mktemp("home")
+    _, package = make_federation(path)
+    start_adapter(package, path / "start", LORA, seed=0)
+    for seed, client in enumerate(CLIENTS):
+        make_update(path / "updates" / client, package, client, seed=seed, adapter=path / "start")
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(home, tmp_path_factory):
+    """A round that nothing interrupted."""
+    run = tmp_path_factory.mktemp("whole")
+    drive(home, run)
+    return run
+
+
+def digest(run):
+    return read_manifest(run / "rounds" / "0001" / "adapter", AdapterManifest).digest
+
+
+def events(run, *names):
+    return Journal(run / "journal.jsonl").find(*names)
+
+
+def test_the_journal_tells_the_round(whole):
+    names = [
+        entry["event"]
+        for entry in events(whole, *{entry["event"] for entry in Journal(whole / "journal.jsonl").entries})
+    ]
+    per_client = ["asked", "received", "validated"]
+    assert names == ["selected", *per_client * 3, "closed", "aggregated", "evaluated", "committed"]
+    [aggregated] = events(whole, "aggregated")
+    assert aggregated["adapter"] == digest(whole)
+    sizes = {entry["client"]: entry["bytes"] for entry in events(whole, "received")}
+    assert len(sizes) == 3
+    assert min(sizes.values()) > 1000
+    assert [path.name for path in (whole / "rounds").iterdir()] == ["0001"]
+
+
+def test_killed_at_every_write_a_rerun_ends_with_the_same_bytes_and_asks_nobody_twice(home, whole, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hf_fedlarge.rounds", "hf_fedlarge.trainers.launch"])
+    step = 0
+    while True:
+        step += 1
+        run = tmp_path / str(step)
+        process = context.Process(target=round_driver.drive_until, args=(home, run, step))
+        run.mkdir()
+        process.start()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        counted = {entry["client"] for entry in events(run, "validated")}
+        sent: list[str] = []
+        drive(home, run, sent)
+        assert digest(run) == digest(whole), step
+        assert not counted & set(sent), "an update that counted was asked for again"
+        assert len(events(run, "committed")) == 1
+        assert len(events(run, "validated")) == 3
+        assert not list((run / "rounds").glob(".*"))
+        if process.exitcode == 0:
+            break
+        shutil.rmtree(run)
+    assert step > 40  # 15 journal entries, 5 directories and a file, each before and after
+
+
+@pytest.mark.parametrize("problem", [errno.ENOSPC, errno.EROFS])
+def test_a_full_or_read_only_disk_at_any_sync_is_said_and_nothing_is_lost(home, whole, tmp_path, monkeypatch, problem):
+    fsync, step, failed, sentences = os.fsync, 0, 0, set()
+    while True:
+        step += 7  # each file of each directory is synced; some of them will do
+        left, run = step, tmp_path / str(step)
+        run.mkdir()
+
+        def failing(descriptor):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise OSError(problem, os.strerror(problem))
+            fsync(descriptor)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", failing)
+            try:
+                drive(home, run)
+            except OSError as error:
+                failed += 1
+                sentences.add(str(error))
+        drive(home, run)
+        assert digest(run) == digest(whole), step
+        if left > 0:
+            break
+    assert failed >= 3
+    word = "the disk is full" if problem == errno.ENOSPC else "read-only"
+    assert all(word in sentence for sentence in sentences), sentences
+
+
+def test_a_journal_line_that_was_cut_is_as_if_never_written(whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "journal.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]) + lines[-1][:-9])
+    journal = Journal(path)
+    assert len(journal.entries) == len(lines) - 1
+    journal.write("more", number=1)
+    assert Journal(path).entries[-1] == {"event": "more", "number": 1}
+
+
+@pytest.mark.parametrize("line", [b"{", b"[]", b'{"a": 1}', b"\xff", b'{"event": 3}'])
+def test_a_journal_that_something_else_wrote_in_is_refused(tmp_path, line):
+    (tmp_path / "journal.jsonl").write_bytes(b'{"event": "a"}\n' + line + b"\n")
+    with pytest.raises(ArtifactError, match="damaged in line 2"):
+        Journal(tmp_path / "journal.jsonl")
+
+
+def opened(home, run, **changes):
+    server = make_server(home, run, **changes)
+    return server, server.open(check_ins())
+
+
+def test_handing_an_update_over_again_changes_nothing(home, tmp_path):
+    server, order = opened(home, tmp_path)
+    client = order.clients[0]
+    first = server.receive(order, client, home / "updates" / client)
+    before = list(server.journal.entries)
+    again = make_server(home, tmp_path).receive(order, client, home / "updates" / client)
+    assert first.accepted
+    assert again == first
+    assert Journal(tmp_path / "journal.jsonl").entries == before
+
+
+def test_a_second_update_and_one_that_was_not_asked_for_are_refused(home, tmp_path):
+    server, order = opened(home, tmp_path)
+    client = order.clients[0]
+    assert server.receive(order, client, home / "updates" / client).accepted
+    other = make_update(tmp_path / "other", home / "package", client, seed=99, adapter=home / "start")
+    assert other
+    receipt = server.receive(order, client, tmp_path / "other")
+    assert not receipt.accepted
+    assert "more than one update; the first counts" in receipt.reason
+    [stranger] = set(CLIENTS) - set(order.clients)
+    assert "was not asked" in server.receive(order, stranger, home / "updates" / stranger).reason
+    assert server.accepted.keys() == {client}
+
+
+def test_what_was_accepted_is_a_copy_of_its_own(home, tmp_path):
+    server, order = opened(home, tmp_path)
+    client = order.clients[0]
+    shutil.copytree(home / "updates" / client, tmp_path / "sent")
+    assert server.receive(order, client, tmp_path / "sent").accepted
+    shutil.rmtree(tmp_path / "sent")
+    assert (server.work / client / "adapter_model.safetensors").stat().st_size > 1000
+
+
+def test_a_round_ends_with_as_many_updates_as_wanted_of_more_that_were_asked(home, tmp_path):
+    _, order = opened(home, tmp_path, cohort=2, over_select=1.0)
+    assert len(order.clients) == 4
+    assert order.goal == 2
+    sent = []
+    drive(home, tmp_path, sent, cohort=2, over_select=1.0)
+    assert sent == list(order.clients[:2])
+
+
+def test_after_the_deadline_nobody_is_waited_for_and_what_comes_is_late(home, tmp_path):
+    server, order = opened(home, tmp_path, deadline_seconds=0.2)
+    first, second, third = order.clients
+    assert server.receive(order, first, home / "updates" / first).accepted
+    assert server.waiting(order) == [second, third]
+    time.sleep(0.25)
+    assert server.waiting(order) == []
+    late = server.receive(order, second, home / "updates" / second)
+    assert "after round 1 was closed" in late.reason
+    with pytest.raises(UpdateRefusedError, match="abandoned: 1 valid updates of 3 clients; at least 2 are needed"):
+        close(server, order, home)
+    assert not server.committed.exists()
+
+
+def test_an_abandoned_round_keeps_what_was_accepted_for_the_next_attempt(home, tmp_path):
+    server, order = opened(home, tmp_path)
+    first = order.clients[0]
+    server.receive(order, first, home / "updates" / first)
+    for client in order.clients[1:]:
+        server.fail(order, client, f"{client} has no power")
+    assert server.waiting(order) == []
+    with pytest.raises(UpdateRefusedError, match="has no power"):
+        close(server, order, home)
+    again = make_server(home, tmp_path)
+    order = again.open(check_ins())
+    assert order.attempt == 2
+    assert first not in again.waiting(order)
+    sent = []
+    drive(home, tmp_path, sent)
+    assert first not in sent
+    record = json.loads((tmp_path / "rounds" / "0001" / "round.json").read_text())
+    assert first in record["clients"]
+    assert len(record["clients"]) >= 3
+
+
+def test_what_the_journal_says_was_committed_must_be_there(home, whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "rounds" / "0001")
+    with pytest.raises(ArtifactError, match=r"accepted .*'s update, but .* is missing; restore it"):
+        make_server(home, tmp_path).open(check_ins())
+
+
+def test_evaluation_is_not_repeated_after_a_kill(home, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    server, order = opened(home, tmp_path)
+    for client in order.clients:
+        server.receive(order, client, home / "updates" / client)
+    calls = []
+
+    def evaluate(adapter):
+        calls.append(adapter)
+        return {"loss_small": 2.5}
+
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_fedlarge.server.write_json", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            close(server, order, home, evaluate)
+    record = close(make_server(home, tmp_path), order, home, evaluate)
+    assert len(calls) == 1
+    assert record["loss_small"] == 2.5
+
+
+def test_the_server_remembers_who_answered_and_how_fast(whole):
+    known = {check_in.client: check_in for check_in in seen(check_ins(), Journal(whole / "journal.jsonl"))}
+    asked = {entry["client"] for entry in events(whole, "asked")}
+    for client in CLIENTS:
+        assert known[client].asked == known[client].answered == (client in asked)
+
+
+@pytest.mark.parametrize(
+    ("selection", "favoured"),
+    [("uniform", None), ("data", "rich"), ("availability", "there"), ("resources", "fast")],
+)
+def test_a_policy_draws_those_it_favours_more_often(selection, favoured):
+    clients = [
+        CheckIn("plain", 10, tokens_per_second=10, asked=10, answered=5),
+        CheckIn("rich", 90, tokens_per_second=10, asked=10, answered=5),
+        CheckIn("there", 10, tokens_per_second=10, asked=100, answered=100),
+        CheckIn("gone", 10, tokens_per_second=10, asked=100, answered=0),
+        CheckIn("fast", 10, tokens_per_second=90, asked=10, answered=5),
+        CheckIn("new", 10),
+    ]
+    drawn = [sample_cohort(clients, 1, 0, number, selection=selection)[0] for number in range(600)]
+    counts = {check_in.client: drawn.count(check_in.client) for check_in in clients}
+    if favoured is None:
+        assert max(counts.values()) < 140
+    else:
+        assert max(counts, key=counts.get) == favoured
+        # As often as its weight says.
+        weights = SELECTIONS[selection](clients)
+        share = dict(zip(counts, weights, strict=True))[favoured] / sum(weights)
+        assert counts[favoured] / 600 == pytest.approx(share, abs=0.07)
+    assert counts["gone"] < 140
+
+
+def test_spare_clients_are_as_many_as_there_are():
+    clients = [CheckIn(f"c{index}", 1) for index in range(5)]
+    assert len(sample_cohort(clients, 2, 0, 1, spare=0.5)) == 3
+    assert len(set(sample_cohort(clients, 4, 0, 1, spare=9.0))) == 5
+    attempts = {tuple(sample_cohort(clients, 2, 0, 1, attempt=attempt)) for attempt in range(1, 9)}
+    assert len(attempts) > 2
