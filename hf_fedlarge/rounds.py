@@ -133,7 +133,8 @@ class _Federation:
         package = read_manifest(self.package, PackageManifest)
         verify_files(self.package, package)
         if not self._adapter(0).exists():
-            start_adapter(self.package, self._adapter(0), self.config.lora, self.config.seed)
+            aggregator = self.config.aggregator
+            start_adapter(self.package, self._adapter(0), self.config.lora, self.config.seed, aggregator=aggregator)
         self._baseline()
         for number in range(1, self.config.rounds + 1):
             if not self._round(number).exists():
@@ -244,9 +245,8 @@ class _Federation:
                     updates,
                     self.package,
                     staging / "adapter",
-                    aggregator=self.config.aggregator,
+                    settings=self.config,
                     previous=self._adapter(number - 1),
-                    weighting=self.config.weighting,
                     round_number=number,
                     min_updates=self.config.min_updates,
                     asked={update: self._asked(update.name, examples[update.name]) for update in updates},
