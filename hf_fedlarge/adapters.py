@@ -8,16 +8,18 @@ LoRA: arXiv 2106.09685.
 
 from __future__ import annotations
 
+import json
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from hf_fedlarge.architectures import Architecture
@@ -29,6 +31,7 @@ from hf_fedlarge.tensors import Factors, SafetensorsWriter
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+CARRY_WEIGHTS = "carry.safetensors"
 _PREFIX = "base_model.model."
 
 
@@ -157,53 +160,137 @@ def write_adapter(
     directory: Path, factors: dict[str, Factors], lora: LoraSettings, architecture: Architecture, base_id: str
 ) -> None:
     """Write PEFT's two files of an adapter in global layer numbers into `directory`, which exists."""
-    layers = sorted({architecture.layer_of(f"{module}.") for module in factors})
+    write_config(directory, list(factors), lora, architecture, base_id)
+    with AdapterWriter(directory) as writer:
+        for module in sorted(factors):
+            writer.write(module, factors[module])
+
+
+def write_config(
+    directory: Path, modules: list[str], lora: LoraSettings, architecture: Architecture, base_id: str
+) -> None:
+    """Write PEFT's description of an adapter that has factors for `modules`."""
     config = _peft_config(
         architecture,
         lora,
-        layers_to_transform=layers,
+        layers_to_transform=sorted({architecture.layer_of(f"{module}.") for module in modules}),
         layers_pattern=architecture.blocks.rpartition(".")[2],
         base_model_name_or_path=base_id,
         inference_mode=True,
     )
     # peft keeps the targets as a set and writes them in its order, which differs from one process to the next.
     write_json(directory / ADAPTER_CONFIG, config.to_dict() | {"target_modules": sorted(config.target_modules)})
-    tensors = {}
-    for module in sorted(factors):
-        A_RI, B_OR = factors[module]
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = A_RI.float()
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = B_OR.float()
-    infos = {name: (torch.float32, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with SafetensorsWriter(directory / ADAPTER_WEIGHTS, infos) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
 
 
 class AdapterReader:
     """An adapter's factors, one module at a time, from files that were checked before (`update.py`).
 
-    Attributes:
-        modules: paths in global numbers, in the order of the file.
+    Nothing is mapped, and what it keeps is small: hundreds of adapters can be open side by side. Of the files that an
+    adapter needn't have, one that isn't there has no modules.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / ADAPTER_WEIGHTS
-        suffix = ".lora_A.weight"
-        with safe_open(self._path, framework="pt") as file:
-            names = [name for name in file.keys() if name.endswith(suffix)]  # noqa: SIM118 (it is no dict)
-        self.modules = [name.removeprefix(_PREFIX).removesuffix(suffix) for name in names]
+    def __init__(self, directory: Path, name: str = ADAPTER_WEIGHTS) -> None:
+        self._path = directory / name
+        self._places: dict[str, list[tuple[int, list[int]]]] = {}
+        if name != ADAPTER_WEIGHTS and not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        for name in header:
+            if name.endswith(".lora_A.weight"):
+                module = name.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+                entries = [header[f"{_PREFIX}{module}.lora_{letter}.weight"] for letter in "AB"]
+                assert all(entry["dtype"] == "F32" for entry in entries), f"{self._path}: {module} is not fp32"
+                places = [(8 + length + entry["data_offsets"][0], entry["shape"]) for entry in entries]
+                self._places[sys.intern(module)] = places
+
+    @property
+    def modules(self) -> list[str]:
+        """Paths in global numbers, in the order of the file."""
+        return list(self._places)
+
+    def __contains__(self, module: str) -> bool:
+        return module in self._places
 
     def read(self, module: str) -> Factors:
-        """The fp32 factors of one module; the file is mapped for no longer than this takes."""
-        with safe_open(self._path, framework="pt") as file:
-            A_RI, B_OR = (file.get_tensor(f"{_PREFIX}{module}.lora_{letter}.weight") for letter in "AB")
-        return Factors(A_RI.float(), B_OR.float())
+        """The fp32 factors of one module."""
+        found = []
+        with self._path.open("rb", buffering=0) as file:
+            for start, shape in self._places[module]:
+                factor = torch.empty(shape)
+                file.seek(start)
+                assert file.readinto(factor.numpy().data.cast("B")) == factor.nbytes, f"{self._path} ends too early"
+                found.append(factor)
+        return Factors(*found)
+
+
+class AdapterWriter:
+    """Factors to a file as `AdapterReader` reads it, one module at a time; their ranks need not be known before.
+
+    They wait in a file beside it, since a safetensors file begins with all shapes. Without any there will be no file.
+    """
+
+    def __init__(self, directory: Path, name: str = ADAPTER_WEIGHTS) -> None:
+        self._path = directory / name
+        self._waiting = self._path.with_name(f".{name}.waiting")
+        self._file = self._waiting.open("wb")
+        self._shapes: dict[str, tuple[int, ...]] = {}
+
+    def write(self, module: str, factors: Factors) -> None:
+        """The next module's factors, as fp32."""
+        for letter, factor in zip("AB", factors, strict=True):
+            self._shapes[f"{_PREFIX}{module}.lora_{letter}.weight"] = tuple(factor.shape)
+            self._file.write(factor.float().contiguous().numpy().data.cast("B"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if kind is None and self._shapes:
+            infos = {name: (torch.float32, shape) for name, shape in self._shapes.items()}
+            with SafetensorsWriter(self._path, infos) as writer, self._waiting.open("rb") as file:
+                for name, shape in self._shapes.items():
+                    factor = torch.empty(shape)
+                    file.readinto(factor.numpy().data.cast("B"))
+                    writer.write(name, factor)
+        self._waiting.unlink()
 
 
 def read_factors(directory: Path) -> dict[str, Factors]:
     """Module path in global numbers → fp32 factors of an adapter whose files were checked before (`update.py`)."""
     reader = AdapterReader(directory)
     return {module: reader.read(module) for module in reader.modules}
+
+
+def read_state(directory: Path, lora: LoraSettings) -> tuple[LoraSettings, dict[str, Factors]]:
+    """The whole state of a federation, adapter and carry side by side as one adapter of a higher rank.
+
+    Args:
+        directory: an adapter whose files were checked before.
+        lora: its settings, from its manifest.
+
+    Returns:
+        The settings of the whole, whose product counts as before, and module path → fp32 factors, filled up with zeros
+        where a module has less to carry than others.
+    """
+    factors, carry = read_factors(directory), AdapterReader(directory, CARRY_WEIGHTS)
+    if not carry.modules:
+        return lora, factors
+    carried = {module: carry.read(module) for module in carry.modules}
+    rank = lora.rank + max(len(A_CI) for A_CI, _ in carried.values())
+    for module, (A_RI, B_OR) in factors.items():
+        whole = Factors(A_RI.new_zeros(rank, A_RI.shape[1]), B_OR.new_zeros(len(B_OR), rank))
+        start = 0
+        for A_XI, B_OX in [(A_RI, B_OR), *([carried[module]] if module in carried else [])]:
+            whole.A_RI[start : start + len(A_XI)] = A_XI
+            whole.B_OR[:, start : start + len(A_XI)] = B_OX
+            start += len(A_XI)
+        factors[module] = whole
+    return lora.model_copy(update={"rank": rank, "alpha": lora.scale * rank, "rslora": False}), factors
 
 
 def tensor_shapes(expected: dict[str, tuple[tuple[int, int], tuple[int, int]]]) -> dict[str, tuple[int, int]]:

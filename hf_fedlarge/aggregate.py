@@ -1,153 +1,215 @@
 """Combining clients' adapters: pure tensor functions, one module's factors at a time.
 
-What a client trained is the product `scale` · B A, so products are what has to be averaged. `exact` does that;
-`fedavg` averages the factors, the common recipe, and is here to be compared with. Everything is computed in fp64 and
-returned in fp32. Nothing here trusts or checks a client: its tensors were validated when its update was read.
+What a client trained is the product `scale` · B A, so products are what has to be averaged. `exact` does that and
+carries on what doesn't fit into the rank. `fedavg` averages the factors, the common recipe, and is here to be compared
+with; where one factor is the same for all clients it is exact as well. Everything is computed in fp64 (sums of very
+many columns in fp32) and returned in fp32. Nothing here trusts or checks a client: its tensors were validated when its
+update was read. `docs/aggregation.md` compares all aggregators.
 
-Left out: server optimizers (FedAdam and kin), which need a state between rounds that the adapter alone doesn't hold.
+Every aggregator takes the clients' changes and the adapter they are changes of, so that clipped, stale or rescaled
+changes need no aggregator of their own: the result stands for parent + Σ share · (client − what it started from).
 
-Shapes: O out-features, I in-features, R a rank, S all clients' ranks together, K kept singular values.
+Shapes: O out-features, I in-features, R a rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 
 from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.products import Term, distance, merged, truncate
 from hf_fedlarge.tensors import Factors
 
-_Client = tuple[float, float, Factors]  # share, scale, factors
+Trained = Literal["both", "A", "B"]
+
+
+class Change(NamedTuple):
+    """What one client did to a module.
+
+    Attributes:
+        share: how much its change counts; those of a cohort sum to 1, unless some were clipped, came late or a server
+            learning rate is set.
+        scale: what its product is multiplied by, `LoraSettings.scale`.
+        factors: its A (R_i, I) and B (O, R_i).
+        base: what it started from, of the same scale; None: from nothing.
+    """
+
+    share: float
+    scale: float
+    factors: Factors
+    base: Factors | None = None
 
 
 class Aggregate(NamedTuple):
-    """One module's aggregated factors, and how far their product is from the weighted sum of the clients' products.
+    """One module's aggregated factors, and how far they are from the weighted sum of the clients' products.
 
     Attributes:
         factors: fp32 A_RI and B_OR of the rank and for the scale asked for.
-        energy: squared Frobenius norm of the exact sum, the i-th client counting w_i · scale_i · B_i A_i.
-        dropped: squared Frobenius norm of the exact sum less the product of `factors`: what truncation dropped in
-            `exact`, what averaging the factors lost in `fedavg`.
+        energy: squared Frobenius norm of the exact sum, parent + Σ share_i · (scale_i B_i A_i − base_i).
+        dropped: squared Frobenius norm of the exact sum less the product of `factors` and `carry`: what truncation
+            dropped in `exact`, what averaging the factors lost in `fedavg`.
+        carry: fp32 factors of what is carried on beyond the rank, for the same scale; None: nothing.
+        carried: their squared Frobenius norm.
     """
 
     factors: Factors
     energy: float
     dropped: float
+    carry: Factors | None = None
+    carried: float = 0.0
 
 
 def exact(
-    factors: Sequence[Factors], weights: torch.Tensor, scales: Sequence[float], rank: int, scale: float
+    changes: Sequence[Change],
+    rank: int,
+    scale: float,
+    *,
+    parent: Factors | None = None,
+    more: Sequence[Term] = (),
+    carry_rank: int | None = None,
+    carry_energy: float = 0.0,
 ) -> Aggregate:
-    """The weighted sum of the clients' products, best approximated in `rank` (Eckart-Young).
+    """The sum of the products, best approximated in `rank`; the rest is carried on, so that nothing is lost.
 
-    The clients' factors side by side are a factorization of the sum (FLoRA, arXiv 2409.05976). QR of both sides and an
-    SVD of the small core between them give its singular vectors; no O x I matrix is ever made. Of U S V^T the result
-    keeps `rank` directions as B = U S / scale and A = V^T. The rows of A are orthonormal, so a direction of no weight
-    can still learn: its column of B is zero, and its row of A is a fixed pseudo-random one, as in a fresh adapter.
-    Each column of B has its largest entry positive, so that the order of the clients changes nothing but rounding.
+    Clients get the first `rank` directions (`products.truncate` says how). The rest stays with the server as factors
+    of their own, and is given to the next round's sum in `more`: error feedback (arXiv 1901.09847) for a truncation,
+    in place of the dense residual that FedEx-LoRA (arXiv 2410.09432) adds to the base. State = `factors` + `carry`.
+    Linear in the clients' products; ranks and scales may differ.
 
     Args:
-        factors: each client's A (R_i, I) and B (O, R_i); ranks may differ.
-        weights: (clients,) fp64, at least 0; normalised here. A client of weight 0 has no influence at all.
-        scales: what each client's product is multiplied by, `LoraSettings.scale`.
-        rank: the result's rank. Beyond O, columns of B are zero; beyond I, rows of A are of norm 1 but no longer
-            orthogonal.
+        changes: of the clients that have this module.
+        rank: the result's rank.
         scale: what the result's product will be multiplied by.
+        parent: the adapter before; None: there is none, so clients started from nothing.
+        more: what is added to the sum as it is, such as the carry of the round before.
+        carry_rank: the largest rank of the carry; None: any.
+        carry_energy: the carry ends where what is left is this share of the sum's energy.
 
     Raises:
-        ConfigError: the weights are negative, not finite or all zero, or rank or scale is not positive.
+        ConfigError: rank or scale is not positive.
     """
-    clients = _clients(factors, weights, scales, rank, scale)
-    U_OK, S_K, V_KI = _svd(clients)
-    signs_1K = U_OK.gather(0, U_OK.abs().argmax(0, keepdim=True)).sign()
-    kept = min(rank, len(S_K))
-    B_OR = torch.zeros(len(U_OK), rank, dtype=torch.float64)
-    B_OR[:, :kept] = (U_OK * signs_1K * S_K)[:, :kept] / scale
-    A_RI = _with_fresh_rows((V_KI * signs_1K.T)[:kept], rank)
-    return Aggregate(Factors(A_RI.float(), B_OR.float()), _squared(S_K), _squared(S_K[rank:]))
+    _check(rank, scale)
+    factors, carry, energy, carried, dropped = truncate(
+        merged([*product_terms(changes, parent, scale), *more]), rank, scale, carry_rank, carry_energy
+    )
+    return Aggregate(factors, energy, dropped, carry, carried)
 
 
 def fedavg(
-    factors: Sequence[Factors], weights: torch.Tensor, scales: Sequence[float], rank: int, scale: float
+    changes: Sequence[Change],
+    rank: int,
+    scale: float,
+    *,
+    parent: Factors | None = None,
+    trained: Trained = "both",
 ) -> Aggregate:
     """The weighted means of the clients' A and of their B, each averaged by itself (McMahan 2017, arXiv 1602.05629).
 
     Their product is not the mean of the products: mean(B A) - mean(B) mean(A) = mean((B - mean B)(A - mean A)):
     nothing where the clients agree on A or on B, and hardly nothing elsewhere. `dropped` measures that disagreement.
 
+    Where clients train one factor of two, and the other is the same for all, the mean is that of the products and
+    nothing is lost: `ffa` trains B alone (FFA-LoRA, arXiv 2403.12313), `alternate` A and B in turn (RoLoRA,
+    arXiv 2409.02346). The factor that isn't trained comes back bit for bit.
+
     Args:
-        factors: each client's A (R, I) and B (O, R), all of the same rank.
-        weights: (clients,) fp64, at least 0; normalised here. A client of weight 0 has no influence at all.
-        scales: what each client's product is multiplied by; all the same.
+        changes: of the clients that have this module, all of one rank.
         rank: the clients' rank.
         scale: the clients' scale.
+        parent: the adapter before; None: there is none, so clients started from nothing.
+        trained: which factors are; the other one must be the same for all.
 
     Raises:
-        ConfigError: as `exact`, or a client's rank or scale is another than the result's.
+        ConfigError: as `exact`, a client's rank or scale is another than the result's, or factors differ that nobody
+            was to train.
     """
-    clients = _clients(factors, weights, scales, rank, scale)
-    for _, own, (A_RI, _) in clients:
-        if len(A_RI) != rank or own != scale:
+    _check(rank, scale)
+    changes = [change for change in changes if change.share]
+    for change in changes:
+        if len(change.factors.A_RI) != rank or change.scale != scale:
             raise ConfigError(
-                f"fedavg averages factors of one rank and scale, {rank} and {scale:g} here, but a client has "
-                f"{len(A_RI)} and {own:g}; use the aggregator exact."
+                f"This aggregator averages factors of one rank and scale, {rank} and {scale:g} here, but a client has "
+                f"{len(change.factors.A_RI)} and {change.scale:g}; use the aggregator exact."
             )
-    mean_A_RI = torch.stack([share * A for share, _, (A, _) in clients]).sum(0)
-    mean_B_OR = torch.stack([share * B for share, _, (_, B) in clients]).sum(0)
-    centred = [(share, own, Factors(A - mean_A_RI, B - mean_B_OR)) for share, own, (A, B) in clients]
-    mean = Factors(mean_A_RI.float(), mean_B_OR.float())
-    return Aggregate(mean, energy=_squared(_svd(clients)[1]), dropped=_squared(_svd(centred)[1]))
+    result = averaged(changes, parent)
+    if trained != "both":
+        frozen = "BA".index(trained)
+        common = changes[0].factors[frozen] if parent is None else parent[frozen]
+        if not all(torch.equal(factors[frozen], common) for factors in _all_factors(changes)):
+            raise ConfigError(f"Clients' {'AB'[frozen]} differ, though only {trained} was to be trained; use exact.")
+        result = result._replace(**{Factors._fields[frozen]: common.double()})
+    products = merged(product_terms(changes, parent, scale))
+    if trained == "both":
+        energy, dropped = distance(products, Term(scale, result))
+    else:
+        energy, dropped = distance([Term(scale, result)], Term(scale, result))[0], 0.0
+    return Aggregate(Factors(result.A_RI.float(), result.B_OR.float()), energy, dropped)
 
 
-AGGREGATORS: dict[str, Callable[[Sequence[Factors], torch.Tensor, Sequence[float], int, float], Aggregate]] = {
-    "exact": exact,
-    "fedavg": fedavg,
-}
+def averaged(changes: Sequence[Change], parent: Factors | None = None) -> Factors:
+    """parent + Σ share · (client − base) of A and of B, each by itself; in fp64."""
+    terms = merged(_deviations(changes, parent))
+    if not terms:  # nobody changed anything
+        return Factors(*(torch.zeros_like(factor, dtype=torch.float64) for factor in changes[0].factors))
+    return Factors(*(_sum([(coefficient, factors[index]) for coefficient, factors in terms]) for index in (0, 1)))
 
 
-def _clients(
-    factors: Sequence[Factors], weights: torch.Tensor, scales: Sequence[float], rank: int, scale: float
-) -> list[_Client]:
-    """Share, scale and factors in fp64 of every client that counts; the shares sum to 1."""
-    assert len(factors) == len(weights) == len(scales), "one weight and one scale a client"
-    weights = weights.double()
-    total = weights.sum().item()
-    if not (torch.isfinite(weights).all() and (weights >= 0).all() and 0 < total < float("inf")):
-        found = ", ".join(f"{weight:g}" for weight in weights.tolist())
+def trained_in(aggregator: str | None, round_number: int) -> Trained:
+    """Which factors the clients of a round train: `alternate` begins with B, for a fresh adapter's B is zero."""
+    if aggregator == "ffa":
+        return "B"
+    if aggregator == "alternate":
+        return "B" if round_number % 2 else "A"
+    return "both"
+
+
+def shares(weights: Sequence[float]) -> list[float]:
+    """Weights divided by their sum.
+
+    Raises:
+        ConfigError: the weights are negative, not finite or all zero.
+    """
+    total = sum(weights)
+    if not 0 < total < math.inf or min(weights) < 0:
+        found = ", ".join(f"{weight:g}" for weight in weights)
         raise ConfigError(f"The clients' weights are [{found}]; expected finite ones, none negative, not all zero.")
-    if rank < 1 or not 0 < scale < float("inf"):
+    return [weight / total for weight in weights]
+
+
+def product_terms(changes: Sequence[Change], parent: Factors | None, scale: float) -> list[Term]:
+    """parent + Σ share · (client − base) as a sum of products; a client of share 0 is not in it at all."""
+    scales = {id(change.factors): change.scale for change in changes}
+    scales |= {id(change.base): change.scale for change in changes}
+    scales[id(parent)] = scale
+    return [Term(coefficient * scales[id(factors)], factors) for coefficient, factors in _deviations(changes, parent)]
+
+
+def _all_factors(changes: Sequence[Change]) -> list[Factors]:
+    return [factors for change in changes for factors in (change.factors, change.base) if factors is not None]
+
+
+def _deviations(changes: Sequence[Change], parent: Factors | None) -> list[Term]:
+    terms = [Term(1.0, parent)] if parent is not None else []
+    for change in changes:
+        if change.share:
+            terms.append(Term(change.share, change.factors))
+            if change.base is not None:
+                terms.append(Term(-change.share, change.base))
+    return terms
+
+
+def _sum(terms: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor:
+    coefficient, first = terms[0]
+    total = first.double() * coefficient
+    for coefficient, factor in terms[1:]:
+        total.add_(factor, alpha=coefficient)
+    return total
+
+
+def _check(rank: int, scale: float) -> None:
+    if rank < 1 or not 0 < scale < math.inf:
         raise ConfigError(f"The aggregate's rank is {rank} and its scale {scale:g}; expected positive numbers.")
-    return [
-        (weight / total, own, Factors(A.double(), B.double()))
-        for (A, B), weight, own in zip(factors, weights.tolist(), scales, strict=True)
-        if weight > 0
-    ]
-
-
-def _svd(clients: list[_Client]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U_OK, S_K, V_KI of the weighted sum of products, without singular values that are zero but for rounding."""
-    B_OS = torch.cat([share * scale * B for share, scale, (_, B) in clients], dim=1)
-    A_SI = torch.cat([A for _, _, (A, _) in clients])
-    Q_OM, R_MS = torch.linalg.qr(B_OS)
-    Q_IN, R_NS = torch.linalg.qr(A_SI.T)
-    U_MK, S_K, V_KN = torch.linalg.svd(R_MS @ R_NS.T, full_matrices=False)
-    # Against the factors' norms and not the largest singular value: where clients cancel, that one is noise itself.
-    noise = torch.finfo(torch.float64).eps * max(len(B_OS), A_SI.shape[1]) * R_MS.norm() * R_NS.norm()
-    kept = int(S_K.gt(noise).sum())
-    return Q_OM @ U_MK[:, :kept], S_K[:kept], V_KN[:kept] @ Q_IN.T
-
-
-def _with_fresh_rows(V_KI: torch.Tensor, rank: int) -> torch.Tensor:
-    """`V_KI` and below it further orthonormal rows, up to `rank`; the same ones for the same `V_KI`."""
-    kept, width = V_KI.shape
-    fresh_XI = torch.randn(rank - kept, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    fresh_XI /= fresh_XI.norm(dim=1, keepdim=True)
-    room = width - kept
-    Q_IX, _ = torch.linalg.qr(torch.cat([V_KI, fresh_XI[:room]]).T)
-    return torch.cat([V_KI, Q_IX.T[kept:], fresh_XI[room:]])
-
-
-def _squared(values: torch.Tensor) -> float:
-    return values.square().sum().item()

@@ -126,17 +126,23 @@ class UpdateManifest(Manifest):
 
 
 class Contribution(Record):
-    """One accepted update and the share it had in the aggregate."""
+    """One accepted update and the share it had in the aggregate, and by how many rounds it came late."""
 
     client: str
     digest: Digest
     weight: float
     examples: Count
     tokens: Count
+    staleness: Count = 0
 
 
 class AdapterManifest(Manifest):
-    """The federation's state after a round: one adapter in fp32, in global layer numbers."""
+    """The federation's state after a round: one adapter in fp32, in global layer numbers.
+
+    `trains` is what the clients of the next round train. What didn't fit into the adapter's rank is in the carry, of up
+    to `carry_rank` (0: there is none): the server's alone, but a part of what is merged and published. Of the energy
+    of both, `energy_carried` is the carry's share, and `energy_dropped` is what is in neither.
+    """
 
     kind: Literal["adapter"] = "adapter"
     base: BaseModelEntry
@@ -149,6 +155,10 @@ class AdapterManifest(Manifest):
     weighting: str | None = None
     contributions: list[Contribution] = []
     energy_dropped: float = 0.0
+    energy_carried: float = 0.0
+    carry_rank: Count = 0
+    trains: Literal["both", "A", "B"] = "both"
+    server_optimizer: str | None = None
 
 
 class CheckpointManifest(Manifest):

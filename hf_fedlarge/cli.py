@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_fedlarge.errors import ConfigError, FedLargeError
+from hf_fedlarge.options import add_aggregation, chosen_aggregation
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,11 +91,11 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("updates", nargs="+", type=Path, metavar="UPDATE", help="update directories")
     one.add_argument("--package", type=Path, required=True, help="the package they were trained on")
     one.add_argument("-o", "--output", type=Path, required=True, help="the adapter directory to make")
-    one.add_argument("--aggregator", default="exact", help="exact (the products, truncated) or fedavg (the factors)")
     one.add_argument("--adapter", type=Path, metavar="PREVIOUS", help="the adapter the clients started from")
-    one.add_argument("--weighting", default="tokens", help="tokens or examples (tokens)")
+    one.add_argument("--older", nargs="+", type=Path, default=[], metavar="ADAPTER", help="what late ones started from")
     one.add_argument("--round", type=int, help="the round they must be for (that of the first)")
     one.add_argument("--min-updates", type=int, default=1, help="fewer valid ones make no adapter (1)")
+    add_aggregation(one)
     _overwrite(one)
 
     one = command("merge", _merge, "Fold an adapter into the full checkpoint.")
@@ -219,18 +220,19 @@ def _aggregate(options: argparse.Namespace) -> None:
         options.updates,
         options.package,
         options.output,
-        aggregator=options.aggregator,
         previous=options.adapter,
-        weighting=options.weighting,
+        older=options.older,
         round_number=options.round,
         min_updates=options.min_updates,
         overwrite=options.overwrite,
+        **chosen_aggregation(options),
     )
     for _, cause in collected.refused:
         print(cause, file=sys.stderr)
     for entry in collected.manifest.contributions:
         print(f"{entry.client}: weight {entry.weight:.4f} ({entry.tokens} tokens, {entry.examples} examples)")
-    print(f"{options.output}: {collected.manifest.energy_dropped:.2%} of the energy dropped by truncation")
+    made = collected.manifest
+    print(f"{options.output}: of the energy {made.energy_carried:.2%} carried, {made.energy_dropped:.2%} dropped")
 
 
 def _merge(options: argparse.Namespace) -> None:

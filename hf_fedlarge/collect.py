@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import torch
+from pydantic import ValidationError
 
-from hf_fedlarge.adapters import initial_factors, read_factors, target_linears, write_adapter
-from hf_fedlarge.aggregate import AGGREGATORS
+from hf_fedlarge.adapters import AdapterReader, initial_factors, target_linears, write_adapter, write_config
+from hf_fedlarge.aggregate import trained_in
 from hf_fedlarge.architectures import Architecture, describe
 from hf_fedlarge.artifacts import (
     AdapterManifest,
@@ -25,13 +28,13 @@ from hf_fedlarge.artifacts import (
     verify_files,
     write_manifest,
 )
-from hf_fedlarge.config import LoraSettings
+from hf_fedlarge.combine import Part, combine
+from hf_fedlarge.config import ON_FACTORS, AggregationSettings, LoraSettings, first_problem
 from hf_fedlarge.errors import ArtifactError, ConfigError, UpdateRefusedError
 from hf_fedlarge.package import package_config
-from hf_fedlarge.tensors import Factors
 from hf_fedlarge.update import Asked, Expected, client_name, read_update, validate_update
 
-WEIGHTINGS = ("tokens", "examples")
+Weigh = Callable[[UpdateManifest], float]
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,11 @@ class Collected:
 
 
 def start_adapter(
-    package: Path, output: Path, lora: LoraSettings, seed: int, *, overwrite: bool = False
+    package: Path, output: Path, lora: LoraSettings, seed: int, *, aggregator: str = "exact", overwrite: bool = False
 ) -> AdapterManifest:
     """Write the adapter that a federation starts from, round 0: it changes nothing yet, and is the same for all.
+
+    `aggregator` is the one of round 1, which decides what its clients train.
 
     Raises:
         ArtifactError: `package` is not a package.
@@ -64,8 +69,11 @@ def start_adapter(
         layers=small.kept_layers,
         lora=lora,
         aggregator=None,
+        trains=trained_in(aggregator, 1),
     )
-    return _write(output, factors, manifest, architecture, overwrite)
+    with staged_directory(output, overwrite=overwrite) as staging:
+        write_adapter(staging, factors, lora, architecture, small.base.id)
+        return _seal(staging, manifest)
 
 
 def aggregate_updates(
@@ -73,13 +81,14 @@ def aggregate_updates(
     package: Path,
     output: Path,
     *,
-    aggregator: str = "exact",
+    settings: AggregationSettings | None = None,
     previous: Path | None = None,
-    weighting: str = "tokens",
+    older: Sequence[Path] = (),
     round_number: int | None = None,
     min_updates: int = 1,
     asked: Mapping[Path, Asked] | None = None,
     overwrite: bool = False,
+    **choices: Any,
 ) -> Collected:
     """Validate updates and aggregate those that pass into an adapter in global layer numbers.
 
@@ -90,24 +99,23 @@ def aggregate_updates(
         updates: update directories; a client may send one.
         package: the package they were trained on.
         output: the adapter directory to make.
-        aggregator: a name in `aggregate.AGGREGATORS`.
+        settings: how to aggregate; None: as `choices` say, by default exactly and by tokens.
         previous: the adapter the clients started from; None: they started by themselves.
-        weighting: `tokens` or `examples`; how much a client counts.
+        older: adapters of earlier rounds; an update that started from one of them counts for less.
         round_number: the round they must be for; None: the one after `previous`, or that of the majority.
-        min_updates: fewer valid updates than this make no adapter.
+        min_updates: fewer valid updates than this make no adapter, nor do fewer than the aggregator needs.
         asked: for each of `updates`, whose it must be and the most that client can have trained on; None: not known.
         overwrite: replace an adapter that is there already.
+        choices: fields of `AggregationSettings`, such as `aggregator` and `weighting`.
 
     Raises:
         UpdateRefusedError: too few were valid; each refusal is in the message, and nothing is written.
-        ConfigError: an unknown aggregator or weighting, or no update given.
-        ArtifactError: the package or the previous adapter is not what it should be.
+        ConfigError: settings that don't fit together or to the previous adapter, or no update given.
+        ArtifactError: the package or an adapter is not what it should be.
         OutputError: `output` exists or can't be written.
     """
-    if aggregator not in AGGREGATORS:
-        raise ConfigError(f"The aggregator {aggregator!r} is not known; choose among {', '.join(AGGREGATORS)}.")
-    if weighting not in WEIGHTINGS:
-        raise ConfigError(f"The weighting {weighting!r} is not known; choose among {', '.join(WEIGHTINGS)}.")
+    settings = settings or choose(**choices)
+    weigh = _weighing(settings.weighting)
     if not updates:
         raise ConfigError("No update was given; expected at least one update directory.")
     check_output(output, overwrite)
@@ -116,65 +124,164 @@ def aggregate_updates(
     parent = _read_previous(previous, small) if previous else None
     if parent:
         lora, number = parent.lora, parent.round + 1 if round_number is None else round_number
+        _check_continues(previous, parent, settings, number)
     else:
         lora, number = _majority(updates, small, architecture, round_number)
+    bases = _bases(previous, parent, older, small)
 
-    accepted: list[tuple[Path, UpdateManifest]] = []
+    accepted: list[tuple[Path, UpdateManifest, float]] = []
     refused: list[tuple[str, str]] = []
     for directory in updates:
         whose = asked[directory] if asked else None
         expected = Expected(small, architecture, lora, number, parent.digest if parent else None, whose)
+        base, manifest = bases.get(_claimed_base(directory), (previous, parent))
+        if parent and base:
+            expected = replace(
+                expected,
+                adapter=manifest.digest,
+                round=number + manifest.round - parent.round,
+                frozen=frozen_factor(base, parent),
+            )
         try:
             manifest = validate_update(directory, expected)
-            if manifest.client in {other.client for _, other in accepted}:
+            if manifest.client in {other.client for _, other, _ in accepted}:
                 raise UpdateRefusedError(f"{manifest.client} refused: it sent more than one update; the first counts.")
+            accepted.append((directory, manifest, weigh(manifest)))
         except UpdateRefusedError as error:
             refused.append((whose.client if whose else client_name(directory), str(error)))
-        else:
-            accepted.append((directory, manifest))
-    if len(accepted) < min_updates:
+    needed = max(min_updates, settings.fewest_updates)
+    if len(accepted) < needed:
         causes = " ".join(cause for _, cause in refused)
+        why = f" for {settings.aggregator}" if needed > min_updates else ""
         raise UpdateRefusedError(
-            f"{len(accepted)} of {len(updates)} updates are valid; at least {min_updates} are needed. {causes}"
+            f"{len(accepted)} of {len(updates)} updates are valid; at least {needed} are needed{why}. {causes}"
         )
 
     # The order in which updates arrive must not show in the bytes.
     accepted.sort(key=lambda item: item[1].client)
-    weights = torch.tensor([getattr(manifest, weighting) for _, manifest in accepted], dtype=torch.float64)
-    weights /= weights.sum()
-    all_factors = [read_factors(directory) for directory, _ in accepted]
-    result: dict[str, Factors] = {}
-    energy = dropped = 0.0
-    for module in sorted(all_factors[0]):
-        aggregate = AGGREGATORS[aggregator](
-            [factors[module] for factors in all_factors], weights, [lora.scale] * len(accepted), lora.rank, lora.scale
+    parts = []
+    for directory, update, weight in accepted:
+        base, manifest = bases.get(update.adapter, (None, parent))
+        late = parent.round - manifest.round if parent else 0
+        parts.append(Part(directory, weight, update.lora.scale, base if late else None, late))
+    with staged_directory(output, overwrite=overwrite) as staging:
+        combined = combine(parts, previous, staging, lora, settings, parent.trains if parent else "both")
+        write_config(staging, combined.modules, lora, architecture, small.base.id)
+        manifest = AdapterManifest(
+            files={},
+            base=small.base,
+            package=small.digest,
+            parent=parent.digest if parent else None,
+            round=number,
+            layers=small.kept_layers,
+            lora=lora,
+            aggregator=settings.aggregator,
+            weighting=settings.weighting,
+            contributions=[
+                Contribution(
+                    client=update.client,
+                    digest=update.digest,
+                    weight=share,
+                    examples=update.examples,
+                    tokens=update.tokens,
+                    staleness=part.late,
+                )
+                for (_, update, _), share, part in zip(accepted, combined.shares, parts, strict=True)
+            ],
+            energy_dropped=combined.dropped,
+            energy_carried=combined.carried,
+            carry_rank=combined.carry_rank,
+            trains=trained_in(settings.aggregator, number + 1),
+            server_optimizer=None if settings.server_optimizer == "none" else settings.server_optimizer,
         )
-        result[module] = aggregate.factors
-        energy += aggregate.energy
-        dropped += aggregate.dropped
-    manifest = AdapterManifest(
-        files={},
-        base=small.base,
-        package=small.digest,
-        parent=parent.digest if parent else None,
-        round=accepted[0][1].round,
-        layers=small.kept_layers,
-        lora=lora,
-        aggregator=aggregator,
-        weighting=weighting,
-        contributions=[
-            Contribution(
-                client=update.client,
-                digest=update.digest,
-                weight=float(weight),
-                examples=update.examples,
-                tokens=update.tokens,
+        return Collected(_seal(staging, manifest), tuple(refused))
+
+
+def frozen_factor(directory: Path, adapter: AdapterManifest) -> tuple[str, AdapterReader] | None:
+    """What clients of an adapter in `directory` must send back as they got it: a factor, and where it is read."""
+    return {"A": ("B", AdapterReader(directory)), "B": ("A", AdapterReader(directory))}.get(adapter.trains)
+
+
+def choose(**choices: Any) -> AggregationSettings:
+    """Settings from single choices.
+
+    Raises:
+        ConfigError: one is not known, or they don't fit together.
+    """
+    try:
+        return AggregationSettings(**choices)
+    except ValidationError as error:
+        raise ConfigError(f"These aggregation settings are wrong: {first_problem(error)}.") from error
+
+
+def _weighing(weighting: str) -> Weigh:
+    """The function that says how much an update counts."""
+    if ":" not in weighting:
+        return {"loss": _improvement, "equal": lambda _: 1.0}.get(weighting, lambda update: getattr(update, weighting))
+    module, name = weighting.split(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"The weighting {weighting} can't be imported: {error}.") from error
+
+    def weigh(update: UpdateManifest) -> float:
+        weight = function(update)
+        if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise ConfigError(f"The weighting {weighting} gave {weight!r} for {update.client}; expected 0 or more.")
+        return weight
+
+    return weigh
+
+
+def _improvement(update: UpdateManifest) -> float:
+    """How far the loss fell on what the client held out; nothing where it rose. It is the client's own word."""
+    if update.loss_before is None or update.loss_after is None:
+        raise UpdateRefusedError(
+            f"{update.client} refused: it has no held-out loss, which the weighting loss needs; let it hold out some."
+        )
+    return max(update.loss_before - update.loss_after, 0.0)
+
+
+def _claimed_base(directory: Path) -> str | None:
+    try:
+        return read_update(directory).adapter
+    except ArtifactError:
+        return None  # `validate_update` will say why
+
+
+def _bases(
+    previous: Path | None, parent: AdapterManifest | None, older: Sequence[Path], small: PackageManifest
+) -> dict[str, tuple[Path, AdapterManifest]]:
+    """Digest → directory and manifest of the adapters that updates may have started from."""
+    if parent is None:
+        if older:
+            raise ConfigError("Older adapters were given without the newest one; give --adapter, too.")
+        return {}
+    bases = {parent.digest: (previous, parent)}
+    for directory in older:
+        manifest = _read_previous(directory, small)
+        if manifest.lora != parent.lora or manifest.trains != parent.trains or manifest.round >= parent.round:
+            raise ConfigError(
+                f"{directory} is of round {manifest.round}, {manifest.lora}, for training {manifest.trains}; expected "
+                f"a round before {parent.round}, {parent.lora}, for training {parent.trains}."
             )
-            for (_, update), weight in zip(accepted, weights, strict=True)
-        ],
-        energy_dropped=dropped / energy if energy else 0.0,
-    )
-    return Collected(_write(output, result, manifest, architecture, overwrite), tuple(refused))
+        bases[manifest.digest] = directory, manifest
+    return bases
+
+
+def _check_continues(previous: Path, parent: AdapterManifest, settings: AggregationSettings, number: int) -> None:
+    """What clients were asked to train and what the server kept must be what the settings go on with."""
+    name, optimizer = settings.aggregator, settings.server_optimizer
+    trains = trained_in(name, number)
+    if parent.trains != trains:
+        raise ConfigError(
+            f"{previous} asked its clients to train {parent.trains}; {name} expects {trains} in round {number}: go on "
+            "with the aggregator that made it."
+        )
+    if parent.carry_rank and name in ON_FACTORS:
+        raise ConfigError(f"{previous} has a carry, which {name} would lose; go on with {parent.aggregator}.")
+    if optimizer != "none" and parent.server_optimizer not in (None, optimizer):
+        raise ConfigError(f"{previous} has averages of {parent.server_optimizer}, which {optimizer} can't go on with.")
 
 
 def _majority(
@@ -213,11 +320,7 @@ def _read_previous(previous: Path, small: PackageManifest) -> AdapterManifest:
     return manifest
 
 
-def _write(
-    output: Path, factors: dict[str, Factors], manifest: AdapterManifest, architecture: Architecture, overwrite: bool
-) -> AdapterManifest:
-    with staged_directory(output, overwrite=overwrite) as staging:
-        write_adapter(staging, factors, manifest.lora, architecture, manifest.base.id)
-        manifest = manifest.model_copy(update={"files": describe_files(staging)})
-        write_manifest(staging, manifest)
+def _seal(staging: Path, manifest: AdapterManifest) -> AdapterManifest:
+    manifest = manifest.model_copy(update={"files": describe_files(staging)})
+    write_manifest(staging, manifest)
     return manifest

@@ -165,7 +165,88 @@ class SelectionSettings(Record):
     deadline_seconds: Annotated[float, Field(gt=0)] | None = None
 
 
-class FederationConfig(PackageSettings, SelectionSettings):
+ON_FACTORS = ("fedavg", "ffa", "alternate")
+ROBUST = ("median", "trimmed_mean", "krum", "multi_krum")
+ADAPTIVE = ("adam", "yogi", "adagrad")
+WEIGHTINGS = ("tokens", "examples", "equal", "loss")
+
+
+class AggregationSettings(Record):
+    """How updates become the next adapter; `docs/aggregation.md` says what each choice assumes.
+
+    `weighting` says how much a client counts: by its tokens or examples, all alike, by how far its held-out loss fell,
+    or by a function of your own, `module:function`, which gets the update's manifest and returns a weight.
+    `carry_rank` bounds the rank of what `exact` carries on (None: four times the adapter's), `carry_energy` ends it
+    earlier, where what is left is so small a share of the energy. `clip` bounds the norm of each client's change: a
+    number, or `median`, that of the cohort. `byzantine` is how many of a cohort's clients may be hostile. The server's
+    optimizer takes the aggregate's change for its gradient; `server_lr` None is 1, or 0.01 where it is adaptive.
+    """
+
+    aggregator: Literal[
+        "exact", "svd", "fedavg", "ffa", "alternate", "median", "trimmed_mean", "krum", "multi_krum"
+    ] = "exact"
+    weighting: str = "tokens"
+    carry_rank: Annotated[int, Field(ge=0, le=2**16)] | None = None
+    carry_energy: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    clip: Annotated[float, Field(gt=0)] | Literal["median"] | None = None
+    byzantine: Annotated[int, Field(ge=1)] | None = None
+    server_optimizer: Literal["none", "momentum", "adam", "yogi", "adagrad"] = "none"
+    server_lr: Annotated[float, Field(gt=0)] | None = None
+    server_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    server_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    server_eps: Annotated[float, Field(gt=0)] = 1e-3
+
+    @property
+    def fewest_updates(self) -> int:
+        """How many updates the aggregator needs to stand `byzantine` hostile ones."""
+        hostile = self.byzantine or 0
+        return {"trimmed_mean": 2 * hostile + 1}.get(self.aggregator, 2 * hostile + 3) if hostile else 1
+
+    def carried_rank(self, rank: int) -> int:
+        """The largest rank of the carry beside an adapter of `rank`; 0 where the aggregator has none."""
+        if self.aggregator == "svd" or self.aggregator in ON_FACTORS:
+            return 0
+        return 4 * rank if self.carry_rank is None else self.carry_rank
+
+    @property
+    def server_step(self) -> float:
+        """The server's learning rate."""
+        return self.server_lr or (0.01 if self.server_optimizer in ADAPTIVE else 1.0)
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        name = self.aggregator
+        if self.weighting not in WEIGHTINGS and not re.fullmatch(r"[\w.]+:\w+", self.weighting):
+            raise ValueError(
+                f"weighting {self.weighting!r} is not known; choose among {', '.join(WEIGHTINGS)}, or module:function"
+            )
+        if name in ROBUST and self.weighting != "equal":
+            raise ValueError(
+                f"{name} counts every client once, or a hostile one could claim more weight than all others; "
+                "it needs weighting: equal"
+            )
+        if (self.byzantine is not None) != (name in ROBUST and name != "median"):
+            raise ValueError(
+                f"{name} needs byzantine, how many clients may be hostile"
+                if self.byzantine is None
+                else f"byzantine is for trimmed_mean, krum and multi_krum; {name} doesn't use it"
+            )
+        if (name == "svd" or name in ON_FACTORS) and (self.carry_rank or self.carry_energy):
+            raise ValueError(f"{name} has no carry; use exact, or leave out carry_rank and carry_energy")
+        if name == "fedavg" and self.clip is not None:
+            raise ValueError(
+                "clip bounds the change of products, which fedavg's averaged factors don't keep; use exact, ffa or "
+                "alternate"
+            )
+        if self.server_optimizer in ADAPTIVE and name not in ON_FACTORS:
+            raise ValueError(
+                f"{self.server_optimizer} scales each coordinate by its history, but {name} takes factors from an SVD, "
+                f"whose coordinates turn from round to round; use momentum, or one of {', '.join(ON_FACTORS)}"
+            )
+        return self
+
+
+class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
     """A whole federation, as `federation.yaml` gives it.
 
     `base_id` is what manifests and cards call the base model where `checkpoint` is a local copy of it; `training`
@@ -178,8 +259,6 @@ class FederationConfig(PackageSettings, SelectionSettings):
     data: DataConfig
     lora: LoraSettings = LoraSettings()
     rounds: Annotated[int, Field(ge=1)] = 3
-    aggregator: Literal["exact", "fedavg"] = "exact"
-    weighting: Literal["tokens", "examples"] = "tokens"
     seed: Annotated[int, Field(ge=0)] = 0
     training: dict[str, Any] = {}
     launcher: Literal["inprocess", "accelerate"] = "inprocess"
@@ -190,6 +269,11 @@ class FederationConfig(PackageSettings, SelectionSettings):
     def _quorum_can_be_reached(self) -> Self:
         if self.cohort is not None and self.min_updates > self.cohort:
             raise ValueError(f"min_updates is {self.min_updates}, but a cohort has only {self.cohort} clients")
+        if self.cohort is not None and self.fewest_updates > self.cohort:
+            raise ValueError(
+                f"{self.aggregator} needs {self.fewest_updates} updates to stand {self.byzantine} hostile clients, but "
+                f"a cohort has only {self.cohort}"
+            )
         return self
 
 

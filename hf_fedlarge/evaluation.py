@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from hf_fedlarge.adapters import attach_lora, plug_in, read_factors, set_factors
+from hf_fedlarge.adapters import attach_lora, plug_in, read_factors, read_state, set_factors
 from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, manifest_kind, read_manifest, verify_files
 from hf_fedlarge.errors import ArtifactError, DataError
 from hf_fedlarge.package import load_package, load_tokenizer, stream_checkpoint
@@ -77,7 +77,8 @@ def load_model(model_dir: Path, adapter: Path | None = None, *, verify: bool = T
 
     Args:
         model_dir: a package of ours, or any Hugging Face checkpoint with safetensors.
-        adapter: an adapter of ours of the same base. A package takes what concerns the layers that it kept.
+        adapter: an adapter of ours of the same base. A package takes what concerns the layers that it kept, and no
+            carry: clients have none. A checkpoint takes all, as merging does.
         verify: check digests first.
 
     Raises:
@@ -98,6 +99,11 @@ def load_model(model_dir: Path, adapter: Path | None = None, *, verify: bool = T
                 )
     if not is_package:
         model = stream_checkpoint(model_dir, device=device)
+        if manifest and manifest.carry_rank:
+            lora, factors = read_state(adapter, manifest.lora)
+            wrapped = attach_lora(model, model.architecture, lora)
+            set_factors(wrapped, factors, model.architecture, list(range(model.architecture.layers)))
+            return wrapped.eval()
         return (plug_in(model, adapter) if adapter else model).eval()
     model = load_package(model_dir, device=device, verify=verify)
     if manifest is None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from hf_fedlarge.adapters import ADAPTER_WEIGHTS, expected_shapes, read_factors, tensor_shapes
+from hf_fedlarge.adapters import ADAPTER_WEIGHTS, CARRY_WEIGHTS, expected_shapes, read_state, tensor_shapes
 from hf_fedlarge.architectures import Architecture, describe, load_config
 from hf_fedlarge.artifacts import (
     MANIFEST_NAME,
@@ -43,7 +43,7 @@ from hf_fedlarge.artifacts import (
     write_manifest,
 )
 from hf_fedlarge.blocks import ROUNDED_DTYPES, add_product, in_order, workers
-from hf_fedlarge.config import Record
+from hf_fedlarge.config import LoraSettings, Record
 from hf_fedlarge.errors import ArtifactError, OutputError
 from hf_fedlarge.tensors import (
     INDEX_NAME,
@@ -96,7 +96,7 @@ class MergePlan:
         adapter: the adapter's directory.
         base: the base as the adapter's manifest names it; its digest is that of `checkpoint`.
         adapter_digest: the digest of the adapter's manifest.
-        scale: the factor before B A.
+        lora: the adapter's settings; its carry, if there is one, counts as often.
         targets: the matrices that change, in the order of the model.
         shards: the files that are rewritten.
         nbytes: bytes of all tensors in them.
@@ -108,7 +108,7 @@ class MergePlan:
     adapter: Path
     base: BaseModelEntry
     adapter_digest: str
-    scale: float
+    lora: LoraSettings
     targets: tuple[MergeTarget, ...]
     shards: tuple[str, ...]
     nbytes: int
@@ -122,7 +122,8 @@ class MergePlan:
         lines = [
             f"merge {self.adapter} ({self.adapter_digest[:12]})",
             f"into  {self.checkpoint} ({self.base.id}, {self.base.digest[:12]})",
-            f"change {len(self.targets)} matrices in {len(layers)} layers ({', '.join(dtypes)}), scale {self.scale:g}",
+            f"change {len(self.targets)} matrices in {len(layers)} layers ({', '.join(dtypes)}), "
+            f"scale {self.lora.scale:g}",
             f"rewrite {self.nbytes / 1e6:,.1f} MB in {', '.join(self.shards)}",
             f"copy {', '.join(self.copied) or 'no other file'}",
             f"leave out {', '.join(self.left_out) or 'nothing'}",
@@ -167,7 +168,10 @@ def plan_merge(checkpoint: Path, adapter: Path) -> MergePlan:
     stored = {name: info.shape for name, info in read_header(adapter / ADAPTER_WEIGHTS).items()}
     targets = []
     lora = manifest.lora.model_copy(update={"targets": None})
-    for module, shapes in expected_shapes(architecture, list(range(architecture.layers)), lora).items():
+    expected = expected_shapes(architecture, list(range(architecture.layers)), lora)
+    if CARRY_WEIGHTS in manifest.files:
+        _check_carry(adapter, tensor_shapes(expected).keys() & stored.keys(), stored)
+    for module, shapes in expected.items():
         wanted = tensor_shapes({module: shapes})
         factors = {name: stored.pop(name) for name in wanted if name in stored}
         if factors and factors != wanted:
@@ -192,7 +196,7 @@ def plan_merge(checkpoint: Path, adapter: Path) -> MergePlan:
         adapter=adapter,
         base=manifest.base,
         adapter_digest=manifest.digest,
-        scale=manifest.lora.scale,
+        lora=manifest.lora,
         targets=tuple(targets),
         shards=tuple(reader.files),
         nbytes=sum(info.nbytes for info in reader.infos.values()),
@@ -233,7 +237,7 @@ def merge(
         raise OutputError(f"{output} is what would be merged; choose another output.")
     plan = plan_merge(checkpoint, adapter)
     reader = CheckpointReader(checkpoint)
-    factors = read_factors(adapter)
+    whole, factors = read_state(adapter, plan.lora)
     targets = {target.name: target for target in plan.targets}
     done = 0
 
@@ -242,7 +246,7 @@ def merge(
         rows = reader.read_rows(*place)
         if name not in targets:
             return rows
-        return _merged(targets[name], factors[targets[name].module], plan.scale, rows, start)
+        return _merged(targets[name], factors[targets[name].module], whole.scale, rows, start)
 
     def advance(nbytes: int) -> None:
         nonlocal done
@@ -270,6 +274,20 @@ def merge(
         write_manifest(staging, manifest)
         (staging / STATE_NAME).unlink()
     return manifest
+
+
+def _check_carry(adapter: Path, names: Set[str], stored: dict[str, tuple[int, ...]]) -> None:
+    """A carry has factors for some of the adapter's modules, alike but for their rank."""
+    carried = read_header(adapter / CARRY_WEIGHTS)
+    for name, info in carried.items():
+        side = 1 if name.endswith(".lora_A.weight") else 0
+        partner = carried.get(name.replace(*(".lora_A.", ".lora_B.") if side else (".lora_B.", ".lora_A.")))
+        fits = name in names and len(info.shape) == 2 and info.shape[side] == stored[name][side]
+        if not fits or partner is None or partner.shape[side] != info.shape[1 - side]:
+            raise ArtifactError(
+                f"{adapter / CARRY_WEIGHTS} holds {name} of shape {info.shape}, which doesn't continue the adapter's "
+                f"{stored.get(name)}; fetch the adapter again."
+            )
 
 
 def _target(architecture: Architecture, module: str, info: TensorInfo, checkpoint: Path) -> MergeTarget:

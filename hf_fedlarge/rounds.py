@@ -33,7 +33,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hf_fedlarge.adapters import target_linears
+from hf_fedlarge.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, target_linears
 from hf_fedlarge.architectures import describe, load_config
 from hf_fedlarge.artifacts import (
     AdapterManifest,
@@ -46,7 +46,7 @@ from hf_fedlarge.artifacts import (
 )
 from hf_fedlarge.calibrate import make_package, plan_package
 from hf_fedlarge.clients import CHECK_INS, check_in, read_check_ins, split_clients
-from hf_fedlarge.collect import aggregate_updates, start_adapter
+from hf_fedlarge.collect import aggregate_updates, frozen_factor, start_adapter
 from hf_fedlarge.config import FederationConfig
 from hf_fedlarge.data import load_examples
 from hf_fedlarge.errors import ConfigError, FedLargeError, OutputError, UpdateRefusedError
@@ -136,7 +136,8 @@ class _Federation:
         package = read_manifest(self.package, PackageManifest)
         verify_files(self.package, package)
         if not self._adapter(0).exists():
-            start_adapter(self.package, self._adapter(0), self.config.lora, self.config.seed)
+            aggregator = self.config.aggregator
+            start_adapter(self.package, self._adapter(0), self.config.lora, self.config.seed, aggregator=aggregator)
         self._baseline()
         for number in range(1, self.config.rounds + 1):
             server = RoundServer(
@@ -201,8 +202,11 @@ class _Federation:
     def _validate(self, package: PackageManifest, number: int, client: str, update: Path) -> UpdateManifest:
         parent = read_manifest(self._adapter(number - 1), AdapterManifest)
         architecture = describe(package_config(self.package))
+        frozen = frozen_factor(self._adapter(number - 1), parent)
         asked = self._asked(client)
-        return validate_update(update, Expected(package, architecture, parent.lora, number, parent.digest, asked))
+        return validate_update(
+            update, Expected(package, architecture, parent.lora, number, parent.digest, asked, frozen)
+        )
 
     def _run_round(self, server: RoundServer, package: PackageManifest) -> None:
         started, number = time.monotonic(), server.number
@@ -213,9 +217,8 @@ class _Federation:
                 updates,
                 self.package,
                 adapter,
-                aggregator=self.config.aggregator,
+                settings=self.config,
                 previous=self._adapter(number - 1),
-                weighting=self.config.weighting,
                 round_number=number,
                 min_updates=self.config.min_updates,
                 asked={update: self._asked(update.name) for update in updates},
@@ -255,7 +258,8 @@ class _Federation:
 
     def _ask(self, server: RoundServer, order: Order, package: PackageManifest) -> None:
         """Train the order's clients one after the other, until the round has what it wants."""
-        down = read_manifest(self._adapter(order.round - 1), AdapterManifest).total_bytes
+        files = read_manifest(self._adapter(order.round - 1), AdapterManifest).files
+        down = sum(files[name].size for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG))  # what else is there stays
         while waiting := server.waiting(order):
             client = waiting[0]
             known = self.journal.find("asked", client=client)

@@ -232,12 +232,12 @@ class RoundServer:
             UpdateRefusedError: too few updates count; the round is abandoned and the run's state is what it was.
         """
         if not self._of("closed"):
-            if len(self.accepted) < self.config.min_updates:
+            needed = max(self.config.min_updates, self.config.fewest_updates)
+            if len(self.accepted) < needed:
                 self._write("abandoned", attempt=order.attempt, accepted=self.accepted)
                 raise UpdateRefusedError(
                     f"Round {self.number} is abandoned: {len(self.accepted)} valid updates of {len(order.clients)} "
-                    f"clients; at least {self.config.min_updates} are needed. "
-                    + " ".join(entry["reason"] for entry in self.refused)
+                    f"clients; at least {needed} are needed. " + " ".join(entry["reason"] for entry in self.refused)
                 )
             self._write("closed", attempt=order.attempt, clients=self.accepted)
         updates = [self.work / client for client in sorted(self._of("closed")[0]["clients"])]

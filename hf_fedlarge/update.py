@@ -12,12 +12,14 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from hf_fedlarge.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    AdapterReader,
     expected_shapes,
     read_factors,
     target_linears,
@@ -67,6 +69,7 @@ class Expected:
         round: None: any.
         adapter: digest of the adapter that clients started from; None: they started by themselves.
         asked: whose update it must be; None: anybody's, up to `MAX_EXAMPLES` and `MAX_TOKENS`.
+        frozen: the factor that clients were not to train, and the adapter whose own it must be; None: they train both.
     """
 
     package: PackageManifest
@@ -75,6 +78,7 @@ class Expected:
     round: int | None = None
     adapter: str | None = None
     asked: Asked | None = None
+    frozen: tuple[Literal["A", "B"], AdapterReader] | None = None
 
 
 def write_update(
@@ -166,6 +170,10 @@ def validate_update(directory: Path, expected: Expected) -> UpdateManifest:
                 raise refuse(f"its {letter} of {module} holds NaN or infinity.")
             if norm > MAX_NORM:
                 raise refuse(f"its {letter} of {module} has the norm {norm:.3g}; expected at most {MAX_NORM:g}.")
+            if expected.frozen and expected.frozen[0] == letter:
+                before = expected.frozen[1].read(module)["AB".index(letter)]
+                if not torch.equal(factor, before):
+                    raise refuse(f"its {letter} of {module} is not its adapter's; this round freezes every {letter}.")
     return manifest
 
 

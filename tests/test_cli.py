@@ -100,7 +100,7 @@ def test_overwrite_replaces_only_what_is_ours(home, tmp_path, capsys):
         ("aggregate {home}/package --package {home}/package -o {out}", "is of kind 'package'; expected an update"),
         ("aggregate {home}/update --package {home}/package -o {out}", "it started from the adapter"),
         ("aggregate {home}/update --package {home}/checkpoint -o {out}", "has no fedlarge.json"),
-        ("aggregate {home}/update --package {home}/package -o {out} --aggregator mean", "'mean' is not known"),
+        ("aggregate {home}/update --package {home}/package -o {out} --aggregator mean", "Input should be 'exact', "),
         ("merge {home}/checkpoint {home}/update -o {out}", "is of kind 'update'; expected an adapter"),
         ("merge {home}/package {home}/start -o {out}", "is quantized already"),
         ("merge {home}/checkpoint {home}/start -o {home}/package", "exists already"),

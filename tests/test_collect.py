@@ -59,7 +59,7 @@ def first(tensors):
     return sorted(tensors)[0]
 
 
-@pytest.mark.parametrize("aggregator", ["exact", "fedavg"])
+@pytest.mark.parametrize("aggregator", ["exact", "svd", "fedavg"])
 def test_the_adapter_is_the_weighted_aggregate_and_loads_on_the_full_model(federation, updates, tmp_path, aggregator):
     checkpoint, package = federation
     collected = aggregate_updates(updates, package, tmp_path / "adapter", aggregator=aggregator)
@@ -79,8 +79,15 @@ def test_the_adapter_is_the_weighted_aggregate_and_loads_on_the_full_model(feder
             U, S, Vh = torch.linalg.svd(dense)
             best = U[:, :4] * S[:4] @ Vh[:4]
             torch.testing.assert_close(B_OR.double() @ A_RI.double(), best, rtol=1e-4, atol=1e-5)
+    manifest = collected.manifest
+    if aggregator == "svd":
+        assert 0 < manifest.energy_dropped < 1
+        assert manifest.carry_rank == manifest.energy_carried == 0
     if aggregator == "exact":
-        assert 0 < collected.manifest.energy_dropped < 1
+        assert 0 < manifest.energy_carried < 1
+        assert manifest.energy_dropped == 0
+        assert manifest.carry_rank == 2 * LORA.rank  # what three clients' ranks leave
+    assert ("carry.safetensors" in manifest.files) == (aggregator == "exact")
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     ids = torch.arange(5, 25)[None]
@@ -405,9 +412,9 @@ def test_adapter_config_is_never_parsed(federation, updates, tmp_path):
 
 def test_bad_arguments_are_refused_before_anything_is_read(federation, updates, tmp_path):
     _, package = federation
-    with pytest.raises(ConfigError, match="aggregator 'mean' is not known"):
+    with pytest.raises(ConfigError, match=r"aggregator: Input should be 'exact', .* or 'multi_krum'"):
         aggregate_updates(updates, package, tmp_path / "a", aggregator="mean")
-    with pytest.raises(ConfigError, match="weighting 'love' is not known"):
+    with pytest.raises(ConfigError, match="weighting 'love' is not known; choose among tokens"):
         aggregate_updates(updates, package, tmp_path / "a", weighting="love")
     with pytest.raises(ConfigError, match="No update was given"):
         aggregate_updates([], package, tmp_path / "a")

