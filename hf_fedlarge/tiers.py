@@ -21,7 +21,7 @@ from hf_fedlarge.config import Embeddings, LoraSettings
 from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.shrink import ShrinkPlan, plan_shrink
 
-LIBRARIES = 600 * 10**6
+_LIBRARIES = 600 * 10**6
 _SPARE = 1.45
 _ADAPTER_BYTES = 16  # a value, its gradient and two moments in fp32
 _STATE_BYTES = 2  # bf16
@@ -82,7 +82,7 @@ def client_bytes(architecture: Architecture, layers: int, package_bytes: int, lo
         + UNASKED_BYTES
         + layers * sum(a[0] * a[1] + b[0] * b[1] for a, b in shapes.values()) * _ADAPTER_BYTES
     )
-    return int(LIBRARIES + package_bytes + _SPARE * own)
+    return int(_LIBRARIES + package_bytes + _SPARE * own)
 
 
 def fit_memory(checkpoint: Path, memory_bytes: int, tokens: int, lora: LoraSettings, embeddings: Embeddings) -> Fit:

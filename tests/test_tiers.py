@@ -5,7 +5,7 @@ from families import make_checkpoint
 
 from hf_fedlarge.config import LoraSettings
 from hf_fedlarge.errors import ConfigError
-from hf_fedlarge.tiers import LIBRARIES, describe_fit, fit_memory
+from hf_fedlarge.tiers import describe_fit, fit_memory
 
 LORA = LoraSettings(rank=32)
 
@@ -22,24 +22,16 @@ def fit(checkpoint, memory, tokens=512, lora=LORA):
 def test_more_memory_never_fits_less_and_what_fits_is_within_it(checkpoint):
     most = fit(checkpoint, 10**12)
     assert (most.keep_layers, most.keep_neurons, most.rank) == (1, 1, 32)
-    least = None
-    for step in range(60):
-        memory = int(LIBRARIES + (most.needed_bytes - LIBRARIES) * 0.97**step)
-        try:
-            found = fit(checkpoint, memory)
-        except ConfigError as error:
-            assert "the smallest package needs" in str(error)  # noqa: PT017 (the end of a walk, not the only outcome)
-            break
-        assert found.needed_bytes <= memory
-        if least:
-            smaller = (found.keep_layers, found.keep_neurons) < (least.keep_layers, least.keep_neurons)
-            same = (found.keep_layers, found.keep_neurons) == (least.keep_layers, least.keep_neurons)
-            assert smaller or (same and found.rank <= least.rank)
-        least = found
-    else:
-        pytest.fail("so little fits anything")
-    assert least.rank < 32
-    assert least.keep_neurons < 1
+    seen = [most]
+    while len(seen) < 8:
+        found, last = fit(checkpoint, seen[-1].needed_bytes - 1), seen[-1]
+        assert found.needed_bytes < last.needed_bytes
+        assert (found.keep_layers, found.keep_neurons, found.rank) < (last.keep_layers, last.keep_neurons, last.rank)
+        seen.append(found)
+    assert seen[-1].rank == 4
+    assert len(seen[-1].plan.kept) == 3
+    with pytest.raises(ConfigError, match="the smallest package needs"):
+        fit(checkpoint, seen[-1].needed_bytes - 1)
 
 
 def test_more_tokens_need_more(checkpoint):
