@@ -135,9 +135,7 @@ def layer_scores(
             alike = [torch.cosine_similarity(x.float(), y.float(), dim=-1) for x, y in zip(states, after, strict=True)]
             scores.append(1 - float(torch.cat(alike, dim=1).mean()))
         else:
-            regression = Regression(states[0].shape[-1], states[0].device)
-            for x, y in zip(states, after, strict=True):
-                regression.add(x[0], y[0])
+            regression = Regression.between(states, after)
             T = regression.solve()
             b, T = regression.bias(T).to(states[0].dtype), T.to(states[0].dtype)
             without.append([hidden + hidden @ T + b for hidden in states[:_SCORED]])

@@ -114,9 +114,7 @@ def fit(
         truth = after
         if layer not in plan.kept and plan.surrogate_codec and (layer + 1 == len(teacher) or layer + 1 in plan.kept):
             run = list(range(max(kept for kept in plan.kept if kept < layer) + 1, layer + 1))
-            regression = Regression(truth[0].shape[-1], truth[0].device)
-            for x, y in zip(states, truth, strict=True):
-                regression.add(x.flatten(0, 1), y.flatten(0, 1))
+            regression = Regression.between(states, truth)
             entry, result, stand_in = store_surrogate(
                 regression, run, plan.surrogate_codec, states[0].dtype, plan.surrogate_ridge
             )

@@ -14,7 +14,7 @@ Shapes: N tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -48,6 +48,14 @@ class Regression:
         self._xx_DD, self._xd_DD = zeros(width, width), zeros(width, width)
         self._x_D, self._d_D = zeros(width), zeros(width)
         self._weight, self._dd = zeros(), zeros()
+
+    @classmethod
+    def between(cls, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> Regression:
+        """Of the states (B, S, D) of any number of batches, before and after."""
+        regression = cls(before[0].shape[-1], before[0].device)
+        for x, y in zip(before, after, strict=True):
+            regression.add(x.flatten(0, 1), y.flatten(0, 1))
+        return regression
 
     def add(self, x_ND: torch.Tensor, y_ND: torch.Tensor) -> None:
         """Take in the states before and after."""
