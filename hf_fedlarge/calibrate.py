@@ -18,10 +18,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hf_fedlarge.architectures import describe, load_config
-from hf_fedlarge.artifacts import PackageManifest, check_output, os_problem
+from hf_fedlarge.artifacts import PackageManifest, check_output, writing
 from hf_fedlarge.config import LayerChoice, PackageSettings, parse_layers
 from hf_fedlarge.data import load_examples
-from hf_fedlarge.errors import ConfigError, DataError, OutputError
+from hf_fedlarge.errors import ConfigError, DataError
 from hf_fedlarge.evaluation import encode_example
 from hf_fedlarge.fit import FitPlan, Fitted, fit
 from hf_fedlarge.package import load_tokenizer, stream_checkpoint
@@ -235,13 +235,7 @@ def _fit_directory(
     work = everything / identity
     if everything.exists() and not work.exists():
         shutil.rmtree(everything)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+    with writing(output):
         work.mkdir(parents=True, exist_ok=True)
         yield work
-    except OSError as error:
-        reason = os_problem(error)
-        if isinstance(error, OutputError) or reason is None:
-            raise
-        raise OutputError(f"{output} could not be written: {reason}.") from error
     shutil.rmtree(everything)
