@@ -23,7 +23,8 @@ from torch import nn
 
 from hf_fedlarge.artifacts import SurrogateEntry
 from hf_fedlarge.linear import FrozenLinear
-from hf_fedlarge.quantize import FrozenWeight, decode, encode
+from hf_fedlarge.quantize import FrozenWeight
+from hf_fedlarge.rounding import dense, round_trip
 
 RIDGE = 0.1
 _SMALLEST = 1e-12
@@ -122,9 +123,8 @@ def store_surrogate(
     T = regression.solve(ridge)
     # Rounding can spoil a map that explains little: then nothing stands there.
     for W in (T.T.float().cpu(), torch.zeros(T.shape)):
-        tensors = encode(name, tuple(W.shape), codec, [W])
-        stored = torch.empty(W.shape)
-        decode(name, codec, tensors).read_rows(0, len(W), stored)
+        tensors, weight = round_trip(name, codec, W)
+        stored = dense(weight, torch.float32)
         # The bias makes up for what rounding W has moved on average.
         b = regression.bias(stored.T.to(T.device)).to(torch.bfloat16) if W.any() else T.new_zeros(len(W))
         share = regression.unexplained(stored.T.to(T.device), b)

@@ -14,7 +14,7 @@ LEVELS = [
     {"config", "stdlib_corpus", "blocks"},
     {"artifacts"},
     {"tensors", "architectures", "quantize", "data", "partition", "cards"},
-    {"linear", "norm", "sequences", "budget", "hub", "loss", "aggregate", "walk"},
+    {"linear", "norm", "sequences", "budget", "hub", "loss", "aggregate", "walk", "rounding"},
     {"adapters", "arena", "surrogate", "neurons"},
     {"engine", "fit"},
     {"shrink", "streaming", "update"},
