@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hf_fedlarge.architectures import describe, load_config
+from hf_fedlarge.architectures import load_config
 from hf_fedlarge.artifacts import PackageManifest, check_output, writing
 from hf_fedlarge.config import LayerChoice, PackageSettings, parse_layers
 from hf_fedlarge.data import load_examples
@@ -184,7 +184,7 @@ def make_package(
     if surrogate_codec is None and not plan.widths:
         return shrink(plan, output, **options)
     sequences = calibration_text(plan.checkpoint, settings)
-    full = describe(load_config(plan.checkpoint))
+    full = plan.architecture
     widths = {layer: plan.widths.get(layer, full.neuron_count) for layer in plan.kept if full.feed_forward}
     fit_plan = FitPlan(kept=plan.kept, surrogate_codec=surrogate_codec, widths=widths)
     with _fit_directory(output, plan, fit_plan, sequences) as work:
@@ -208,7 +208,7 @@ def fit_package(
         work: see `fit.fit`.
         progress: called with the layers that are done.
     """
-    full = describe(load_config(plan.checkpoint))
+    full = plan.architecture
     paths = [path for path in (full.attention_output, full.feed_forward and full.feed_forward.output) if path]
     outputs = {f"{full.blocks}.{layer}.{path}.weight" for layer in fit_plan.widths for path in paths}
     stored_as = {}

@@ -86,7 +86,8 @@ def load_package(
         verify_files(directory, manifest, published=True)
     tensors = MappedTensors(directory, [name for name in manifest.files if name.endswith(".safetensors")])
     config = package_config(directory)
-    architecture = replace(describe(config), neurons=_neurons(manifest, describe(config), tensors))
+    architecture = describe(config)
+    architecture = replace(architecture, neurons=_neurons(manifest, architecture, tensors))
     surrogates = _surrogates(manifest, tensors, config.hidden_size, dtype, torch.device(device))
     model = _assemble(
         directory, config, architecture, tensors, manifest.codecs, dtype, device, micro_batch_size, surrogates

@@ -69,7 +69,7 @@ class ShrinkPlan:
 
     Attributes:
         checkpoint: directory of the full model.
-        layers: how many it has.
+        architecture: of the full model.
         kept: global numbers of the layers that stay; the index is the package's block number.
         codecs: the package's matrices and how each is stored; parameters that are not listed stay dense vectors.
         sources: the package's parameter name → the tensor of the checkpoint it is made from.
@@ -79,7 +79,7 @@ class ShrinkPlan:
     """
 
     checkpoint: Path
-    layers: int
+    architecture: Architecture
     kept: tuple[int, ...]
     embeddings: Embeddings
     codecs: dict[str, str]
@@ -88,6 +88,11 @@ class ShrinkPlan:
     package_bytes: int
     scores: tuple[float, ...] = ()
     widths: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        """How many layers the full model has."""
+        return self.architecture.layers
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -186,7 +191,7 @@ def plan_shrink(
         package_bytes += _bytes(_infos(small, name, codecs.get(name)))
     return ShrinkPlan(
         checkpoint=checkpoint,
-        layers=full.layers,
+        architecture=full,
         kept=tuple(kept),
         embeddings=embeddings,
         codecs=codecs,
