@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,9 @@ def plan_package(
     listed = isinstance(parse_layers(keep_layers, plan.layers), list)
     if settings.layer_choice == "uniform" or listed or not plan.dropped:
         return plan
-    scores = layer_scores(checkpoint, calibration_text(checkpoint, settings), settings.layer_choice, progress)
-    return plan_shrink(checkpoint, **wanted, scores=scores)
+    sequences = calibration_text(checkpoint, settings)
+    scores = layer_scores(checkpoint, sequences, settings.layer_choice, progress)
+    return replace(plan_shrink(checkpoint, **wanted, scores=scores), sequences=sequences)
 
 
 def calibration_text(checkpoint: Path, settings: PackageSettings) -> list[torch.Tensor]:
@@ -183,7 +185,7 @@ def make_package(
     surrogate_codec = _CODECS[settings.surrogate_codec] if settings.surrogate != "none" and plan.dropped else None
     if surrogate_codec is None and not plan.widths:
         return shrink(plan, output, **options)
-    sequences = calibration_text(plan.checkpoint, settings)
+    sequences = plan.sequences or calibration_text(plan.checkpoint, settings)
     full = plan.architecture
     widths = {layer: plan.widths.get(layer, full.neuron_count) for layer in plan.kept if full.feed_forward}
     fit_plan = FitPlan(kept=plan.kept, surrogate_codec=surrogate_codec, widths=widths)
