@@ -145,15 +145,20 @@ def get_factors(
     for path, module in model.get_base_model().named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
             layer = layers[architecture.layer_of(f"{path}.")]
-            A_RI, B_OR = (of(lora["default"].weight).float().cpu() for lora in (module.lora_A, module.lora_B))
-            A_RI, B_OR = A_RI.clone(), B_OR.clone()
             out_features, in_features = _out_in(architecture, architecture.in_block(path))
-            if (kept := architecture.neurons_in(path)) is not None:
-                A_RI = A_RI.new_zeros(len(A_RI), in_features).index_copy_(1, kept, A_RI)
-            if (kept := architecture.neurons_out(path)) is not None:
-                B_OR = B_OR.new_zeros(out_features, B_OR.shape[1]).index_copy_(0, kept, B_OR)
+            A_RI = _widened(of(module.lora_A["default"].weight), 1, architecture.neurons_in(path), in_features)
+            B_OR = _widened(of(module.lora_B["default"].weight), 0, architecture.neurons_out(path), out_features)
             factors[_renumber(path, architecture, layer)] = Factors(A_RI, B_OR)
     return factors
+
+
+def _widened(values: torch.Tensor, dim: int, kept: torch.Tensor | None, size: int) -> torch.Tensor:
+    """An fp32 copy on the CPU; where neurons were left out, with zeros in their places along `dim`, of `size` then."""
+    if kept is None:
+        return values.to("cpu", torch.float32, copy=True)
+    shape = [*values.shape]
+    shape[dim] = size
+    return torch.zeros(shape).index_copy_(dim, kept, values.to("cpu", torch.float32))
 
 
 def write_adapter(

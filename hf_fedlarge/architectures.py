@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -301,30 +301,31 @@ def _linears(block: nn.Module) -> dict[str, nn.Module]:
 
 def _feed_forward(block: nn.Module) -> FeedForward | None:
     """The matrices around an activation: some of the same shape, and one after them that leads back."""
-    for path, module in block.named_modules():
-        children = dict(module.named_children())
-        linears = [name for name, child in children.items() if isinstance(child, nn.Linear | Conv1D)]
-        if len(linears) < 2 or not any(isinstance(child, _ACTIVATIONS) for child in children.values()):
-            continue
+    for linears in _groups(block, active=True):
         *inputs, output = linears
-        wide, narrow = out_in(children[output])[::-1]
-        if all(out_in(children[name]) == (wide, narrow) for name in inputs):
-            prefix = f"{path}." if path else ""
-            return FeedForward(tuple(prefix + name for name in inputs), prefix + output)
+        if all(out_in(linears[path]) == out_in(linears[output])[::-1] for path in inputs):
+            return FeedForward(tuple(inputs), output)
     return None
 
 
 def _attention_output(block: nn.Module, width: int) -> str | None:
     """The last matrix that gives hidden states, of the one module with several matrices and no activation."""
-    found = []
+    outputs = [
+        [path for path, linear in linears.items() if out_in(linear)[0] == width]
+        for linears in _groups(block, active=False)
+    ]
+    found = [paths[-1] for paths in outputs if paths]
+    return found[0] if len(found) == 1 else None
+
+
+def _groups(block: nn.Module, active: bool) -> Iterator[dict[str, nn.Module]]:
+    """By path, the matrices right inside each module that has several of them, and an activation or not."""
     for path, module in block.named_modules():
         children = dict(module.named_children())
-        linears = [name for name, child in children.items() if isinstance(child, nn.Linear | Conv1D)]
-        active = any(isinstance(child, _ACTIVATIONS) for child in children.values())
-        outputs = [name for name in linears if out_in(children[name])[0] == width]
-        if path and len(linears) > 1 and not active and outputs:
-            found.append(f"{path}.{outputs[-1]}")
-    return found[0] if len(found) == 1 else None
+        prefix = f"{path}." if path else ""
+        linears = {prefix + name: child for name, child in children.items() if isinstance(child, nn.Linear | Conv1D)}
+        if len(linears) > 1 and active == any(isinstance(child, _ACTIVATIONS) for child in children.values()):
+            yield linears
 
 
 def out_in(linear: nn.Module) -> tuple[int, int]:

@@ -305,24 +305,30 @@ def staged_directory(output: Path, *, overwrite: bool = False, resume: bool = Fa
     """
     check_output(output, overwrite)
     staging = output.with_name(f".{output.name}.partial")
+    with writing(output):
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            if staging.exists() and not resume:
+                shutil.rmtree(staging)
+            staging.mkdir(exist_ok=True)
+            yield staging
+            commit_directory(staging, output)
+        except BaseException:
+            if not resume:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Within it, an error of the system that a user can mend is an `OutputError` that names `output`."""
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if staging.exists() and not resume:
-            shutil.rmtree(staging)
-        staging.mkdir(exist_ok=True)
-        yield staging
-        commit_directory(staging, output)
+        yield
     except OSError as error:
-        if not resume:
-            shutil.rmtree(staging, ignore_errors=True)
         reason = os_problem(error)
         if isinstance(error, OutputError) or reason is None:
             raise
         raise OutputError(f"{output} could not be written: {reason}.") from error
-    except BaseException:
-        if not resume:
-            shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 def os_problem(error: OSError) -> str | None:

@@ -11,17 +11,18 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hf_fedlarge.architectures import describe, load_config
-from hf_fedlarge.artifacts import PackageManifest, check_output, os_problem
+from hf_fedlarge.architectures import load_config
+from hf_fedlarge.artifacts import PackageManifest, check_output, writing
 from hf_fedlarge.config import LayerChoice, PackageSettings, parse_layers
 from hf_fedlarge.data import load_examples
-from hf_fedlarge.errors import ConfigError, DataError, OutputError
+from hf_fedlarge.errors import ConfigError, DataError
 from hf_fedlarge.evaluation import encode_example
 from hf_fedlarge.fit import FitPlan, Fitted, fit
 from hf_fedlarge.package import load_tokenizer, stream_checkpoint
@@ -94,8 +95,9 @@ def plan_package(
     listed = isinstance(parse_layers(keep_layers, plan.layers), list)
     if settings.layer_choice == "uniform" or listed or not plan.dropped:
         return plan
-    scores = layer_scores(checkpoint, calibration_text(checkpoint, settings), settings.layer_choice, progress)
-    return plan_shrink(checkpoint, **wanted, scores=scores)
+    sequences = calibration_text(checkpoint, settings)
+    scores = layer_scores(checkpoint, sequences, settings.layer_choice, progress)
+    return replace(plan_shrink(checkpoint, **wanted, scores=scores), sequences=sequences)
 
 
 def calibration_text(checkpoint: Path, settings: PackageSettings) -> list[torch.Tensor]:
@@ -135,9 +137,7 @@ def layer_scores(
             alike = [torch.cosine_similarity(x.float(), y.float(), dim=-1) for x, y in zip(states, after, strict=True)]
             scores.append(1 - float(torch.cat(alike, dim=1).mean()))
         else:
-            regression = Regression(states[0].shape[-1], states[0].device)
-            for x, y in zip(states, after, strict=True):
-                regression.add(x[0], y[0])
+            regression = Regression.between(states, after)
             T = regression.solve()
             b, T = regression.bias(T).to(states[0].dtype), T.to(states[0].dtype)
             without.append([hidden + hidden @ T + b for hidden in states[:_SCORED]])
@@ -185,8 +185,8 @@ def make_package(
     surrogate_codec = _CODECS[settings.surrogate_codec] if settings.surrogate != "none" and plan.dropped else None
     if surrogate_codec is None and not plan.widths:
         return shrink(plan, output, **options)
-    sequences = calibration_text(plan.checkpoint, settings)
-    full = describe(load_config(plan.checkpoint))
+    sequences = plan.sequences or calibration_text(plan.checkpoint, settings)
+    full = plan.architecture
     widths = {layer: plan.widths.get(layer, full.neuron_count) for layer in plan.kept if full.feed_forward}
     fit_plan = FitPlan(kept=plan.kept, surrogate_codec=surrogate_codec, widths=widths)
     with _fit_directory(output, plan, fit_plan, sequences) as work:
@@ -210,7 +210,7 @@ def fit_package(
         work: see `fit.fit`.
         progress: called with the layers that are done.
     """
-    full = describe(load_config(plan.checkpoint))
+    full = plan.architecture
     paths = [path for path in (full.attention_output, full.feed_forward and full.feed_forward.output) if path]
     outputs = {f"{full.blocks}.{layer}.{path}.weight" for layer in fit_plan.widths for path in paths}
     stored_as = {}
@@ -237,13 +237,7 @@ def _fit_directory(
     work = everything / identity
     if everything.exists() and not work.exists():
         shutil.rmtree(everything)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+    with writing(output):
         work.mkdir(parents=True, exist_ok=True)
         yield work
-    except OSError as error:
-        reason = os_problem(error)
-        if isinstance(error, OutputError) or reason is None:
-            raise
-        raise OutputError(f"{output} could not be written: {reason}.") from error
     shutil.rmtree(everything)

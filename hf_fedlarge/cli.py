@@ -181,15 +181,13 @@ def print_summary(summary: dict[str, Any]) -> None:
 def _shrink(options: argparse.Namespace) -> None:
     from hf_fedlarge.artifacts import check_output
     from hf_fedlarge.calibrate import make_package, plan_package
-    from hf_fedlarge.config import PackageSettings, format_ranges
+    from hf_fedlarge.config import PackageSettings, checked, format_ranges
     from hf_fedlarge.hub import resolve_checkpoint
 
     if not options.dry_run:
         check_output(options.output, options.overwrite)
     checkpoint, revision = resolve_checkpoint(options.checkpoint, options.revision)
-    if options.keep_neurons is not None and not 0 < options.keep_neurons <= 1:
-        raise ConfigError(f"--keep-neurons {options.keep_neurons} is out of range; expected above 0 and up to 1.")
-    settings = PackageSettings(**{name: getattr(options, name) for name in PackageSettings.model_fields})
+    settings = checked(PackageSettings, {name: getattr(options, name) for name in PackageSettings.model_fields})
     plan = plan_package(checkpoint, settings)
     print(plan.describe())
     if options.dry_run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -29,6 +29,26 @@ class Record(BaseModel):
     """A frozen record that refuses unknown keys and never converts types."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+RecordT = TypeVar("RecordT", bound=Record)
+
+
+def checked(kind: type[RecordT], values: dict[str, Any], where: str = "") -> RecordT:
+    """A record of a user's values.
+
+    Args:
+        kind: of what kind.
+        values: by key.
+        where: the file they are from.
+
+    Raises:
+        ConfigError: the message names `where` and the key.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where and f'{where}: '}{first_problem(error)}.") from error
 
 
 class LoraSettings(Record):
@@ -135,7 +155,7 @@ class PackageSettings(Record):
     """
 
     keep_layers: str | int | float | list[int] | None = None
-    keep_neurons: Annotated[float, Field(gt=0, le=1)] | None = None
+    keep_neurons: float | None = None
     layer_choice: LayerChoice = "uniform"
     surrogate: Literal["linear", "none"] = "linear"
     surrogate_codec: SurrogateCodec = "nf4"
@@ -291,7 +311,4 @@ def load_federation(path: Path) -> FederationConfig:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds {type(raw).__name__}; expected keys such as checkpoint and data.")
-    try:
-        return FederationConfig.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {first_problem(error)}.") from error
+    return checked(FederationConfig, raw, str(path))

@@ -27,7 +27,7 @@ from torch import nn
 from hf_fedlarge.architectures import Architecture
 from hf_fedlarge.artifacts import SurrogateEntry
 from hf_fedlarge.neurons import NeuronFit
-from hf_fedlarge.quantize import decode, encode
+from hf_fedlarge.rounding import dense, round_trip
 from hf_fedlarge.surrogate import RIDGE, Regression, store_surrogate
 from hf_fedlarge.walk import Walk
 
@@ -114,9 +114,7 @@ def fit(
         truth = after
         if layer not in plan.kept and plan.surrogate_codec and (layer + 1 == len(teacher) or layer + 1 in plan.kept):
             run = list(range(max(kept for kept in plan.kept if kept < layer) + 1, layer + 1))
-            regression = Regression(truth[0].shape[-1], truth[0].device)
-            for x, y in zip(states, truth, strict=True):
-                regression.add(x.flatten(0, 1), y.flatten(0, 1))
+            regression = Regression.between(states, truth)
             entry, result, stand_in = store_surrogate(
                 regression, run, plan.surrogate_codec, states[0].dtype, plan.surrogate_ridge
             )
@@ -149,10 +147,8 @@ def _fit_block(
     def refit(path: str, count: int, wanted: Iterable[torch.Tensor]) -> Callable[..., torch.Tensor]:
         output = block.get_submodule(path)
         kept_K, V_DK = _refit(student, layer, path, count, states, wanted)
-        encoded = encode(path, tuple(V_DK.shape), plan.output_codec, [V_DK])
-        stored_DK = torch.empty(V_DK.shape, dtype=states[0].dtype)
-        decode(path, plan.output_codec, encoded).read_rows(0, len(V_DK), stored_DK)
-        stored_DK = stored_DK.to(states[0].device)
+        _, weight = round_trip(path, plan.output_codec, V_DK)
+        stored_DK = dense(weight, states[0].dtype).to(states[0].device)
         result[f"{architecture.blocks}.{layer}.{path}.weight"] = V_DK
         if count < everything and path == feed_forward:
             result["neurons"] = kept_K.to(torch.int32)

@@ -24,12 +24,11 @@ from hf_fedlarge.config import format_ranges
 from hf_fedlarge.errors import ArtifactError
 from hf_fedlarge.loss import StreamedHead
 from hf_fedlarge.neurons import indices_name
-from hf_fedlarge.quantize import DenseWeight, FrozenWeight, decode, encode
+from hf_fedlarge.quantize import FrozenWeight, decode
+from hf_fedlarge.rounding import RoundedWeight
 from hf_fedlarge.streaming import attach
 from hf_fedlarge.surrogate import bias_name, weight_name
 from hf_fedlarge.tensors import CheckpointReader
-
-_ROWS = 1024  # encoded at a time; whole blocks of 64 values
 
 
 class MappedTensors:
@@ -87,7 +86,8 @@ def load_package(
         verify_files(directory, manifest, published=True)
     tensors = MappedTensors(directory, [name for name in manifest.files if name.endswith(".safetensors")])
     config = package_config(directory)
-    architecture = replace(describe(config), neurons=_neurons(manifest, describe(config), tensors))
+    architecture = describe(config)
+    architecture = replace(architecture, neurons=_neurons(manifest, architecture, tensors))
     surrogates = _surrogates(manifest, tensors, config.hidden_size, dtype, torch.device(device))
     model = _assemble(
         directory, config, architecture, tensors, manifest.codecs, dtype, device, micro_batch_size, surrogates
@@ -219,43 +219,6 @@ def _assemble(
         model.generation_config = GenerationConfig.from_pretrained(directory)
     model.architecture, model.streamed_head = architecture, head
     return model
-
-
-class RoundedWeight:
-    """A dense matrix that reads as if a package had stored it; it is rounded anew each time.
-
-    Args:
-        weight: as a checkpoint has it.
-        codec: of the package.
-        transposed: whether a package stores it the other way round.
-    """
-
-    def __init__(self, weight: DenseWeight, codec: str, transposed: bool) -> None:
-        self._weight, self._codec, self._transposed = weight, codec, transposed
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
-        return self._weight.shape[::-1] if self._transposed else self._weight.shape
-
-    @property
-    def stored(self) -> tuple[torch.Tensor, ...]:
-        """What it is read from."""
-        return self._weight.stored
-
-    def read_rows(self, start: int, stop: int, out: torch.Tensor) -> None:
-        """Write the rows [start, stop) into `out` as they would be."""
-        self.rounded().read_rows(start, stop, out)
-
-    def gather(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The rows at `index` as they would be."""
-        return self.rounded().gather(index, dtype)
-
-    def rounded(self) -> FrozenWeight:
-        """What a package would hold, in memory."""
-        (values,) = self.stored
-        rows = (values.T if self._transposed else values).split(_ROWS)
-        return decode("weight", self._codec, encode("weight", self.shape, self._codec, rows))
 
 
 def _narrow(model: nn.Module, architecture: Architecture) -> None:

@@ -69,17 +69,18 @@ class ShrinkPlan:
 
     Attributes:
         checkpoint: directory of the full model.
-        layers: how many it has.
+        architecture: of the full model.
         kept: global numbers of the layers that stay; the index is the package's block number.
         codecs: the package's matrices and how each is stored; parameters that are not listed stay dense vectors.
         sources: the package's parameter name → the tensor of the checkpoint it is made from.
         scores: what each layer scored, where they were chosen by scores; else none.
         widths: layer → how many of its neurons stay; layers that are not listed keep all.
         full_bytes, package_bytes: weights before and after, surrogates left out.
+        sequences: the calibration text (`calibrate.calibration_text`), where it was read for the plan.
     """
 
     checkpoint: Path
-    layers: int
+    architecture: Architecture
     kept: tuple[int, ...]
     embeddings: Embeddings
     codecs: dict[str, str]
@@ -88,6 +89,12 @@ class ShrinkPlan:
     package_bytes: int
     scores: tuple[float, ...] = ()
     widths: Mapping[int, int] = field(default_factory=dict)
+    sequences: Sequence[torch.Tensor] = field(default=(), repr=False, compare=False)
+
+    @property
+    def layers(self) -> int:
+        """How many layers the full model has."""
+        return self.architecture.layers
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -186,7 +193,7 @@ def plan_shrink(
         package_bytes += _bytes(_infos(small, name, codecs.get(name)))
     return ShrinkPlan(
         checkpoint=checkpoint,
-        layers=full.layers,
+        architecture=full,
         kept=tuple(kept),
         embeddings=embeddings,
         codecs=codecs,
@@ -369,7 +376,8 @@ def _write_config(
             for block in range(architecture.layers)
             for path in architecture.linears
         }
-        outside = [path for path in _linear_paths(config) if path not in inside]
+        modules = empty_model(config, torch.bfloat16).named_modules()
+        outside = [path for path, module in modules if isinstance(module, nn.Linear) and path not in inside]
         values["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -381,11 +389,6 @@ def _write_config(
         # A method that stock loaders don't know makes them refuse; they would take the integers for weights.
         values["quantization_config"] = {"quant_method": "hf_fedlarge", "embeddings": plan.embeddings}
     write_json(staging / "config.json", values)
-
-
-def _linear_paths(config: PretrainedConfig) -> list[str]:
-    model = empty_model(config, torch.bfloat16)
-    return [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
 def _copy_companions(checkpoint: Path, staging: Path) -> None:

@@ -14,7 +14,7 @@ Shapes: N tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -23,7 +23,8 @@ from torch import nn
 
 from hf_fedlarge.artifacts import SurrogateEntry
 from hf_fedlarge.linear import FrozenLinear
-from hf_fedlarge.quantize import FrozenWeight, decode, encode
+from hf_fedlarge.quantize import FrozenWeight
+from hf_fedlarge.rounding import dense, round_trip
 
 RIDGE = 0.1
 _SMALLEST = 1e-12
@@ -48,6 +49,14 @@ class Regression:
         self._xx_DD, self._xd_DD = zeros(width, width), zeros(width, width)
         self._x_D, self._d_D = zeros(width), zeros(width)
         self._weight, self._dd = zeros(), zeros()
+
+    @classmethod
+    def between(cls, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> Regression:
+        """Of the states (B, S, D) of any number of batches, before and after."""
+        regression = cls(before[0].shape[-1], before[0].device)
+        for x, y in zip(before, after, strict=True):
+            regression.add(x.flatten(0, 1), y.flatten(0, 1))
+        return regression
 
     def add(self, x_ND: torch.Tensor, y_ND: torch.Tensor) -> None:
         """Take in the states before and after."""
@@ -114,9 +123,8 @@ def store_surrogate(
     T = regression.solve(ridge)
     # Rounding can spoil a map that explains little: then nothing stands there.
     for W in (T.T.float().cpu(), torch.zeros(T.shape)):
-        tensors = encode(name, tuple(W.shape), codec, [W])
-        stored = torch.empty(W.shape)
-        decode(name, codec, tensors).read_rows(0, len(W), stored)
+        tensors, weight = round_trip(name, codec, W)
+        stored = dense(weight, torch.float32)
         # The bias makes up for what rounding W has moved on average.
         b = regression.bias(stored.T.to(T.device)).to(torch.bfloat16) if W.any() else T.new_zeros(len(W))
         share = regression.unexplained(stored.T.to(T.device), b)

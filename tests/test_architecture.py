@@ -14,7 +14,7 @@ LEVELS = [
     {"config", "stdlib_corpus", "blocks"},
     {"artifacts"},
     {"tensors", "architectures", "quantize", "data", "partition", "cards", "plan", "journal"},
-    {"linear", "norm", "sequences", "budget", "hub", "loss", "products", "server_optimizer", "walk"},
+    {"linear", "norm", "sequences", "budget", "hub", "loss", "products", "rounding", "server_optimizer", "walk"},
     {"adapters", "aggregate", "arena", "surrogate", "neurons"},
     {"engine", "fit", "robust"},
     {"shrink", "streaming", "update"},

@@ -103,6 +103,15 @@ def test_the_layer_that_does_least_goes_first(choice, checkpoint, tmp_path):
     assert "layer   3 scores" in plan.describe()
 
 
+def test_the_text_is_read_once(checkpoint, tmp_path):
+    data = tmp_path / "text.jsonl"
+    data.write_text(json.dumps({"text": "A public text of my own. " * 60}) + "\n")
+    settings = PackageSettings(keep_layers=4, layer_choice="influence", calibration=str(data))
+    plan = plan_package(checkpoint, settings)
+    data.unlink()
+    assert make_package(plan, settings, tmp_path / "package").surrogates
+
+
 def test_a_surrogate_makes_the_small_model_more_like_the_full_one(checkpoint, tmp_path):
     full = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     package_of(checkpoint, tmp_path / "with")
