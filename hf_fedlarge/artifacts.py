@@ -136,7 +136,10 @@ class Contribution(Record):
 
 
 class AdapterManifest(Manifest):
-    """The federation's state after a round: one adapter in fp32, in global layer numbers."""
+    """The federation's state after a round: one adapter in fp32, in global layer numbers.
+
+    `trains` says which factors clients that start from it train; the other one comes back as it is.
+    """
 
     kind: Literal["adapter"] = "adapter"
     base: BaseModelEntry
@@ -146,6 +149,7 @@ class AdapterManifest(Manifest):
     layers: list[Count]
     lora: LoraSettings
     aggregator: str | None
+    trains: Literal["both", "A", "B"] = "both"
     weighting: str | None = None
     contributions: list[Contribution] = []
     energy_dropped: float = 0.0

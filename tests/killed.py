@@ -36,4 +36,4 @@ def run_until(federation: Path, output: Path, step: int) -> None:
 
     for name in STEPS:
         setattr(rounds, name, counted(getattr(rounds, name)))
-    rounds.run_federation(load_federation(federation), output, counted(LAUNCHERS["inprocess"]))
+    rounds.run_federation(load_federation(federation), output, counted(LAUNCHERS["inprocess"]()))
