@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -108,6 +108,14 @@ def _fuse(layer: LoraLayer, linear: FrozenLinear, lora: LoraSettings) -> None:
         return linear.forward_with_adapter(x)
 
     layer.forward = forward
+
+
+def set_trainable(model: PeftModel, trains: Literal["both", "A", "B"]) -> None:
+    """Make both factors of every adapter trainable, or one, as FFA-LoRA does (arXiv 2403.12313); drop gradients."""
+    for module in model.get_base_model().modules():
+        if isinstance(module, LoraLayer):
+            for letter, factor in (("A", module.lora_A), ("B", module.lora_B)):
+                factor["default"].weight.requires_grad_(trains in ("both", letter)).grad = None
 
 
 def set_factors(model: PeftModel, factors: dict[str, Factors], architecture: Architecture, layers: list[int]) -> None:

@@ -139,9 +139,10 @@ class Contribution(Record):
 class AdapterManifest(Manifest):
     """The federation's state after a round: one adapter in fp32, in global layer numbers.
 
-    `trains` is what the clients of the next round train. What didn't fit into the adapter's rank is in the carry, of up
-    to `carry_rank` (0: there is none): the server's alone, but a part of what is merged and published. Of the energy
-    of both, `energy_carried` is the carry's share, and `energy_dropped` is what is in neither.
+    `trains` is what the clients of the next round train; the other factor comes back as it is. What didn't fit into the
+    adapter's rank is in the carry, of up to `carry_rank` (0: there is none): the server's alone, but a part of what is
+    merged and published. Of the energy of both, `energy_carried` is the carry's share, and `energy_dropped` is what is
+    in neither.
     """
 
     kind: Literal["adapter"] = "adapter"

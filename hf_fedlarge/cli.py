@@ -340,7 +340,7 @@ def _run(options: argparse.Namespace) -> None:
     # Of all the bars of all the clients, those of the training steps tell enough.
     hide_progress()
     logging.disable_progress_bar()
-    train = LAUNCHERS[config.launcher]
+    train = LAUNCHERS[config.launcher]()
     summary = run_federation(config, output, train, lambda line: print(line, flush=True), stop=not options.no_stop)
     print_summary(summary)
     print(f"\n{output / 'merged'} is the merged checkpoint; {output / 'summary.json'} has all figures.")

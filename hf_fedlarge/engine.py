@@ -100,6 +100,13 @@ class StreamingEngine:
         self.arena = Arena(self.linears, self.dtype, self.device, whole_blocks, self.counters)
         self._available = available - self.counters.arena_bytes
 
+    def start_over(self) -> None:
+        """Forget what was learned and counted, as if nothing had been computed so far; a memory budget stays."""
+        self._outputs.clear()
+        self._token_bytes, self._held = None, 0
+        arena_bytes = self.counters.arena_bytes
+        vars(self.counters).update(vars(Counters(arena_bytes=arena_bytes)))
+
     @contextmanager
     def visit(self, block: nn.Module, following: int | None = None) -> Iterator[None]:
         """The block's dense matrices, for the time of the `with`; `following` is likely to be visited next."""

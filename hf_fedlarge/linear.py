@@ -112,8 +112,10 @@ class _Product(torch.autograd.Function):
         if A is not None:
             u_NR = ((x_NI if dropped_NI is None else dropped_NI) @ A.to(x.dtype).t()).mul_(linear.adapter.scale)
         ctx.linear, ctx.shape, ctx.adapted = linear, x.shape, A is not None
-        # Without an adapter nothing but W is needed; with dropout, x itself isn't.
-        ctx.save_for_backward(None if A is None else x_NI if dropped_NI is None else dropped_NI, u_NR, A, B)
+        # Without an adapter nothing but W is needed; with dropout, x itself isn't. A frozen factor asks for nothing.
+        trains_A, trains_B = ctx.needs_input_grad[2:4]
+        adapter_input_NI = x_NI if dropped_NI is None else dropped_NI
+        ctx.save_for_backward(adapter_input_NI if trains_A else None, u_NR if trains_B else None, A, B)
         ctx.dropped = dropped_NI is not None
         if linear.value_unused:
             return x.new_zeros(()).expand(*x.shape[:-1], _outputs(linear))
@@ -131,9 +133,12 @@ class _Product(torch.autograd.Function):
         g_NO = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_dropped = grad_A = grad_B = v_NR = None
         if A is not None:
-            v_NR = (g_NO @ B.to(g_NO.dtype)).mul_(linear.adapter.scale)
-            grad_A = v_NR.t() @ x_NI
-            grad_B = g_NO.t() @ u_NR
+            if any(ctx.needs_input_grad[:3]):
+                v_NR = (g_NO @ B.to(g_NO.dtype)).mul_(linear.adapter.scale)
+            if ctx.needs_input_grad[2]:
+                grad_A = v_NR.t() @ x_NI
+            if ctx.needs_input_grad[3]:
+                grad_B = g_NO.t() @ u_NR
         if ctx.needs_input_grad[0]:
             grad_x = g_NO @ linear.dense().t()
             if v_NR is not None and not ctx.dropped:

@@ -42,4 +42,4 @@ def run_until(federation: Path, output: Path, step: int) -> None:
         for name in names:
             setattr(module, name, counted(getattr(module, name)))
     Journal.write = counted(Journal.write)
-    rounds.run_federation(load_federation(federation), output, counted(LAUNCHERS["inprocess"]))
+    rounds.run_federation(load_federation(federation), output, counted(LAUNCHERS["inprocess"]()))

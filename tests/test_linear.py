@@ -80,3 +80,21 @@ def test_output_projections_are_those_that_are_only_added(linear):
     assert list(output_products(torch.relu(residual + product))) == []
     # Added, but something else asks for its value too.
     assert list(output_products(residual + product + product.square())) == []
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("trains", ["A", "B"])
+def test_with_a_frozen_factor_only_the_other_s_gradient_is_computed(linear, monkeypatch, trains, dropout):
+    mask = (torch.rand(4, INPUTS) < 0.5).double()
+    linear.adapter.dropout = (lambda x: x * mask) if dropout else None
+    x = torch.randn(4, INPUTS, dtype=torch.float64, requires_grad=True)
+    expected = gradients(linear.forward_with_adapter(x), linear, x)
+    frozen = {"A": linear.adapter.B, "B": linear.adapter.A}[trains].requires_grad_(False)
+    output = linear.forward_with_adapter(x)
+    # What only the frozen one's gradient needs isn't kept for it.
+    saved = output.grad_fn.saved_tensors
+    assert [tensor is None for tensor in saved[:2]] == ([False, True] if trains == "A" else [True, False])
+    (output * torch.arange(OUTPUTS)).sum().backward()
+    assert frozen.grad is None
+    torch.testing.assert_close(x.grad, expected[0])
+    torch.testing.assert_close(getattr(linear.adapter, trains).grad, expected[1 if trains == "A" else 2])

@@ -27,6 +27,7 @@ from hf_fedlarge.plan import CheckIn, sample_cohort
 from hf_fedlarge.rounds import run_federation
 from hf_fedlarge.trainers.launch import LAUNCHERS, ClientFailedError
 
+IN_PROCESS = LAUNCHERS["inprocess"]()
 COLOURS = ("red", "green", "blue", "white")
 
 
@@ -69,7 +70,7 @@ def config_of(home, **changes):
     return load_federation(home / "federation.yaml").model_copy(update=changes)
 
 
-def run(home, output, train=LAUNCHERS["inprocess"], **changes):
+def run(home, output, train=IN_PROCESS, **changes):
     return run_federation(config_of(home, **changes), output, train)
 
 
@@ -149,7 +150,7 @@ def test_a_run_that_harms_the_full_model_stops_after_two_rounds(home, tmp_path):
         with pytest.raises(FedLargeError, match=r"Stopped before round 3: .* worse than the base's 0\.250.* --no-stop"):
             run(home, output, rounds=3)
         assert not (output / "rounds" / "0003").exists()
-    summary = run_federation(config_of(home, rounds=3), output, LAUNCHERS["inprocess"], stop=False)
+    summary = run_federation(config_of(home, rounds=3), output, IN_PROCESS, stop=False)
     assert len(summary["rounds"]) == 3
 
 
@@ -183,7 +184,7 @@ def test_held_out_examples_are_never_trained_on(whole):
 def test_a_client_in_its_own_process_gives_the_same_bytes(home, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     run(home, tmp_path / "one", rounds=1, cohort=1)
-    run(home, tmp_path / "two", train=LAUNCHERS["accelerate"], rounds=1, cohort=1)
+    run(home, tmp_path / "two", train=LAUNCHERS["accelerate"](), rounds=1, cohort=1)
     assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "two")
 
 
@@ -222,7 +223,7 @@ def test_two_servers_on_one_run_are_kept_apart(home, tmp_path):
     def train(job):
         with pytest.raises(OutputError, match="is in use by another server"):
             run(home, tmp_path / "run")
-        LAUNCHERS["inprocess"](job)
+        IN_PROCESS(job)
 
     run(home, tmp_path / "run", train=train, rounds=1, cohort=1)
 
@@ -234,7 +235,7 @@ def test_a_client_that_fails_or_cheats_is_named_and_the_round_goes_on(home, tmp_
         if job.client == "team-blue":
             make_update(job.output, job.package, "team-blue", round_number=7)
         else:
-            LAUNCHERS["inprocess"](job)
+            IN_PROCESS(job)
 
     summary = run(home, tmp_path / "run", train=train, rounds=1, cohort=None)
     [entry] = summary["rounds"]
@@ -256,7 +257,7 @@ def test_a_mistake_can_be_mended_and_the_run_begun_again(home, tmp_path):
 
 def test_an_update_that_cannot_be_read_or_is_signed_by_another_does_not_stop_the_round(home, tmp_path):
     def train(job):
-        LAUNCHERS["inprocess"](job)
+        IN_PROCESS(job)
         manifest = job.output / "fedlarge.json"
         if job.client == "team-blue":
             manifest.write_text("{")
@@ -280,7 +281,7 @@ def test_a_round_below_its_quorum_commits_nothing(home, tmp_path):
     def train(job):
         if job.client != "team-green":
             raise ClientFailedError("the battery is empty")
-        LAUNCHERS["inprocess"](job)
+        IN_PROCESS(job)
 
     with pytest.raises(
         UpdateRefusedError, match="Round 1 is abandoned: 1 valid updates of 4 clients; at least 2 are needed"
@@ -370,4 +371,4 @@ def test_an_example_too_few_is_said(tmp_path):
     }
     Path(tmp_path / "federation.yaml").write_text(yaml.safe_dump(federation))
     with pytest.raises((ConfigError, DataError), match="hold out"):
-        run_federation(load_federation(tmp_path / "federation.yaml"), tmp_path / "run", LAUNCHERS["inprocess"])
+        run_federation(load_federation(tmp_path / "federation.yaml"), tmp_path / "run", IN_PROCESS)

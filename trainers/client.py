@@ -34,6 +34,7 @@ from hf_fedlarge.memory import peak_memory_bytes
 if TYPE_CHECKING:
     from hf_fedlarge.artifacts import UpdateManifest
     from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig
+    from hf_fedlarge.trainers.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -67,14 +68,14 @@ def _one_at_a_time(train: Callable[..., UpdateManifest]) -> Callable[..., Update
     """
 
     @wraps(train)
-    def alone(client: ClientArguments, config: StreamingLoraConfig) -> UpdateManifest:
+    def alone(client: ClientArguments, config: StreamingLoraConfig, worker: Worker | None = None) -> UpdateManifest:
         output = Path(client.output)
         if config.process_index != 0 or not output.parent.is_dir():
-            return train(client, config)
+            return train(client, config, worker)
         lock = output.with_name(f".{output.name}.lock")
         with FileLock(lock):
             try:
-                return train(client, config)
+                return train(client, config, worker)
             finally:
                 lock.unlink(missing_ok=True)
 
@@ -82,16 +83,20 @@ def _one_at_a_time(train: Callable[..., UpdateManifest]) -> Callable[..., Update
 
 
 @_one_at_a_time
-def train_client(client: ClientArguments, config: StreamingLoraConfig) -> UpdateManifest:
+def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: Worker | None = None) -> UpdateManifest:
     """Train and write the update directory; on a process that is not the first, train along and write nothing.
 
     Args:
         client: what to train on what.
         config: how to train; its output directory is replaced by one beside the update.
+        worker: keeps the loaded package from one client to the next; None: it is loaded for this one. The update is
+            the same.
 
     Returns:
-        The update's manifest. `measured` has `seconds` and `steps` of this training, and the `peak_memory_bytes` of
-        the process: where one trains several clients, or is the server, that of all it did so far.
+        The update's manifest. `measured` has the `steps` and `seconds` of this training, of which `train_seconds` went
+        into steps, `evaluation_seconds` into held-out losses and `overhead_seconds` into all else but the writing, and
+        the `peak_memory_bytes` of the process: where one trains several clients, or is the server, that of all it did
+        so far.
 
     Raises:
         FedLargeError: bad input, in one sentence; nothing is written.
@@ -101,31 +106,32 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig) -> Update
     import torch
     from pydantic import ValidationError
 
-    from hf_fedlarge.adapters import attach_lora, get_factors, initial_factors, read_factors, set_factors
+    from hf_fedlarge.adapters import get_factors, initial_factors
+    from hf_fedlarge.architectures import describe
     from hf_fedlarge.artifacts import (
         AdapterManifest,
         PackageManifest,
         UpdateManifest,
         check_output,
         read_manifest,
-        verify_files,
     )
     from hf_fedlarge.config import LoraSettings, first_problem
     from hf_fedlarge.data import load_examples, training_columns
     from hf_fedlarge.evaluation import evaluate_model
-    from hf_fedlarge.package import load_package, load_tokenizer
+    from hf_fedlarge.package import package_config
     from hf_fedlarge.partition import hold_out
     from hf_fedlarge.trainers.streaming_trainer import StreamingLoraTrainer
+    from hf_fedlarge.trainers.worker import Steps, Worker
     from hf_fedlarge.update import write_update
 
     started = time.monotonic()
+    worker = worker or Worker()
     package_dir, output = Path(client.package), Path(client.output)
     check_output(output, client.overwrite)
     package = read_manifest(package_dir, PackageManifest)
     parent = None
     if client.adapter:
         parent = read_manifest(Path(client.adapter), AdapterManifest)
-        verify_files(Path(client.adapter), parent)
         if parent.package != package.digest:
             raise ConfigError(
                 f"--adapter {client.adapter} belongs to the package {parent.package[:12]}…, but --package is "
@@ -169,34 +175,23 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig) -> Update
     state = {"client": asdict(client), "package": package.digest, "adapter": fresh.adapter, "config": config.to_dict()}
     checkpoint = _prepare_work(work, json.loads(json.dumps(state, default=str)), config)
 
-    device = config.device
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
-    model = load_package(package_dir, dtype=dtype, device=device, verify=client.verify)
-    tokenizer = load_tokenizer(package_dir)
     layers = package.kept_layers
-    factors = (
-        read_factors(Path(client.adapter))
-        if client.adapter
-        else initial_factors(model.architecture, layers, lora, config.seed)
-    )
-    peft_model = attach_lora(model, model.architecture, lora)
-    set_factors(peft_model, factors, model.architecture, layers)
-    try:
-        trainer = StreamingLoraTrainer(
-            peft_model, config, train_dataset=training_columns(data), processing_class=tokenizer
-        )
-    except (ValueError, RuntimeError) as error:
-        raise DataError(f"{client.data} can't be trained on: {error}") from error
-    if len(trainer.train_dataset) == 0:
-        raise DataError(f"{client.data} has no example with a labelled token within {config.max_length} tokens.")
+    if parent:
+        factors = worker.read(Path(client.adapter), parent)
+    else:
+        factors = initial_factors(describe(package_config(package_dir)), layers, lora, config.seed)
+    trains = parent.trains if parent else "both"
+    evaluation_seconds = 0.0
 
     def held_out_loss() -> float | None:
+        nonlocal evaluation_seconds
         if not held_out or not trainer.is_world_process_zero():
             return None
+        began = time.monotonic()
         try:
             return evaluate_model(
-                peft_model,
-                tokenizer,
+                opened.model,
+                opened.tokenizer,
                 held_out,
                 max_length=config.max_length or 2**20,
                 batch_size=config.per_device_eval_batch_size,
@@ -205,10 +200,37 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig) -> Update
         except DataError as error:
             logger.warning("No held-out loss: %s", error)
             return None
+        finally:
+            evaluation_seconds += time.monotonic() - began
 
-    before = held_out_loss()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    after = held_out_loss()
+    with worker.lend(
+        package_dir,
+        package,
+        lora,
+        factors,
+        trains=trains,
+        dtype=torch.bfloat16 if config.bf16 else torch.float32,
+        device=config.device,
+        verify=client.verify,
+    ) as opened:
+        steps = Steps()
+        try:
+            trainer = StreamingLoraTrainer(
+                opened.model,
+                config,
+                train_dataset=training_columns(data),
+                processing_class=opened.tokenizer,
+                callbacks=[steps],
+            )
+        except (ValueError, RuntimeError) as error:
+            raise DataError(f"{client.data} can't be trained on: {error}") from error
+        if len(trainer.train_dataset) == 0:
+            raise DataError(f"{client.data} has no example with a labelled token within {config.max_length} tokens.")
+        before = held_out_loss()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        after = held_out_loss()
+        trained = get_factors(opened.model, opened.architecture, layers)
+    seconds = time.monotonic() - started
     manifest = fresh.model_copy(
         update={
             "examples": len(data),
@@ -216,18 +238,26 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig) -> Update
             "loss_before": before,
             "loss_after": after,
             "measured": {
-                "seconds": round(time.monotonic() - started, 3),
+                "seconds": round(seconds, 3),
+                "train_seconds": round(steps.seconds, 3),
+                "evaluation_seconds": round(evaluation_seconds, 3),
+                "overhead_seconds": round(seconds - steps.seconds - evaluation_seconds, 3),
                 "peak_memory_bytes": float(peak_memory_bytes()),
                 "steps": float(trainer.state.global_step),
             },
         }
     )
     if trainer.is_world_process_zero():
-        trained = get_factors(peft_model, model.architecture, layers)
         if not all(torch.isfinite(matrix).all() for pair in trained.values() for matrix in pair):
             raise DataError("Training diverged: the adapter holds NaN or infinity; lower --learning_rate.")
+        if trains != "both":
+            # What is frozen comes back as it came, also for neurons that the package lacks.
+            frozen = "B_OR" if trains == "A" else "A_RI"
+            trained = {
+                module: pair._replace(**{frozen: getattr(factors[module], frozen)}) for module, pair in trained.items()
+            }
         manifest = write_update(
-            output, trained, manifest, model.architecture, package.base.id, overwrite=client.overwrite
+            output, trained, manifest, opened.architecture, package.base.id, overwrite=client.overwrite
         )
         shutil.rmtree(work, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()

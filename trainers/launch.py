@@ -1,6 +1,7 @@
 """How a client of a federation is started: in this process, or by `accelerate launch` in one of its own.
 
-Both give the same update. A process of its own costs some seconds a client and gives its memory back at the end.
+Both give the same update. In this process hundreds of clients share one loaded package (`worker.py`); a process of its
+own costs some seconds a client and gives its memory back at the end.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import torch
 from transformers import HfArgumentParser
 
 from hf_fedlarge.errors import ConfigError, FedLargeError
-from hf_fedlarge.rounds import ClientJob
+from hf_fedlarge.rounds import ClientJob, Train
 from hf_fedlarge.trainers.client import ClientArguments, train_client
 from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig
+from hf_fedlarge.trainers.worker import Worker
 
 
 class ClientFailedError(FedLargeError, RuntimeError):
@@ -35,9 +37,14 @@ def check_training(training: dict[str, Any]) -> None:
     _training_config(training)
 
 
-def train_in_process(job: ClientJob) -> None:
-    """Train a client in this process."""
-    train_client(ClientArguments(**_arguments(job)), _training_config(job.training))
+def in_process() -> Train:
+    """What trains a run's clients in this process, one after another on the same loaded package."""
+    worker = Worker()
+
+    def train(job: ClientJob) -> None:
+        train_client(ClientArguments(**_arguments(job)), _training_config(job.training), worker)
+
+    return train
 
 
 def train_by_accelerate(job: ClientJob) -> None:
@@ -61,9 +68,10 @@ def train_by_accelerate(job: ClientJob) -> None:
         raise ClientFailedError(f"{job.client}'s process ended with {result.returncode}: {last}")
 
 
-LAUNCHERS: dict[str, Callable[[ClientJob], None]] = {
-    "inprocess": train_in_process,
-    "accelerate": train_by_accelerate,
+# Each is called once for a run.
+LAUNCHERS: dict[str, Callable[[], Train]] = {
+    "inprocess": in_process,
+    "accelerate": lambda: train_by_accelerate,
 }
 
 

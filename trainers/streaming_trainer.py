@@ -94,10 +94,11 @@ class StreamingLoraTrainer(SFTTrainer):
         # arena. `n_gpu` is read first because its first reading sets it.
         if args.n_gpu > 1:
             args._n_gpu = 1
-        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-        buffers = [name for name, _ in model.named_buffers()]
-        # Frozen weights are the same everywhere and hold placeholders: there is nothing to broadcast.
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen + buffers)
+        if args.world_size > 1:
+            frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+            buffers = [name for name, _ in model.named_buffers()]
+            # Frozen weights are the same everywhere and hold placeholders: there is nothing to broadcast.
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen + buffers)
         super().__init__(model=model, args=args, **kwargs)
 
     def compute_loss(
@@ -123,6 +124,9 @@ class StreamingLoraTrainer(SFTTrainer):
             raise OutputError(
                 f"A checkpoint in {self.args.output_dir} could not be written: {cause}; look for free space there."
             ) from error
+
+    def _send_telemetry(self) -> None:
+        """Nothing: trl would report each training to its authors from a thread of its own. A client calls nobody."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: a training checkpoint is no publication."""
