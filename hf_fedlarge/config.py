@@ -270,7 +270,8 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
     """A whole federation, as `federation.yaml` gives it.
 
     `base_id` is what manifests and cards call the base model where `checkpoint` is a local copy of it; `training`
-    takes any argument of trl's `SFTConfig`.
+    takes any argument of trl's `SFTConfig`; `proximal` is FedProx's μ; `client_eval_examples` is how many held-out
+    examples a client evaluates at most, before and after training, 0 being none.
     """
 
     checkpoint: str
@@ -281,8 +282,10 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
     rounds: Annotated[int, Field(ge=1)] = 3
     seed: Annotated[int, Field(ge=0)] = 0
     training: dict[str, Any] = {}
+    proximal: Annotated[float, Field(ge=0)] = 0.0
     launcher: Literal["inprocess", "accelerate"] = "inprocess"
     eval_examples: Annotated[int, Field(ge=1)] | None = None
+    client_eval_examples: Annotated[int, Field(ge=0)] = 64
     sample_prompt: str | None = None
 
     @model_validator(mode="after")

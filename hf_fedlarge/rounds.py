@@ -77,6 +77,8 @@ class ClientJob:
     eval_data: Path | None
     output: Path
     training: dict[str, Any]
+    proximal: float = 0.0
+    eval_examples: int = 64
 
 
 DEFAULT_MAX_LENGTH = 1024  # of SFTConfig
@@ -340,6 +342,8 @@ class _Federation:
             eval_data=held_out if held_out.exists() else None,
             output=output,
             training={"seed": seed % 2**31} | self.config.training,
+            proximal=self.config.proximal,
+            eval_examples=self.config.client_eval_examples,
         )
 
     def _held_out(self) -> Any:

@@ -405,3 +405,48 @@ def test_a_federations_training_is_checked_before_anything_is_written(tmp_path, 
         with pytest.raises(ConfigError, match=sentence):
             check_training({name: value})
     assert not list(tmp_path.iterdir())
+
+
+# Two steps of plain descent on the very same batch, unclipped: what FedProx adds is known by hand.
+TWO_STEPS = DESCENT | {"max_steps": 2, "max_grad_norm": 0.0, "per_device_train_batch_size": 16}
+
+
+@pytest.mark.parametrize("options", [{}, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}])
+def test_the_proximal_term_is_its_closed_form(home, tmp_path, options):
+    """The first step is FedAvg's, w₁; the second one gains −η μ (w₁ − w₀) (arXiv 1812.06127)."""
+    one = {name: {"max_steps": steps} for name, steps in (("first", 1), ("plain", 2))}
+    for name, steps in one.items():
+        train(home, tmp_path / name, **TWO_STEPS | options | steps)
+    train(home, tmp_path / "proximal", {"proximal": 0.3}, **TWO_STEPS | options)
+    train(home, tmp_path / "near", {"proximal": 0.3}, **TWO_STEPS | options | {"max_steps": 1})
+    start, first, plain, proximal, near = map(
+        weights, (home / "adapter", *(tmp_path / name for name in ("first", "plain", "proximal", "near")))
+    )
+    for name, w_1 in first.items():
+        assert torch.equal(near[name], w_1)
+        pull = -DESCENT["learning_rate"] * 0.3 * (w_1 - start[name])
+        assert pull.any() == ("lora_B" in name)  # A has no gradient as long as B is zero
+        torch.testing.assert_close(proximal[name] - plain[name], pull, rtol=1e-3, atol=1e-6)
+
+
+def test_a_resumed_client_is_still_drawn_to_the_round_s_adapter(home, tmp_path, monkeypatch):
+    options = {"max_steps": 4, "save_steps": 2}
+    whole = train(home, tmp_path / "whole", {"proximal": 5.0}, **options)
+    step, calls = StreamingLoraTrainer.training_step, []
+
+    def cut(self, *args, **kwargs):
+        calls.append(self.state.global_step)
+        if len(calls) == 4:
+            raise PowerCut
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(StreamingLoraTrainer, "training_step", cut)
+    with pytest.raises(PowerCut):
+        train(home, tmp_path / "cut", {"proximal": 5.0}, **options)
+    assert train(home, tmp_path / "cut", {"proximal": 5.0}, **options).digest == whole.digest
+    assert calls[4:] == [2, 3]
+
+
+def test_a_negative_proximal_term_is_refused(home, tmp_path, capsys):
+    assert main(["train", *command_line(home, tmp_path / "update", proximal=-0.1)]) == 2
+    assert "--proximal -0.1 is out of range" in capsys.readouterr().err

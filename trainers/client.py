@@ -52,6 +52,7 @@ class ClientArguments:
     eval_examples: int = field(default=64, metadata={"help": "Held-out examples to evaluate at most; 0: none."})
     client: str = field(default="client", metadata={"help": "This client's name."})
     round: int = field(default=1, metadata={"help": "The round this update is for."})
+    proximal: float = field(default=0.0, metadata={"help": "FedProx's mu: what leaving the round's adapter costs."})
     lora_rank: int = field(default=16, metadata={"help": "Rank; the adapter's, where --adapter is given."})
     lora_alpha: float = field(default=32.0, metadata={"help": "Alpha; likewise."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' input; likewise."})
@@ -125,6 +126,8 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
     from hf_fedlarge.update import write_update
 
     started = time.monotonic()
+    if not 0 <= client.proximal < float("inf"):
+        raise ConfigError(f"--proximal {client.proximal} is out of range; expected 0 or more.")
     worker = worker or Worker()
     package_dir, output = Path(client.package), Path(client.output)
     check_output(output, client.overwrite)
@@ -221,6 +224,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
                 train_dataset=training_columns(data),
                 processing_class=opened.tokenizer,
                 callbacks=[steps],
+                proximal=client.proximal,
             )
         except (ValueError, RuntimeError) as error:
             raise DataError(f"{client.data} can't be trained on: {error}") from error

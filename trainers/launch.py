@@ -84,6 +84,8 @@ def _arguments(job: ClientJob) -> dict[str, Any]:
         "output": str(job.output),
         "client": job.client,
         "round": job.round,
+        "proximal": job.proximal,
+        "eval_examples": job.eval_examples,
         # The server checked the package when it made it or took up the run.
         "verify": False,
     }

@@ -78,10 +78,12 @@ class StreamingLoraTrainer(SFTTrainer):
     Args:
         model: from `load_package` and `attach_lora`.
         args: its batch and accumulation are moved to `engine.micro_batch_size`, where the engine can divide batches.
+        proximal: FedProx's μ (arXiv 1812.06127): the loss gains μ/2 ‖w − w₀‖² over the trainable factors, w₀ being
+            their values now. Clipping sees the gradient of the sum, the logged loss is without it.
         kwargs: as for SFTTrainer.
     """
 
-    def __init__(self, model: PeftModel, args: StreamingLoraConfig, **kwargs: Any) -> None:
+    def __init__(self, model: PeftModel, args: StreamingLoraConfig, proximal: float = 0.0, **kwargs: Any) -> None:
         model.engine.micro_batch_size = args.per_device_train_batch_size
         if args.memory_budget is not None:
             model.engine.set_memory_budget(parse_bytes(args.memory_budget))
@@ -100,6 +102,19 @@ class StreamingLoraTrainer(SFTTrainer):
             # Frozen weights are the same everywhere and hold placeholders: there is nothing to broadcast.
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen + buffers)
         super().__init__(model=model, args=args, **kwargs)
+        # Now, as training may begin by loading a checkpoint.
+        self._proximal, self._centre = proximal, []
+        if proximal:
+            trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            self._centre = [(parameter, parameter.detach().clone()) for parameter in trainable]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Loss and gradient of a batch; the proximal term's gradient comes once an optimizer step, without a graph."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            for parameter, centre in self._centre:
+                parameter.grad.add_(parameter.detach() - centre, alpha=self._proximal)
+        return loss
 
     def compute_loss(
         self,

@@ -12,8 +12,10 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from hf_fedlarge.architectures import describe
 from hf_fedlarge.tensors import INDEX_NAME, SafetensorsWriter, plan_shards, shard_names
 
-# TinyLlama-1.1B's, Llama-2-7B's (whole, and cut to four layers) and SmolLM2-1.7B's sizes.
+# A toy, TinyLlama-1.1B's, Llama-2-7B's (whole, and cut to four layers) and SmolLM2-1.7B's sizes.
 SHAPES = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2, "vocab_size": 320},
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
     | {"num_key_value_heads": 4, "vocab_size": 32000},
     "1.7b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32}
