@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
 from hf_fedlarge.artifacts import write_json
+from hf_fedlarge.budget import parse_bytes
 from hf_fedlarge.config import FederationConfig
 from hf_fedlarge.data import STDLIB, concatenate, load_examples, training_columns, write_jsonl
 from hf_fedlarge.errors import ConfigError
@@ -51,6 +53,7 @@ def check_in(clients: dict[str, Dataset], config: FederationConfig, run: Path) -
         ConfigError: no client has enough examples for one to be held out.
     """
     settings, together, check_ins = config.data, [], []
+    memories = cycle(settings.memory) if settings.memory else None
     for name, examples in clients.items():
         if settings.max_examples and settings.max_examples < len(examples):
             examples = examples.shuffle(seed=config.seed).select(range(settings.max_examples))
@@ -61,7 +64,8 @@ def check_in(clients: dict[str, Dataset], config: FederationConfig, run: Path) -
         if held_out is not None:
             write_jsonl(held_out, home / "held_out.jsonl")
             together.append(held_out)
-        check_ins.append(CheckIn(name, examples=len(kept), memory_bytes=psutil.virtual_memory().total))
+        memory = parse_bytes(next(memories)) if memories else psutil.virtual_memory().total
+        check_ins.append(CheckIn(name, examples=len(kept), memory_bytes=memory))
     if not together:
         raise ConfigError("No client has an example to hold out; give each at least two.")
     write_jsonl(concatenate(together), run / "held_out.jsonl")

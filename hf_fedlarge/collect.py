@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,16 @@ from hf_fedlarge.package import package_config
 from hf_fedlarge.update import Asked, Expected, client_name, read_update, validate_update
 
 Weigh = Callable[[UpdateManifest], float]
+
+
+@dataclass(frozen=True)
+class _Base:
+    """An adapter that updates may have started from, and its package, where it is if it is another tier's."""
+
+    directory: Path
+    adapter: AdapterManifest
+    package: PackageManifest
+    package_directory: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,7 @@ def aggregate_updates(
     settings: AggregationSettings | None = None,
     previous: Path | None = None,
     older: Sequence[Path] = (),
+    tiers: Mapping[Path, Path] | None = None,
     round_number: int | None = None,
     min_updates: int = 1,
     asked: Mapping[Path, Asked] | None = None,
@@ -102,6 +113,7 @@ def aggregate_updates(
         settings: how to aggregate; None: as `choices` say, by default exactly and by tokens.
         previous: the adapter the clients started from; None: they started by themselves.
         older: adapters of earlier rounds; an update that started from one of them counts for less.
+        tiers: adapters that `tiers.derive_adapter` made of `previous`, and the packages that their clients train.
         round_number: the round they must be for; None: the one after `previous`, or that of the majority.
         min_updates: fewer valid updates than this make no adapter, nor do fewer than the aggregator needs.
         asked: for each of `updates`, whose it must be and the most that client can have trained on; None: not known.
@@ -127,20 +139,23 @@ def aggregate_updates(
         _check_continues(previous, parent, settings, number)
     else:
         lora, number = _majority(updates, small, architecture, round_number)
-    bases = _bases(previous, parent, older, small)
+    bases = _bases(previous, parent, older, small) | _tier_bases(tiers or {}, parent)
 
     accepted: list[tuple[Path, UpdateManifest, float]] = []
     refused: list[tuple[str, str]] = []
     for directory in updates:
         whose = asked[directory] if asked else None
-        expected = Expected(small, architecture, lora, number, parent.digest if parent else None, whose)
-        base, manifest = bases.get(_claimed_base(directory), (previous, parent))
-        if parent and base:
-            expected = replace(
-                expected,
-                adapter=manifest.digest,
-                round=number + manifest.round - parent.round,
-                frozen=frozen_factor(base, parent),
+        base = bases.get(_claimed_base(directory)) or bases.get(parent.digest if parent else None)
+        expected = Expected(small, architecture, lora, number, None, whose)
+        if base:
+            expected = Expected(
+                base.package,
+                describe(package_config(base.package_directory)) if base.package_directory else architecture,
+                base.adapter.lora,
+                number + base.adapter.round - parent.round,
+                base.adapter.digest,
+                whose,
+                frozen_factor(base.directory, base.adapter),
             )
         try:
             manifest = validate_update(directory, expected)
@@ -161,9 +176,10 @@ def aggregate_updates(
     accepted.sort(key=lambda item: item[1].client)
     parts = []
     for directory, update, weight in accepted:
-        base, manifest = bases.get(update.adapter, (None, parent))
-        late = parent.round - manifest.round if parent else 0
-        parts.append(Part(directory, weight, update.lora.scale, base if late else None, late))
+        base = bases.get(update.adapter)
+        late = parent.round - base.adapter.round if base else 0
+        own = base.directory if base and base.adapter.digest != parent.digest else None
+        parts.append(Part(directory, weight, update.lora.scale, own, late))
     with staged_directory(output, overwrite=overwrite) as staging:
         combined = combine(parts, previous, staging, lora, settings, parent.trains if parent else "both")
         write_config(staging, combined.modules, lora, architecture, small.base.id)
@@ -251,13 +267,13 @@ def _claimed_base(directory: Path) -> str | None:
 
 def _bases(
     previous: Path | None, parent: AdapterManifest | None, older: Sequence[Path], small: PackageManifest
-) -> dict[str, tuple[Path, AdapterManifest]]:
-    """Digest → directory and manifest of the adapters that updates may have started from."""
+) -> dict[str | None, _Base]:
+    """Digest → the adapters that updates may have started from."""
     if parent is None:
         if older:
             raise ConfigError("Older adapters were given without the newest one; give --adapter, too.")
         return {}
-    bases = {parent.digest: (previous, parent)}
+    bases: dict[str | None, _Base] = {parent.digest: _Base(previous, parent, small)}
     for directory in older:
         manifest = _read_previous(directory, small)
         if manifest.lora != parent.lora or manifest.trains != parent.trains or manifest.round >= parent.round:
@@ -265,7 +281,19 @@ def _bases(
                 f"{directory} is of round {manifest.round}, {manifest.lora}, for training {manifest.trains}; expected "
                 f"a round before {parent.round}, {parent.lora}, for training {parent.trains}."
             )
-        bases[manifest.digest] = directory, manifest
+        bases[manifest.digest] = _Base(directory, manifest, small)
+    return bases
+
+
+def _tier_bases(tiers: Mapping[Path, Path], parent: AdapterManifest | None) -> dict[str | None, _Base]:
+    """Digest → the parts of the parent that other tiers' clients started from."""
+    bases: dict[str | None, _Base] = {}
+    for directory, package in tiers.items():
+        small = read_manifest(package, PackageManifest)
+        manifest = _read_previous(directory, small)
+        if parent is None or manifest.parent != parent.digest:
+            raise ConfigError(f"{directory} is not a tier's part of the adapter before; derive it from that one.")
+        bases[manifest.digest] = _Base(directory, manifest, small, package)
     return bases
 
 

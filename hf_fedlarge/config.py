@@ -129,7 +129,7 @@ class DataConfig(Record):
 
     `source` is a file, a `datasets` Hub id (with its `hub_split` and `hub_revision`) or `stdlib`; `split` is `column`
     (one client a value of `column`), `iid` or `dirichlet` (label skew over `column`). A share of each client's
-    examples is held out for evaluation.
+    examples is held out for evaluation. `memory` is what the clients say they have, in turn (None: this machine's).
     """
 
     source: str
@@ -141,6 +141,7 @@ class DataConfig(Record):
     alpha: Annotated[float, Field(gt=0)] = 0.5
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     max_examples: Annotated[int, Field(ge=2)] | None = None
+    memory: Annotated[list[str], Field(min_length=1)] | None = None
 
 
 class PackageSettings(Record):
@@ -266,6 +267,18 @@ class AggregationSettings(Record):
         return self
 
 
+class TierSettings(Record):
+    """A smaller package and rank, for clients that have at least `memory` (`3GB`) but not enough for the tier above.
+
+    Without `keep_layers` and `keep_neurons` the server plans the largest package and rank that fit.
+    """
+
+    memory: str
+    keep_layers: str | int | float | list[int] | None = None
+    keep_neurons: Annotated[float, Field(gt=0, le=1)] | None = None
+    rank: Annotated[int, Field(ge=1, le=2**16)] | None = None
+
+
 class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
     """A whole federation, as `federation.yaml` gives it.
 
@@ -281,6 +294,7 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
     lora: LoraSettings = LoraSettings()
     rounds: Annotated[int, Field(ge=1)] = 3
     seed: Annotated[int, Field(ge=0)] = 0
+    tiers: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,40}$")], TierSettings] = {}
     training: dict[str, Any] = {}
     proximal: Annotated[float, Field(ge=0)] = 0.0
     launcher: Literal["inprocess", "accelerate"] = "inprocess"
@@ -292,6 +306,10 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
     def _quorum_can_be_reached(self) -> Self:
         if self.cohort is not None and self.min_updates > self.cohort:
             raise ValueError(f"min_updates is {self.min_updates}, but a cohort has only {self.cohort} clients")
+        if self.tiers and (self.aggregator in ON_FACTORS or self.aggregator in ("krum", "multi_krum")):
+            raise ValueError(
+                f"tiers have adapters of their own shapes, which {self.aggregator} can't compare; use exact"
+            )
         if self.cohort is not None and self.fewest_updates > self.cohort:
             raise ValueError(
                 f"{self.aggregator} needs {self.fewest_updates} updates to stand {self.byzantine} hostile clients, but "

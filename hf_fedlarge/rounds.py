@@ -22,18 +22,14 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hf_fedlarge.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, target_linears
+from hf_fedlarge.adapters import target_linears
 from hf_fedlarge.architectures import describe, load_config
 from hf_fedlarge.artifacts import (
     AdapterManifest,
@@ -45,44 +41,26 @@ from hf_fedlarge.artifacts import (
     write_json,
 )
 from hf_fedlarge.calibrate import make_package, plan_package
-from hf_fedlarge.clients import CHECK_INS, check_in, read_check_ins, split_clients
-from hf_fedlarge.collect import aggregate_updates, frozen_factor, start_adapter
+from hf_fedlarge.clients import CHECK_INS, check_in, split_clients
+from hf_fedlarge.collect import aggregate_updates, start_adapter
 from hf_fedlarge.config import FederationConfig
 from hf_fedlarge.data import load_examples
 from hf_fedlarge.errors import ConfigError, FedLargeError, OutputError, UpdateRefusedError
 from hf_fedlarge.evaluation import as_record, evaluate, generate_text, load_model
 from hf_fedlarge.hub import resolve_checkpoint
+from hf_fedlarge.jobs import DEFAULT_MAX_LENGTH, Jobs, Train, make_tiers
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.merge import merge
-from hf_fedlarge.package import load_tokenizer, package_config
+from hf_fedlarge.package import load_tokenizer
 from hf_fedlarge.report import peaks, traffic
 from hf_fedlarge.server import Order, RoundServer
 from hf_fedlarge.transfer import transfer_report
-from hf_fedlarge.update import Asked, Expected, outcome, validate_update
+from hf_fedlarge.update import outcome, validate_update
 
 logger = logging.getLogger(__name__)
 _BAD_ROUNDS = 2  # in a row, before a run stops
 _ATTEMPTS = 3  # at a round, each with another cohort
 
-
-@dataclass(frozen=True)
-class ClientJob:
-    """What one client is asked to do in one round: directories and files in, an update directory out."""
-
-    client: str
-    round: int
-    package: Path
-    adapter: Path
-    data: Path
-    eval_data: Path | None
-    output: Path
-    training: dict[str, Any]
-    proximal: float = 0.0
-    eval_examples: int = 64
-
-
-DEFAULT_MAX_LENGTH = 1024  # of SFTConfig
-Train = Callable[[ClientJob], None]
 Report = Callable[[str], None]
 
 
@@ -141,15 +119,15 @@ class _Federation:
             aggregator = self.config.aggregator
             start_adapter(self.package, self._adapter(0), self.config.lora, self.config.seed, aggregator=aggregator)
         self._baseline()
+        tiers = make_tiers(self.checkpoint, self.config, self.run, self.revision, self.report)
+        self.jobs = Jobs(self.config, self.run, self._adapter, tiers)
         for number in range(1, self.config.rounds + 1):
-            server = RoundServer(
-                self.run / "rounds", number, self.journal, self.config, partial(self._validate, package, number)
-            )
+            server = RoundServer(self.run / "rounds", number, self.journal, self.config, self._validate)
             if server.committed.exists():
                 server.finish()
             else:
                 self._check_that_it_helps(number)
-                self._run_round(server, package)
+                self._run_round(server)
         return self._finish(package)
 
     def _check_settings(self) -> None:
@@ -201,18 +179,12 @@ class _Federation:
                 "Lower the learning rate or keep more of the model, or go on with --no-stop."
             )
 
-    def _validate(self, package: PackageManifest, number: int, client: str, update: Path) -> UpdateManifest:
-        parent = read_manifest(self._adapter(number - 1), AdapterManifest)
-        architecture = describe(package_config(self.package))
-        frozen = frozen_factor(self._adapter(number - 1), parent)
-        asked = self._asked(client)
-        return validate_update(
-            update, Expected(package, architecture, parent.lora, number, parent.digest, asked, frozen)
-        )
+    def _validate(self, number: int, client: str, update: Path) -> UpdateManifest:
+        return validate_update(update, self.jobs.expected(client, number))
 
-    def _run_round(self, server: RoundServer, package: PackageManifest) -> None:
+    def _run_round(self, server: RoundServer) -> None:
         started, number = time.monotonic(), server.number
-        check_ins = read_check_ins(self.run)
+        check_ins = list(self.jobs.check_ins.values())
 
         def aggregate(updates: list[Path], adapter: Path) -> None:
             aggregate_updates(
@@ -223,7 +195,8 @@ class _Federation:
                 previous=self._adapter(number - 1),
                 round_number=number,
                 min_updates=self.config.min_updates,
-                asked={update: self._asked(update.name) for update in updates},
+                tiers=self.jobs.derived(number),
+                asked={update: self.jobs.asked(update.name) for update in updates},
             )
 
         def evaluate(adapter: Path) -> dict[str, float]:
@@ -242,9 +215,9 @@ class _Federation:
             }
 
         for attempt in range(1, _ATTEMPTS + 1):
-            order = server.open(check_ins, package.total_bytes)
+            order = server.open(check_ins, self.jobs.least_bytes)
             self.report(f"round {number}: {', '.join(order.clients)}")
-            self._ask(server, order, package)
+            self._ask(server, order)
             try:
                 record = server.close(order, aggregate, evaluate, describe_round)
                 break
@@ -258,19 +231,17 @@ class _Federation:
             f"{record['loss_full']:.3f} (full model)"
         )
 
-    def _ask(self, server: RoundServer, order: Order, package: PackageManifest) -> None:
+    def _ask(self, server: RoundServer, order: Order) -> None:
         """Train the order's clients one after the other, until the round has what it wants."""
-        files = read_manifest(self._adapter(order.round - 1), AdapterManifest).files
-        down = sum(files[name].size for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG))  # what else is there stays
         while waiting := server.waiting(order):
             client = waiting[0]
-            known = self.journal.find("asked", client=client)
-            server.asked(client, down if known else down + package.total_bytes)
+            known = bool(self.journal.find("asked", client=client))
+            server.asked(client, self.jobs.download_bytes(client, order.round, known))
             update = server.work / client
             # Trained before the server was killed: an update appears whole or not at all.
             if not update.exists():
                 try:
-                    self.train(self._job(client, order.round, update))
+                    self.train(self.jobs.job(client, order.round, update))
                 except FedLargeError as error:
                     server.fail(order, client, str(error))
                     self.report(f"  {client} did not train: {error}")
@@ -317,34 +288,6 @@ class _Federation:
         }
         write_json(self.run / "summary.json", summary)
         return summary
-
-    def _asked(self, client: str) -> Asked:
-        """What a client can have trained on at the most: its examples, as often as the training arguments say."""
-        [examples] = [known.examples for known in read_check_ins(self.run) if known.client == client]
-        training = self.config.training
-        longest = training.get("max_length", DEFAULT_MAX_LENGTH)
-        batch = training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1)
-        steps = training.get("max_steps", -1)
-        passes = math.ceil(training.get("num_train_epochs", 3))
-        sequences = steps * batch if steps > 0 else passes * examples
-        return Asked(client=client, examples=examples, tokens=sequences * longest)
-
-    def _job(self, client: str, number: int, output: Path) -> ClientJob:
-        home = self.run / "clients" / client
-        held_out = home / "held_out.jsonl"
-        seed = zlib.crc32(f"{self.config.seed}/{number}/{client}".encode())
-        return ClientJob(
-            client=client,
-            round=number,
-            package=self.package,
-            adapter=self._adapter(number - 1),
-            data=home / "train.jsonl",
-            eval_data=held_out if held_out.exists() else None,
-            output=output,
-            training={"seed": seed % 2**31} | self.config.training,
-            proximal=self.config.proximal,
-            eval_examples=self.config.client_eval_examples,
-        )
 
     def _held_out(self) -> Any:
         held_out = load_examples(str(self.run / "held_out.jsonl"))

@@ -71,7 +71,7 @@ class RoundServer:
         number: the round's.
         journal: the run's.
         config: what the round is selected and closed by.
-        validate: checks one client's update and gives its manifest, or raises `UpdateRefusedError`.
+        validate: checks a client's update for a round and gives its manifest, or raises `UpdateRefusedError`.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class RoundServer:
         number: int,
         journal: Journal,
         config: FederationConfig,
-        validate: Callable[[str, Path], UpdateManifest],
+        validate: Callable[[int, str, Path], UpdateManifest],
     ) -> None:
         self.number, self.journal, self.config, self._validate = number, journal, config, validate
         self.committed = rounds / f"{number:04d}"
@@ -165,7 +165,7 @@ class RoundServer:
         reason = self._refusal(order, client)
         if reason is None:
             try:
-                manifest = self._validate(client, directory)
+                manifest = self._validate(self.number, client, directory)
                 if directory != home:
                     # From here on it is our own copy that counts, and it is the one that was looked at.
                     with staged_directory(home, overwrite=True) as staging:

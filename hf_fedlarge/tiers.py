@@ -14,12 +14,24 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_fedlarge.adapters import expected_shapes
+import torch
+
+from hf_fedlarge.adapters import AdapterReader, expected_shapes, write_adapter
 from hf_fedlarge.architectures import Architecture, describe, load_config
+from hf_fedlarge.artifacts import (
+    AdapterManifest,
+    PackageManifest,
+    describe_files,
+    read_manifest,
+    staged_directory,
+    write_manifest,
+)
 from hf_fedlarge.budget import FULL_RATE_TOKENS, UNASKED_BYTES, WORKING
-from hf_fedlarge.config import Embeddings, LoraSettings
+from hf_fedlarge.config import Embeddings, LoraSettings, format_ranges
 from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.package import package_architecture
 from hf_fedlarge.shrink import ShrinkPlan, plan_shrink
+from hf_fedlarge.tensors import Factors
 
 _LIBRARIES = 600 * 10**6
 _SPARE = 1.45
@@ -113,6 +125,62 @@ def fit_memory(checkpoint: Path, memory_bytes: int, tokens: int, lora: LoraSetti
         f"{memory_bytes / 1e6:.0f} MB are too few for a client of {checkpoint} with {tokens} tokens a step: the "
         f"smallest package needs {needed / 1e6:.0f} MB. Lower max_length or the batch, or leave such clients out."
     )
+
+
+def derive_adapter(adapter: Path, package: Path, lora: LoraSettings, output: Path) -> AdapterManifest:
+    """A tier's part of the federation's adapter: the layers and neurons that its package has, in its rank.
+
+    The directions of the most weight come first in an aggregate of products, so the first `lora.rank` of them are the
+    best approximation in that rank (Eckart-Young). What is left out stays with the server: a client's change is what
+    it made of its part, and counts as a change of the whole.
+
+    Args:
+        adapter: of `exact` or `svd`, or one that was just started.
+        package: the tier's, whose layers must be among the adapter's.
+        lora: the tier's settings; the targets are the adapter's.
+        output: the directory to make.
+
+    Raises:
+        ConfigError: layers, rank or targets are not the adapter's or below.
+        OutputError: `output` exists or can't be written.
+    """
+    whole, small = read_manifest(adapter, AdapterManifest), read_manifest(package, PackageManifest)
+    architecture = package_architecture(package)
+    if (
+        not set(small.kept_layers) <= set(whole.layers)
+        or lora.rank > whole.lora.rank
+        or lora.targets != whole.lora.targets
+    ):
+        raise ConfigError(
+            f"A tier with the layers {format_ranges(small.kept_layers)} and rank {lora.rank} is no part of an adapter "
+            f"with the layers {format_ranges(whole.layers)} and rank {whole.lora.rank}; make the first the largest."
+        )
+    reader, factors = AdapterReader(adapter), {}
+    block_of = {layer: block for block, layer in enumerate(small.kept_layers)}
+    for module in expected_shapes(architecture, small.kept_layers, lora):
+        A_RI, B_OR = reader.read(module)
+        A_RI, B_OR = A_RI[: lora.rank].clone(), B_OR[:, : lora.rank] * (whole.lora.scale / lora.scale)
+        # Clients leave out what belongs to neurons they don't have, and send zeros there: no change.
+        here = architecture.in_layer(f"{module}.", block_of[architecture.layer_of(f"{module}.")]).removesuffix(".")
+        if (kept := architecture.neurons_in(here)) is not None:
+            A_RI = torch.zeros_like(A_RI).index_copy_(1, kept, A_RI[:, kept])
+        if (kept := architecture.neurons_out(here)) is not None:
+            B_OR = torch.zeros_like(B_OR).index_copy_(0, kept, B_OR[kept])
+        factors[module] = Factors(A_RI, B_OR)
+    with staged_directory(output) as staging:
+        write_adapter(staging, factors, lora, architecture, small.base.id)
+        manifest = AdapterManifest(
+            files=describe_files(staging),
+            base=small.base,
+            package=small.digest,
+            parent=whole.digest,
+            round=whole.round,
+            layers=small.kept_layers,
+            lora=lora,
+            aggregator=whole.aggregator,
+        )
+        write_manifest(staging, manifest)
+    return manifest
 
 
 def describe_fit(fit: Fit, memory_bytes: int, tokens: int) -> str:

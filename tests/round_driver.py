@@ -32,9 +32,9 @@ def make_server(home: Path, run: Path, **changes) -> RoundServer:
     start = read_manifest(home / "start", AdapterManifest)
     architecture = describe(package_config(home / "package"))
 
-    def validate(client, update):
+    def validate(number, client, update):
         return validate_update(
-            update, Expected(package, architecture, start.lora, 1, start.digest, Asked(client, 100, 1000))
+            update, Expected(package, architecture, start.lora, number, start.digest, Asked(client, 100, 1000))
         )
 
     return RoundServer(run / "rounds", 1, Journal(run / "journal.jsonl"), config(**changes), validate)

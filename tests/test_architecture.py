@@ -21,6 +21,7 @@ LEVELS = [
     {"package", "merge", "combine"},
     {"collect", "evaluation", "server", "tiers"},
     {"calibrate", "transfer", "report", "clients"},
+    {"jobs"},
     {"rounds"},
     {"api", "cli"},
 ]

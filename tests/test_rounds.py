@@ -16,10 +16,17 @@ from federation import make_update
 from transformers import AutoModelForCausalLM
 
 from hf_fedlarge.adapters import read_factors
-from hf_fedlarge.artifacts import AdapterManifest, CheckpointManifest, read_manifest, sha256_of, verify_files
+from hf_fedlarge.artifacts import (
+    AdapterManifest,
+    CheckpointManifest,
+    PackageManifest,
+    read_manifest,
+    sha256_of,
+    verify_files,
+)
 from hf_fedlarge.cards import render_card
 from hf_fedlarge.cli import main
-from hf_fedlarge.config import load_federation
+from hf_fedlarge.config import TierSettings, load_federation
 from hf_fedlarge.data import from_rows, write_jsonl
 from hf_fedlarge.errors import ArtifactError, ConfigError, DataError, FedLargeError, OutputError, UpdateRefusedError
 from hf_fedlarge.package import load_package
@@ -137,6 +144,19 @@ def test_by_default_every_layer_stays_with_some_of_its_neurons(home, tmp_path):
             assert len(factor) == 128
             assert factor[missing].abs().max() < 1e-12 * factor.abs().max()  # rounding of the truncation
             assert factor[kept].any()
+
+
+def test_clients_of_little_memory_get_a_smaller_package_and_rank_in_the_same_round(home, tmp_path):
+    data = config_of(home).data.model_copy(update={"memory": ["8GB", "400MB"]})
+    tiers = {"phone": TierSettings(memory="300MB", keep_layers=2, rank=2)}
+    summary = run(home, tmp_path / "run", data=data, tiers=tiers, cohort=None, rounds=2)
+    assert summary["loss"]["merged"] < summary["loss"]["base"] - 0.1
+    small = read_manifest(tmp_path / "run" / "packages" / "phone", PackageManifest)
+    assert len(small.kept_layers) == 2
+    first = summary["rounds"][0]
+    assert len(first["clients"]) == 4
+    down = sorted(entry["down"] for entry in first["bytes_by_client"].values())
+    assert down[1] < down[2]
 
 
 def test_a_run_that_harms_the_full_model_stops_after_two_rounds(home, tmp_path):

@@ -18,7 +18,7 @@ import torch
 from transformers import HfArgumentParser
 
 from hf_fedlarge.errors import ConfigError, FedLargeError
-from hf_fedlarge.rounds import ClientJob, Train
+from hf_fedlarge.jobs import ClientJob, Train
 from hf_fedlarge.trainers.client import ClientArguments, train_client
 from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig
 from hf_fedlarge.trainers.worker import Worker

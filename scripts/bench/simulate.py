@@ -59,7 +59,7 @@ def simulate(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
     from hf_fedlarge.artifacts import UpdateManifest, read_manifest
     from hf_fedlarge.data import from_rows, hide_progress, training_columns, write_jsonl
-    from hf_fedlarge.rounds import ClientJob
+    from hf_fedlarge.jobs import ClientJob
     from hf_fedlarge.stdlib_corpus import standard_library_pairs
     from hf_fedlarge.trainers.launch import LAUNCHERS
 

@@ -1,0 +1,207 @@
+"""What each client gets in a round, and what it may send back: its tier's package, the adapter, and bounds.
+
+A run has one package for everybody, or one a tier: clients of less memory get smaller ones (`FederationConfig.tiers`).
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hf_fedlarge.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from hf_fedlarge.architectures import describe, load_config
+from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, read_manifest
+from hf_fedlarge.budget import parse_bytes
+from hf_fedlarge.calibrate import make_package, plan_package
+from hf_fedlarge.clients import read_check_ins
+from hf_fedlarge.collect import frozen_factor
+from hf_fedlarge.config import FederationConfig, LoraSettings, PackageSettings
+from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.package import package_config
+from hf_fedlarge.plan import CheckIn
+from hf_fedlarge.tiers import client_bytes, derive_adapter, describe_fit, fit_memory
+from hf_fedlarge.update import Asked, Expected
+
+DEFAULT_MAX_LENGTH = 1024  # of SFTConfig
+
+
+@dataclass(frozen=True)
+class ClientJob:
+    """What one client is asked to do in one round: directories and files in, an update directory out."""
+
+    client: str
+    round: int
+    package: Path
+    adapter: Path
+    data: Path
+    eval_data: Path | None
+    output: Path
+    training: dict[str, Any]
+    proximal: float = 0.0
+    eval_examples: int = 64
+
+
+Train = Callable[[ClientJob], None]
+
+
+@dataclass(frozen=True)
+class Tier:
+    """What clients of at least `memory_bytes`, and of less than the tier before has, work with."""
+
+    name: str
+    package: Path
+    lora: LoraSettings
+    memory_bytes: int
+
+    @cached_property
+    def manifest(self) -> PackageManifest:
+        """The package's."""
+        return read_manifest(self.package, PackageManifest)
+
+
+class Jobs:
+    """The jobs of a run.
+
+    Args:
+        config: the federation.
+        run: its directory; the package is in it already.
+        adapter_of: the adapter directory of a round.
+        tiers: from the one of most memory down; the first has `run/package`.
+    """
+
+    def __init__(
+        self, config: FederationConfig, run: Path, adapter_of: Callable[[int], Path], tiers: list[Tier]
+    ) -> None:
+        self.config, self.run, self._adapter_of, self.tiers = config, run, adapter_of, tiers
+
+    @cached_property
+    def check_ins(self) -> dict[str, CheckIn]:
+        """The clients by name."""
+        return {check_in.client: check_in for check_in in read_check_ins(self.run)}
+
+    @property
+    def least_bytes(self) -> int:
+        """The memory below which a client can't take part."""
+        return self.tiers[-1].memory_bytes
+
+    def tier_of(self, client: str) -> Tier:
+        """The first tier that a client has memory for; one that doesn't say what it has gets the first."""
+        memory = self.check_ins[client].memory_bytes
+        return next((tier for tier in self.tiers if memory is None or tier.memory_bytes <= memory), self.tiers[-1])
+
+    def adapter(self, tier: Tier, number: int) -> Path:
+        """What the tier's clients start round `number` from; a smaller tier's is made of the first one's."""
+        parent = self._adapter_of(number - 1)
+        if tier is self.tiers[0]:
+            return parent
+        part = parent.with_name("tiers") / tier.name
+        if not part.exists():
+            derive_adapter(parent, tier.package, tier.lora, part)
+        return part
+
+    def derived(self, number: int) -> dict[Path, Path]:
+        """Adapter → package of the tiers below the first, as they start round `number`."""
+        return {self.adapter(tier, number): tier.package for tier in self.tiers[1:]}
+
+    def job(self, client: str, number: int, output: Path) -> ClientJob:
+        """What a client is asked to do; its seed is the same whenever it is asked for this round."""
+        home, tier = self.run / "clients" / client, self.tier_of(client)
+        held_out = home / "held_out.jsonl"
+        seed = zlib.crc32(f"{self.config.seed}/{number}/{client}".encode())
+        return ClientJob(
+            client=client,
+            round=number,
+            package=tier.package,
+            adapter=self.adapter(tier, number),
+            data=home / "train.jsonl",
+            eval_data=held_out if held_out.exists() else None,
+            output=output,
+            training={"seed": seed % 2**31} | self.config.training,
+            proximal=self.config.proximal,
+            eval_examples=self.config.client_eval_examples,
+        )
+
+    def expected(self, client: str, number: int) -> Expected:
+        """What its update must agree with."""
+        tier = self.tier_of(client)
+        directory = self.adapter(tier, number)
+        adapter = read_manifest(directory, AdapterManifest)
+        return Expected(
+            tier.manifest,
+            describe(package_config(tier.package)),
+            adapter.lora,
+            number,
+            adapter.digest,
+            self.asked(client),
+            frozen_factor(directory, adapter),
+        )
+
+    def asked(self, client: str) -> Asked:
+        """What a client can have trained on at the most: its examples, as often as the training arguments say."""
+        training, examples = self.config.training, self.check_ins[client].examples
+        steps = training.get("max_steps", -1)
+        passes = math.ceil(training.get("num_train_epochs", 3))
+        sequences = steps * _batch(training) if steps > 0 else passes * examples
+        return Asked(client=client, examples=examples, tokens=sequences * _max_length(training))
+
+    def download_bytes(self, client: str, number: int, has_package: bool) -> int:
+        """What a client downloads: the adapter without what is the server's alone, and the package if it lacks it."""
+        tier = self.tier_of(client)
+        files = read_manifest(self.adapter(tier, number), AdapterManifest).files
+        adapter = sum(files[name].size for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
+        return adapter if has_package else adapter + tier.manifest.total_bytes
+
+
+def make_tiers(
+    checkpoint: Path, config: FederationConfig, run: Path, revision: str | None, report: Callable[[str], None]
+) -> list[Tier]:
+    """Make the packages of the smaller tiers that are not there yet, and list all tiers, the largest first.
+
+    A tier without a size of its own gets the best package and the highest rank that fit into its memory.
+
+    Raises:
+        FedLargeError: a tier that needs more than the one above it, or nothing that fits.
+    """
+    package = run / "package"
+    first = read_manifest(package, PackageManifest)
+    if not config.tiers:
+        return [Tier("", package, config.lora, first.total_bytes)]
+    tokens = _batch(config.training) * _max_length(config.training)
+    full = describe(load_config(checkpoint))
+    needed = client_bytes(full, len(first.kept_layers), first.total_bytes, config.lora, tokens)
+    tiers = [Tier("", package, config.lora, needed)]
+    wanted = sorted(config.tiers.items(), key=lambda item: -parse_bytes(item[1].memory))
+    for name, settings in wanted:
+        memory = parse_bytes(settings.memory)
+        lora = config.lora.model_copy(update={"rank": settings.rank or config.lora.rank})
+        kept = {"keep_layers": settings.keep_layers, "keep_neurons": settings.keep_neurons}
+        if memory >= tiers[-1].memory_bytes:
+            raise ConfigError(
+                f"The tier {name} is for {memory / 1e6:.0f} MB, but the one above it needs no more than "
+                f"{tiers[-1].memory_bytes / 1e6:.0f} MB; leave it out or lower its memory."
+            )
+        if kept == {"keep_layers": None, "keep_neurons": None}:
+            fit = fit_memory(checkpoint, memory, tokens, lora, config.embeddings)
+            kept = {"keep_layers": fit.keep_layers, "keep_neurons": fit.keep_neurons}
+            lora = lora.model_copy(update={"rank": fit.rank})
+            report(f"tier {name} {describe_fit(fit, memory, tokens)}")
+        directory = run / "packages" / name
+        if not directory.exists():
+            own = PackageSettings(**{field: getattr(config, field) for field in PackageSettings.model_fields} | kept)
+            base_id = config.base_id or (config.checkpoint if revision else None)
+            make_package(plan_package(checkpoint, own), own, directory, base_id=base_id, revision=revision)
+        tiers.append(Tier(name, directory, lora, memory))
+    return tiers
+
+
+def _batch(training: dict[str, Any]) -> int:
+    return training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1)
+
+
+def _max_length(training: dict[str, Any]) -> int:
+    return training.get("max_length", DEFAULT_MAX_LENGTH)
