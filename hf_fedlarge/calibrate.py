@@ -74,6 +74,7 @@ def plan_package(
     checkpoint: Path,
     settings: PackageSettings,
     progress: Progress | None = None,
+    sequences: Sequence[torch.Tensor] = (),
 ) -> ShrinkPlan:
     """`shrink.plan_shrink`, with the layers chosen by what they do on calibration text if that is asked for.
 
@@ -81,13 +82,14 @@ def plan_package(
         checkpoint: the full model's directory.
         settings: where `keep_layers` lists layers, there is nothing to choose.
         progress: called with the layers that are done.
+        sequences: from `calibration_sequences`; none: those of the text that `settings` names, once it is needed.
 
     Raises:
         FedLargeError: as `plan_shrink`, or the calibration text can't be used.
     """
     keep_layers, keep_neurons = settings.kept
     wanted = {"keep_layers": keep_layers, "keep_neurons": keep_neurons, "embeddings": settings.embeddings}
-    plan = plan_shrink(checkpoint, **wanted)
+    plan = replace(plan_shrink(checkpoint, **wanted), sequences=sequences)
     if settings.surrogate != "none" and plan.kept[0] != 0:
         raise ConfigError(
             "A surrogate stands behind a kept layer, but layer 0 is dropped: keep it, or use no surrogate."
@@ -95,7 +97,7 @@ def plan_package(
     listed = isinstance(parse_layers(keep_layers, plan.layers), list)
     if settings.layer_choice == "uniform" or listed or not plan.dropped:
         return plan
-    sequences = calibration_text(checkpoint, settings)
+    sequences = sequences or calibration_text(checkpoint, settings)
     scores = layer_scores(checkpoint, sequences, settings.layer_choice, progress)
     return replace(plan_shrink(checkpoint, **wanted, scores=scores), sequences=sequences)
 

@@ -76,7 +76,7 @@ class ShrinkPlan:
         scores: what each layer scored, where they were chosen by scores; else none.
         widths: layer → how many of its neurons stay; layers that are not listed keep all.
         full_bytes, package_bytes: weights before and after, surrogates left out.
-        sequences: the calibration text (`calibrate.calibration_text`), where it was read for the plan.
+        sequences: calibration text (`calibrate.calibration_sequences`), where it was given or read for the plan.
     """
 
     checkpoint: Path
