@@ -90,9 +90,14 @@ class Walk:
     @torch.no_grad()
     def loss(self, hidden: torch.Tensor, ids: torch.Tensor) -> float:
         """Mean next-token loss of `ids` (1, S) for the last block's output (1, S, D), in nats."""
-        output = (hidden,) if self._returns_tuple else hidden
-        with self._forwards(self._blocks, lambda *args, **kwargs: output):
+        with self._forwards(self._blocks, self._gives(lambda _: hidden)):
             return float(self._model(ids.to(self._device), labels=ids.to(self._device)).loss)
+
+    @contextmanager
+    def replaced(self, number: int, function: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Within it, the model has `function` of the hidden states in the place of block `number`."""
+        with self._forwards([self._blocks[number]], self._gives(function)):
+            yield
 
     def forget(self) -> None:
         """Take the pages of the model's files from this process, and from the allocator what it keeps."""
@@ -102,6 +107,12 @@ class Walk:
     @property
     def _device(self) -> torch.device:
         return self._model.engine.device
+
+    def _gives(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+        """A block's `forward` that gives `function` of the hidden states."""
+        if self._returns_tuple:
+            return lambda hidden, *args, **kwargs: (function(hidden),)
+        return lambda hidden, *args, **kwargs: function(hidden)
 
     @contextmanager
     def _forwards(self, blocks: list[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
