@@ -1,4 +1,4 @@
-"""What a server learns of its model from calibration text: which layers matter least, and what stands for dropped ones.
+"""Packages for which a server learned something of its model from calibration text: what to drop, and what to fit.
 
 Calibration text is public; clients' data is not needed for it. The checkpoint is streamed, so it may be larger than
 memory.
@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_fedlarge.architectures import load_config
 from hf_fedlarge.artifacts import PackageManifest, check_output, writing
-from hf_fedlarge.config import LayerChoice, PackageSettings, parse_layers
+from hf_fedlarge.choice import choose
+from hf_fedlarge.config import PackageSettings, parse_layers
 from hf_fedlarge.data import load_examples
 from hf_fedlarge.errors import ConfigError, DataError
 from hf_fedlarge.evaluation import encode_example
@@ -28,13 +29,11 @@ from hf_fedlarge.fit import FitPlan, Fitted, fit
 from hf_fedlarge.package import load_tokenizer, stream_checkpoint
 from hf_fedlarge.shrink import ShrinkPlan, plan_shrink, shrink
 from hf_fedlarge.stdlib_corpus import standard_library_prose
-from hf_fedlarge.surrogate import Regression
 from hf_fedlarge.tensors import checkpoint_digest
 from hf_fedlarge.walk import Walk
 
 TOKENS = 32_768
 LENGTH = 128
-_SCORED = 32  # sequences on which a layer's loss is measured
 _CODECS = {"nf4": "nf4", "int8": "int8", "bf16": "dense"}
 Progress = Callable[[int], None]
 
@@ -74,6 +73,7 @@ def plan_package(
     checkpoint: Path,
     settings: PackageSettings,
     progress: Progress | None = None,
+    sequences: Sequence[torch.Tensor] = (),
 ) -> ShrinkPlan:
     """`shrink.plan_shrink`, with the layers chosen by what they do on calibration text if that is asked for.
 
@@ -81,13 +81,14 @@ def plan_package(
         checkpoint: the full model's directory.
         settings: where `keep_layers` lists layers, there is nothing to choose.
         progress: called with the layers that are done.
+        sequences: from `calibration_sequences`; none: those of the text that `settings` names, once it is needed.
 
     Raises:
         FedLargeError: as `plan_shrink`, or the calibration text can't be used.
     """
     keep_layers, keep_neurons = settings.kept
     wanted = {"keep_layers": keep_layers, "keep_neurons": keep_neurons, "embeddings": settings.embeddings}
-    plan = plan_shrink(checkpoint, **wanted)
+    plan = replace(plan_shrink(checkpoint, **wanted), sequences=sequences)
     if settings.surrogate != "none" and plan.kept[0] != 0:
         raise ConfigError(
             "A surrogate stands behind a kept layer, but layer 0 is dropped: keep it, or use no surrogate."
@@ -95,9 +96,10 @@ def plan_package(
     listed = isinstance(parse_layers(keep_layers, plan.layers), list)
     if settings.layer_choice == "uniform" or listed or not plan.dropped:
         return plan
-    sequences = calibration_text(checkpoint, settings)
-    scores = layer_scores(checkpoint, sequences, settings.layer_choice, progress)
-    return replace(plan_shrink(checkpoint, **wanted, scores=scores), sequences=sequences)
+    sequences = sequences or calibration_text(checkpoint, settings)
+    choice = choose(checkpoint, sequences, settings.layer_choice, len(plan.kept), progress)
+    plan = plan_shrink(checkpoint, **wanted | {"keep_layers": choice.kept})
+    return replace(plan, sequences=sequences, scores=tuple(choice.scores), scored=choice.cost)
 
 
 def calibration_text(checkpoint: Path, settings: PackageSettings) -> list[torch.Tensor]:
@@ -109,49 +111,6 @@ def calibration_text(checkpoint: Path, settings: PackageSettings) -> list[torch.
     examples = load_examples(settings.calibration) if settings.calibration else standard_library_prose()
     longest = getattr(load_config(checkpoint), "max_position_embeddings", None) or LENGTH
     return calibration_sequences(load_tokenizer(checkpoint), examples, length=min(LENGTH, longest))
-
-
-def layer_scores(
-    checkpoint: Path, sequences: Sequence[torch.Tensor], choice: LayerChoice, progress: Progress | None = None
-) -> list[float]:
-    """How much the model would miss each of its layers; those with the lowest scores should go.
-
-    `influence` is block influence (ShortGPT, arXiv 2403.03853): 1 − cos of the states before and after a layer, mean
-    over tokens. `loss` is the rise of the calibration loss where a surrogate stands for that layer alone. The first
-    layer scores infinity, as a surrogate stands behind a block.
-
-    Args:
-        checkpoint: the full model's directory.
-        sequences: from `calibration_sequences`.
-        choice: `influence` or `loss`.
-        progress: called with the layers that are done.
-    """
-    teacher = Walk(stream_checkpoint(checkpoint), sequences[0])
-    states = [teacher.embed(ids) for ids in sequences]
-    scores, without = [], []
-    for layer in range(len(teacher)):
-        # A model without one earlier layer has its own states from there on.
-        without = [[teacher.step(layer, hidden) for hidden in own] for own in without]
-        after = [teacher.step(layer, hidden) for hidden in states]
-        if choice == "influence":
-            alike = [torch.cosine_similarity(x.float(), y.float(), dim=-1) for x, y in zip(states, after, strict=True)]
-            scores.append(1 - float(torch.cat(alike, dim=1).mean()))
-        else:
-            regression = Regression.between(states, after)
-            T = regression.solve()
-            b, T = regression.bias(T).to(states[0].dtype), T.to(states[0].dtype)
-            without.append([hidden + hidden @ T + b for hidden in states[:_SCORED]])
-        states = after
-        if progress:
-            progress(layer + 1)
-    if choice == "loss":
-        scores = [_loss(teacher, own, sequences) - _loss(teacher, states, sequences) for own in without]
-    return [float("inf"), *scores[1:]]
-
-
-def _loss(teacher: Walk, states: Sequence[torch.Tensor], sequences: Sequence[torch.Tensor]) -> float:
-    pairs = list(zip(states[:_SCORED], sequences[:_SCORED], strict=True))
-    return sum(teacher.loss(hidden, ids) for hidden, ids in pairs) / len(pairs)
 
 
 def make_package(

@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     one.add_argument(
         "--layer-choice",
-        choices=("uniform", "influence", "loss"),
+        choices=("uniform", "influence", "loss", "gradient"),
         default="uniform",
         help="which layers stay: evenly spread, or by what they do on calibration text (uniform)",
     )

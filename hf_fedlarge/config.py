@@ -14,7 +14,7 @@ from hf_fedlarge.errors import ConfigError
 
 Embeddings = Literal["int8", "nf4", "bf16"]
 SurrogateCodec = Literal["nf4", "int8", "bf16"]
-LayerChoice = Literal["uniform", "influence", "loss"]
+LayerChoice = Literal["uniform", "influence", "loss", "gradient"]
 _NEURONS = 2 / 3
 
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from hf_fedlarge.architectures import Architecture
@@ -29,6 +28,7 @@ from hf_fedlarge.artifacts import SurrogateEntry
 from hf_fedlarge.neurons import NeuronFit
 from hf_fedlarge.rounding import dense, round_trip
 from hf_fedlarge.surrogate import RIDGE, Regression, store_surrogate
+from hf_fedlarge.tensors import SafetensorsWriter
 from hf_fedlarge.walk import Walk
 
 _TOGETHER = 16  # sequences in a step
@@ -121,6 +121,8 @@ def fit(
             note = {"surrogate": entry.model_dump_json()}
             states = [stand_in(hidden) for hidden in states]
         journal.write(layer, result, note, truth, states)
+        for walk in (teacher, student):
+            walk.forget()
         if progress:
             progress(layer + 1)
     return journal.results()
@@ -241,8 +243,9 @@ class _Journal:
     ) -> None:
         """A layer is done; the states come last, so that what they follow is there."""
         if result:
-            self._save(result, self._directory / f"layer-{layer:05}.safetensors", note)
-        self._save({"truth": torch.cat(truth), "states": torch.cat(states)}, self._states, {"done": str(layer + 1)})
+            name = f"layer-{layer:05}.safetensors"
+            self._save({name: [tensor] for name, tensor in result.items()}, self._directory / name, note)
+        self._save({"truth": truth, "states": states}, self._states, {"done": str(layer + 1)})
 
     def results(self) -> Fitted:
         """All of it; tensors are mapped from their files."""
@@ -261,7 +264,16 @@ class _Journal:
                 fitted.outputs.update(found)
         return fitted
 
-    def _save(self, tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    def _save(self, tensors: dict[str, list[torch.Tensor]], path: Path, metadata: dict[str, str]) -> None:
+        """Write tensors that come in pieces, whole or not at all."""
         partial = path.with_suffix(".partial")
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+        # Wider types first, so that every tensor is aligned to its type when the file is mapped.
+        ordered = dict(sorted(tensors.items(), key=lambda item: -item[1][0].dtype.itemsize))
+        infos = {
+            name: (pieces[0].dtype, (sum(map(len, pieces)), *pieces[0].shape[1:])) for name, pieces in ordered.items()
+        }
+        with SafetensorsWriter(partial, infos, metadata) as file:
+            for name, pieces in ordered.items():
+                for piece in pieces:
+                    file.write(name, piece.cpu())
         os.replace(partial, path)

@@ -14,7 +14,7 @@ import torch
 
 # glibc's M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD; the last takes no more than 32 MiB.
 _KEEP = {-1: 2**28, -2: 2**24, -3: 2**25}
-_MADV_POPULATE_READ = 22  # not in Python's mmap
+_MADV_DONTNEED, _MADV_POPULATE_READ = 4, 22  # Linux' own; the second is not in Python's mmap
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -47,14 +47,33 @@ def keep_freed_memory() -> None:
             _libc.mallopt(option, value)
 
 
+def give_back_freed_memory() -> None:
+    """Make glibc give the system what it kept, however it lies between what is still in use."""
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)
+
+
 def fetch_pages(tensors: Iterable[torch.Tensor]) -> None:
     """Ask the system to read memory-mapped tensors from the disk; returns when they are there, holding no lock.
 
     A hint to read ahead (MADV_WILLNEED) on a large range reads some of it only; populating reads all (Linux 5.14).
     """
+    _advise(tensors, _MADV_POPULATE_READ)
+
+
+def forget_pages(tensors: Iterable[torch.Tensor]) -> None:
+    """Take the pages of memory-mapped tensors from this process; when they are used again they are mapped again.
+
+    They stay in the system's cache as long as it has room. Only for tensors that lie in a file and that nobody wrote
+    to: others would be zeros.
+    """
+    _advise(tensors, _MADV_DONTNEED)
+
+
+def _advise(tensors: Iterable[torch.Tensor], advice: int) -> None:
     if _libc is None:
         return
     for tensor in tensors:
         start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
         length = tensor.data_ptr() + tensor.nbytes - start
-        _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_POPULATE_READ)
+        _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)

@@ -23,6 +23,7 @@ from hf_fedlarge.artifacts import PackageManifest, read_manifest, verify_files
 from hf_fedlarge.config import format_ranges
 from hf_fedlarge.errors import ArtifactError
 from hf_fedlarge.loss import StreamedHead
+from hf_fedlarge.memory import forget_pages
 from hf_fedlarge.neurons import indices_name
 from hf_fedlarge.quantize import FrozenWeight, decode
 from hf_fedlarge.rounding import RoundedWeight
@@ -53,6 +54,10 @@ class MappedTensors:
 
     def __contains__(self, name: str) -> bool:
         return self._stored.get(name, name) in self._handles
+
+    def forget(self) -> None:
+        """Take the pages that were read from this process, which nobody may have written to."""
+        forget_pages(handle.get_tensor(name) for name, handle in self._handles.items())
 
 
 def load_package(
@@ -216,7 +221,7 @@ def _assemble(
     model.engine = attach(model, architecture, weights, head, device, micro_batch_size, surrogates)
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    model.architecture, model.streamed_head = architecture, head
+    model.architecture, model.streamed_head, model.mapped = architecture, head, tensors
     return model
 
 

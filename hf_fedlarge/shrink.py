@@ -74,9 +74,10 @@ class ShrinkPlan:
         codecs: the package's matrices and how each is stored; parameters that are not listed stay dense vectors.
         sources: the package's parameter name → the tensor of the checkpoint it is made from.
         scores: what each layer scored, where they were chosen by scores; else none.
+        scored: by what, and what that took.
         widths: layer → how many of its neurons stay; layers that are not listed keep all.
         full_bytes, package_bytes: weights before and after, surrogates left out.
-        sequences: the calibration text (`calibrate.calibration_text`), where it was read for the plan.
+        sequences: calibration text (`calibrate.calibration_sequences`), where it was given or read for the plan.
     """
 
     checkpoint: Path
@@ -88,6 +89,7 @@ class ShrinkPlan:
     full_bytes: int
     package_bytes: int
     scores: tuple[float, ...] = ()
+    scored: str = ""
     widths: Mapping[int, int] = field(default_factory=dict)
     sequences: Sequence[torch.Tensor] = field(default=(), repr=False, compare=False)
 
@@ -116,6 +118,7 @@ class ShrinkPlan:
                 for wanted in ("nf4", "int8", "dense")
                 if wanted in self.codecs.values()
             )
+            + (f"\n  scores   {self.scored}" if self.scores else "")
             + "".join(f"\n  layer {layer:3} scores {score:.4f}" for layer, score in enumerate(self.scores))
             + f"\n  weights  {self.full_bytes / 1e6:.1f} MB → {self.package_bytes / 1e6:.1f} MB"
             f" ({self.package_bytes / self.full_bytes:.1%})"
@@ -140,7 +143,6 @@ def plan_shrink(
     keep_layers: str | float | list[int] = 0.75,
     keep_neurons: float = 1.0,
     embeddings: Embeddings = "int8",
-    scores: Sequence[float] | None = None,
 ) -> ShrinkPlan:
     """Decide which layers stay and how each weight is stored, from the checkpoint's configuration and headers.
 
@@ -149,7 +151,6 @@ def plan_shrink(
         keep_layers: a count, a fraction, or layer numbers (`config.parse_layers`).
         keep_neurons: the share of its neurons that each kept layer's feed-forward layer keeps, to a multiple of 64.
         embeddings: how the token embedding and the head are stored.
-        scores: of every layer (`calibrate.layer_scores`): those with the highest stay; None: spread evenly.
 
     Raises:
         ArtifactError: not a whole checkpoint.
@@ -162,12 +163,7 @@ def plan_shrink(
     config = load_config(checkpoint)
     full = describe(config)
     wanted = parse_layers(keep_layers, full.layers)
-    if isinstance(wanted, list):
-        kept, scores = wanted, None
-    elif scores is None:
-        kept = choose_layers(full.layers, wanted)
-    else:
-        kept = sorted(sorted(range(full.layers), key=lambda layer: -scores[layer])[:wanted])
+    kept = wanted if isinstance(wanted, list) else choose_layers(full.layers, wanted)
     reader = CheckpointReader(checkpoint)
     stored = full.tensor_names(reader.infos, checkpoint)
     count = _width(full, keep_neurons)
@@ -200,7 +196,6 @@ def plan_shrink(
         sources=sources,
         full_bytes=sum(info.nbytes for info in reader.infos.values()),
         package_bytes=package_bytes,
-        scores=tuple(scores or ()),
         widths=widths,
     )
 

@@ -18,7 +18,9 @@ import torch
 from hf_fedlarge.adapters import attach_lora, get_factors, read_factors, set_factors
 from hf_fedlarge.artifacts import AdapterManifest, read_manifest
 from hf_fedlarge.evaluation import encode_example, example_losses, load_model, padded_batches
+from hf_fedlarge.gradients import adapter_gradients, agreement
 from hf_fedlarge.package import load_package, load_tokenizer, stream_checkpoint
+from hf_fedlarge.tensors import Factors
 
 _RESAMPLES = 2000
 _GRADIENT_EXAMPLES = 16
@@ -119,33 +121,14 @@ def gradient_agreement(
         (small, kept),
         (stream_checkpoint(checkpoint, device=device), list(range(len(small.package.layers)))),
     ):
-        architecture = model.architecture
-        adapted = attach_lora(model, architecture, lora)
-        set_factors(adapted, factors, architecture, layers)
-        _backward(adapted, batches)
-        found.append(get_factors(adapted, architecture, layers, lambda parameter: parameter.grad))
+        adapted = attach_lora(model, model.architecture, lora)
+        set_factors(adapted, factors, model.architecture, layers)
+        found.append(adapter_gradients(adapted, model.architecture, layers, batches))
         if model is small:
-            present = get_factors(adapted, architecture, layers, torch.ones_like)
-    cosines = {}
-    for layer in kept:
-        inside = [module for module in present if small.architecture.layer_of(f"{module}.") == layer]
-        ours, theirs = (
-            torch.cat(
-                [
-                    (part * mask).flatten()
-                    for module in inside
-                    for part, mask in zip(of[module], present[module], strict=True)
-                ]
-            )
-            for of in found
-        )
-        cosines[layer] = float(torch.cosine_similarity(ours, theirs, dim=0))
-    return cosines
-
-
-def _backward(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
-    device = next(model.parameters()).device
-    model.train()
-    for batch in batches:
-        batch = {key: value.to(device) for key, value in batch.items()}
-        model(**batch, num_items_in_batch=1, use_cache=False).loss.backward()
+            present = get_factors(adapted, model.architecture, layers, torch.ones_like)
+    ours, theirs = found
+    theirs = {
+        module: Factors(*(part * mask for part, mask in zip(theirs[module], masks, strict=True)))
+        for module, masks in present.items()
+    }
+    return agreement(ours, theirs, small.architecture)

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_fedlarge.memory import give_back_freed_memory
+
 
 class Walk:
     """The blocks of a model for sequences of the length of `ids`.
@@ -31,21 +33,22 @@ class Walk:
         self._model = model
         self._blocks = list(model.get_submodule(model.architecture.blocks))
         self._given: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self._returns_tuple: dict[nn.Module, bool] = {}
+        outputs: list[Any] = []
 
-        def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def given(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._given[block] = args[1:], kwargs
 
-        def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._returns_tuple[block] = isinstance(output, tuple)
-
-        hooks = [block.register_forward_pre_hook(before, with_kwargs=True) for block in self._blocks]
-        hooks += [block.register_forward_hook(after) for block in self._blocks]
+        hooks = [block.register_forward_pre_hook(given, with_kwargs=True) for block in self._blocks]
+        hooks.append(self._blocks[0].register_forward_hook(lambda block, args, output: outputs.append(output)))
         try:
-            model.base_model(ids.to(self._device), use_cache=False)
+            # What the blocks are given besides doesn't depend on the states, so one of them computes for all.
+            with self._forwards(self._blocks[1:], lambda *args, **kwargs: outputs[0]):
+                model.base_model(ids.to(self._device), use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
+        self._returns_tuple = isinstance(outputs[0], tuple)
+        self.forget()
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -82,33 +85,46 @@ class Walk:
         block = self._blocks[number]
         args, kwargs = self._given[block]
         output = block(hidden, *args, **kwargs)
-        return output[0] if self._returns_tuple[block] else output
+        return output[0] if self._returns_tuple else output
 
     @torch.no_grad()
     def loss(self, hidden: torch.Tensor, ids: torch.Tensor) -> float:
         """Mean next-token loss of `ids` (1, S) for the last block's output (1, S, D), in nats."""
-        with self._blocks_return(hidden):
+        with self._forwards(self._blocks, self._gives(lambda _: hidden)):
             return float(self._model(ids.to(self._device), labels=ids.to(self._device)).loss)
+
+    @contextmanager
+    def replaced(self, number: int, function: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Within it, the model has `function` of the hidden states in the place of block `number`."""
+        with self._forwards([self._blocks[number]], self._gives(function)):
+            yield
+
+    def forget(self) -> None:
+        """Take the pages of the model's files from this process, and from the allocator what it keeps."""
+        self._model.mapped.forget()
+        give_back_freed_memory()
 
     @property
     def _device(self) -> torch.device:
         return self._model.engine.device
 
+    def _gives(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+        """A block's `forward` that gives `function` of the hidden states."""
+        if self._returns_tuple:
+            return lambda hidden, *args, **kwargs: (function(hidden),)
+        return lambda hidden, *args, **kwargs: function(hidden)
+
     @contextmanager
-    def _blocks_return(self, hidden: torch.Tensor) -> Iterator[None]:
-        """Within it no block computes: what follows the last one sees `hidden`."""
-
-        def returning(as_tuple: bool) -> Callable[..., Any]:
-            return lambda *args, **kwargs: (hidden,) if as_tuple else hidden
-
-        plain = [block.forward for block in self._blocks]
-        for block in self._blocks:
-            block.forward = returning(self._returns_tuple[block])
+    def _forwards(self, blocks: list[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+        """Within it, these blocks compute `forward` instead of their own."""
+        plain = [block.forward for block in blocks]
+        for block in blocks:
+            block.forward = forward
         try:
             yield
         finally:
-            for block, forward in zip(self._blocks, plain, strict=True):
-                block.forward = forward
+            for block, own in zip(blocks, plain, strict=True):
+                block.forward = own
 
 
 class _ReachedError(Exception):

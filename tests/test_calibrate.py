@@ -8,7 +8,8 @@ from families import make_checkpoint, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_fedlarge.artifacts import PackageManifest, read_manifest, verify_files
-from hf_fedlarge.calibrate import calibration_sequences, layer_scores, make_package, plan_package
+from hf_fedlarge.calibrate import calibration_sequences, make_package, plan_package
+from hf_fedlarge.choice import choose
 from hf_fedlarge.config import PackageSettings
 from hf_fedlarge.errors import ArtifactError, ConfigError, DataError
 from hf_fedlarge.package import load_package
@@ -84,7 +85,7 @@ def test_a_dropped_first_layer_leaves_no_place_for_a_surrogate(checkpoint):
         plan_package(checkpoint, PackageSettings(keep_layers="1-4"))
 
 
-@pytest.mark.parametrize("choice", ["influence", "loss"])
+@pytest.mark.parametrize("choice", ["influence", "loss", "gradient"])
 def test_the_layer_that_does_least_goes_first(choice, checkpoint, tmp_path):
     """Layer 3 is made to do next to nothing."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
@@ -93,13 +94,14 @@ def test_the_layer_that_does_least_goes_first(choice, checkpoint, tmp_path):
             projection.weight.mul_(1e-3)
     model.save_pretrained(tmp_path / "idle")
     make_tokenizer(tmp_path / "idle")
-    scores = layer_scores(tmp_path / "idle", list(IDS), choice)
+    scores = choose(tmp_path / "idle", list(IDS), choice, 4).scores
     assert scores[0] == float("inf")
     # A random model's loss may also fall where a layer goes.
     assert min(range(5), key=lambda layer: abs(scores[layer])) == 3
     plan = plan_package(tmp_path / "idle", PackageSettings(keep_layers=4, layer_choice=choice))
     assert len(plan.kept) == 4
     assert plan.dropped[0] == min(range(5), key=plan.scores.__getitem__)
+    assert f"scores   by {choice}: one pass over 32,768 tokens" in plan.describe()
     assert "layer   3 scores" in plan.describe()
 
 

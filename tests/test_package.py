@@ -1,11 +1,15 @@
 """Loading: a full checkpoint streams as transformers computes it, and what is damaged is refused."""
 
 import json
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES, make_checkpoint, make_package
 from federation import LORA, make_federation
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from hf_fedlarge import api
@@ -13,7 +17,7 @@ from hf_fedlarge.adapters import plug_in
 from hf_fedlarge.artifacts import MANIFEST_NAME
 from hf_fedlarge.errors import ArtifactError
 from hf_fedlarge.evaluation import evaluate_model, load_model
-from hf_fedlarge.package import load_package, load_tokenizer, stream_checkpoint
+from hf_fedlarge.package import MappedTensors, load_package, load_tokenizer, stream_checkpoint
 
 IDS = torch.arange(5, 37).view(2, 16)
 
@@ -87,3 +91,18 @@ def test_a_directory_without_a_tokenizer_says_so(tmp_path):
     make_checkpoint(tmp_path / "checkpoint")
     with pytest.raises(ArtifactError, match="holds no tokenizer"):
         load_tokenizer(tmp_path / "checkpoint")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_pages_that_were_forgotten_are_there_again_when_they_are_used(tmp_path):
+    def resident():
+        return int(re.search(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+    save_file({"x": torch.arange(2**22), "y": torch.ones(3)}, tmp_path / "a.safetensors")
+    tensors = MappedTensors(tmp_path, ["a.safetensors"])
+    values, total = tensors["x"], 2**21 * (2**22 - 1)
+    assert values.sum() == total
+    before = resident()
+    tensors.forget()
+    assert resident() < before - values.nbytes // 2
+    assert values.sum() == total

@@ -72,6 +72,7 @@ def test_it_is_the_weighted_ridge_regression_that_it_says():
 def test_walking_block_by_block_computes_what_the_model_does(family, tmp_path):
     model = stream_checkpoint(make_checkpoint(tmp_path / "full", family, layers=3), dtype=torch.float32)
     walk = Walk(model, IDS[0])
+    assert model.engine.counters.visits == 1  # what blocks are given is recorded without computing them all
     together = walk.embed(IDS[:2, 0])
     for number in range(len(walk)):
         together = walk.step(number, together)
