@@ -176,7 +176,8 @@ class SelectionSettings(Record):
 
     `cohort` clients are wanted (None: all), drawn by `selection` (`plan.SELECTIONS`), and a share of `over_select` more
     for those that won't answer. A round ends with as many valid updates as wanted, when everybody was heard of, or
-    `deadline_seconds` after the server took it up; with fewer than `min_updates` it is abandoned.
+    `deadline_seconds` after the server took it up; with fewer than `min_updates` it is abandoned. What comes `late` is
+    refused, or kept (`buffer`) for the next round that its client has no other update in, where it counts for less.
     """
 
     cohort: Annotated[int, Field(ge=1)] | None = None
@@ -184,6 +185,7 @@ class SelectionSettings(Record):
     selection: Literal["uniform", "data", "availability", "resources"] = "uniform"
     min_updates: Annotated[int, Field(ge=1)] = 1
     deadline_seconds: Annotated[float, Field(gt=0)] | None = None
+    late: Literal["refuse", "buffer"] = "refuse"
 
 
 ON_FACTORS = ("fedavg", "ffa", "alternate")
@@ -306,6 +308,9 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
     def _quorum_can_be_reached(self) -> Self:
         if self.cohort is not None and self.min_updates > self.cohort:
             raise ValueError(f"min_updates is {self.min_updates}, but a cohort has only {self.cohort} clients")
+        if self.late == "buffer" and (self.tiers or self.aggregator == "alternate"):
+            what = "tiers" if self.tiers else "alternate"
+            raise ValueError(f"late updates can't be kept with {what}: they started from another kind of adapter")
         if self.tiers and (self.aggregator in ON_FACTORS or self.aggregator in ("krum", "multi_krum")):
             raise ValueError(
                 f"tiers have adapters of their own shapes, which {self.aggregator} can't compare; use exact"

@@ -186,13 +186,15 @@ class _Federation:
         started, number = time.monotonic(), server.number
         check_ins = list(self.jobs.check_ins.values())
 
-        def aggregate(updates: list[Path], adapter: Path) -> None:
+        def aggregate(updates: list[Path], late: dict[Path, int], adapter: Path) -> None:
+            updates = [*updates, *late]
             aggregate_updates(
                 updates,
                 self.package,
                 adapter,
                 settings=self.config,
                 previous=self._adapter(number - 1),
+                older=[self._adapter(past - 1) for past in sorted(set(late.values()))],
                 round_number=number,
                 min_updates=self.config.min_updates,
                 tiers=self.jobs.derived(number),

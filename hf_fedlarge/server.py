@@ -7,6 +7,7 @@ stays refused, a client that did not answer is not asked twice. What a step woul
     rounds/.0001.work/CLIENT/     an update, as it was received
     rounds/.0001.work/.round/     the aggregated adapter, then the round's record
     rounds/0001/                  the same directory, renamed: the round is committed
+    rounds/.late/0001/CLIENT/     an update that came too late for its round, and is kept for a later one
 
 A round whose valid updates are fewer than `min_updates` is abandoned: the state stays what it was. The next attempt
 draws other clients; the updates that were accepted count there.
@@ -85,6 +86,7 @@ class RoundServer:
         self.number, self.journal, self.config, self._validate = number, journal, config, validate
         self.committed = rounds / f"{number:04d}"
         self.work = rounds / f".{number:04d}.work"
+        self._late = rounds / ".late"
         self._since = time.monotonic()
 
     # Selected
@@ -125,7 +127,7 @@ class RoundServer:
 
     def waiting(self, order: Order) -> list[str]:
         """The clients that have been neither heard of nor given up; none once the goal or the deadline is reached."""
-        if len(self.accepted) >= order.goal or self.is_late or self._of("closed", attempt=order.attempt):
+        if len(self.accepted) >= order.goal or self._is_closed(order):
             return []
         heard = {entry["client"] for entry in self._of("validated", "failed", attempt=order.attempt)}
         return [client for client in order.clients if client not in heard | self.accepted.keys()]
@@ -162,13 +164,16 @@ class RoundServer:
         for entry in self._of("validated", client=client, digest=digest):
             if entry["accepted"] or entry["attempt"] == order.attempt:
                 return Receipt(client, digest, entry["accepted"], entry["reason"])
-        reason = self._refusal(order, client)
+        reason, late = self._refusal(order, client), self._is_closed(order)
+        if reason is None and late and self.config.late == "refuse":
+            reason = f"{client} refused: its update came after round {self.number} was closed."
         if reason is None:
             try:
                 manifest = self._validate(self.number, client, directory)
-                if directory != home:
+                kept = self._late / f"{self.number:04d}" / client if late else home
+                if directory != kept:
                     # From here on it is our own copy that counts, and it is the one that was looked at.
-                    with staged_directory(home, overwrite=True) as staging:
+                    with staged_directory(kept, overwrite=True) as staging:
                         shutil.copytree(directory, staging, dirs_exist_ok=True)
                         verify_files(staging, manifest)
             except UpdateRefusedError as error:
@@ -179,6 +184,9 @@ class RoundServer:
         measured = {} if reason else {"tokens": manifest.tokens, "seconds": manifest.measured.get("seconds")}
         if not self._of("received", client=client, digest=digest):
             self._write("received", client=client, digest=digest, bytes=size, **measured)
+        if reason is None and late:
+            self._write("late", client=client, digest=digest)
+            reason = f"{client} came after round {self.number} was closed; its update is kept for a later one."
         self._write(
             "validated",
             attempt=order.attempt,
@@ -207,16 +215,25 @@ class RoundServer:
             return f"{client} refused: it was not asked in round {self.number}."
         if client in self.accepted:
             return f"{client} refused: it sent more than one update; the first counts."
-        if self._of("closed", attempt=order.attempt) or self.is_late:
-            return f"{client} refused: its update came after round {self.number} was closed."
         return None
+
+    def _is_closed(self, order: Order) -> bool:
+        return bool(self._of("closed", attempt=order.attempt)) or self.is_late
+
+    def _kept(self) -> list[list[Any]]:
+        """Round and client of the late updates of earlier rounds that can count in this one."""
+        used = [late for entry in self.journal.find("closed") for late in entry["late"]]
+        waiting = [[entry["round"], entry["client"]] for entry in self.journal.find("late")]
+        return sorted(
+            late for late in waiting if late not in used and late[0] < self.number and late[1] not in self.accepted
+        )
 
     # Aggregated, evaluated, committed
 
     def close(
         self,
         order: Order,
-        aggregate: Callable[[list[Path], Path], object],
+        aggregate: Callable[[list[Path], dict[Path, int], Path], object],
         evaluate: Callable[[Path], dict[str, float]],
         describe: Callable[[AdapterManifest, list[Path]], dict[str, Any]],
     ) -> dict[str, Any]:
@@ -224,7 +241,8 @@ class RoundServer:
 
         Args:
             order: the open round.
-            aggregate: makes an adapter directory of update directories, which come in the order of clients' names.
+            aggregate: makes an adapter directory of update directories, which come in the order of clients' names, and
+                of late ones with the round they were for.
             evaluate: the losses of an adapter directory.
             describe: what the record says besides, of the adapter and the updates.
 
@@ -239,13 +257,15 @@ class RoundServer:
                     f"Round {self.number} is abandoned: {len(self.accepted)} valid updates of {len(order.clients)} "
                     f"clients; at least {needed} are needed. " + " ".join(entry["reason"] for entry in self.refused)
                 )
-            self._write("closed", attempt=order.attempt, clients=self.accepted)
-        updates = [self.work / client for client in sorted(self._of("closed")[0]["clients"])]
+            self._write("closed", attempt=order.attempt, clients=self.accepted, late=self._kept())
+        [closed] = self._of("closed")
+        updates = [self.work / client for client in sorted(closed["clients"])]
+        late = {self._late / f"{number:04d}" / client: number for number, client in closed["late"]}
         staging = self.work / _STAGING
         staging.mkdir(exist_ok=True)
         adapter = staging / "adapter"
         if not adapter.exists():
-            aggregate(updates, adapter)
+            aggregate(updates, late, adapter)
         manifest = read_manifest(adapter, AdapterManifest)
         if not self._of("aggregated"):
             self._write("aggregated", adapter=manifest.digest)
@@ -263,6 +283,8 @@ class RoundServer:
         if not self._of("committed"):
             self._write("committed", adapter=read_manifest(self.committed / "adapter", AdapterManifest).digest)
         shutil.rmtree(self.work, ignore_errors=True)
+        for number, client in self._of("closed")[0]["late"]:
+            shutil.rmtree(self._late / f"{number:04d}" / client, ignore_errors=True)
 
     def _of(self, *events: str, **fields: Any) -> list[dict[str, Any]]:
         return self.journal.find(*events, round=self.number, **fields)

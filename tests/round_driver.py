@@ -47,7 +47,7 @@ def check_ins():
 def close(round_server: RoundServer, order, home: Path, evaluate=lambda adapter: {"loss_small": 2.0}):
     return round_server.close(
         order,
-        lambda updates, adapter: aggregate_updates(
+        lambda updates, late, adapter: aggregate_updates(
             updates, home / "package", adapter, previous=home / "start", min_updates=2
         ),
         evaluate,

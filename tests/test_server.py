@@ -11,14 +11,17 @@ import time
 import pytest
 import round_driver
 from federation import LORA, make_federation, make_update
-from round_driver import CLIENTS, check_ins, close, drive, make_server
+from round_driver import CLIENTS, check_ins, close, config, drive, make_server
 
-from hf_fedlarge.artifacts import AdapterManifest, read_manifest
-from hf_fedlarge.collect import start_adapter
+from hf_fedlarge.architectures import describe
+from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, read_manifest
+from hf_fedlarge.collect import aggregate_updates, start_adapter
 from hf_fedlarge.errors import ArtifactError, UpdateRefusedError
 from hf_fedlarge.journal import Journal
+from hf_fedlarge.package import package_config
 from hf_fedlarge.plan import SELECTIONS, CheckIn, sample_cohort
-from hf_fedlarge.server import seen
+from hf_fedlarge.server import RoundServer, seen
+from hf_fedlarge.update import Expected, validate_update
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +201,47 @@ def test_after_the_deadline_nobody_is_waited_for_and_what_comes_is_late(home, tm
     with pytest.raises(UpdateRefusedError, match="abandoned: 1 valid updates of 3 clients; at least 2 are needed"):
         close(server, order, home)
     assert not server.committed.exists()
+
+
+def test_what_comes_late_may_be_kept_for_the_next_round(home, tmp_path):
+    server, order = opened(home, tmp_path, cohort=2, min_updates=1, deadline_seconds=0.2, late="buffer")
+    first, second = order.clients
+    assert server.receive(order, first, home / "updates" / first).accepted
+    time.sleep(0.25)
+    receipt = server.receive(order, second, home / "updates" / second)
+    assert not receipt.accepted
+    assert "is kept for a later one" in receipt.reason
+    assert server.receive(order, second, home / "updates" / second) == receipt
+    aggregate_updates([home / "updates" / first], home / "package", tmp_path / "one", previous=home / "start")
+    server.close(
+        order, lambda _, late, adapter: shutil.copytree(tmp_path / "one", adapter), lambda _: {}, lambda *_: {}
+    )
+
+    package = read_manifest(home / "package", PackageManifest)
+    architecture = describe(package_config(home / "package"))
+    one = read_manifest(tmp_path / "one", AdapterManifest)
+
+    def validate(number, client, update):
+        return validate_update(update, Expected(package, architecture, one.lora, number, one.digest))
+
+    journal = Journal(tmp_path / "journal.jsonl")
+    changes = {"cohort": 1, "min_updates": 1, "late": "buffer"}
+    server = RoundServer(tmp_path / "rounds", 2, journal, config(**changes), validate)
+    order = server.open([CheckIn(first, 10)])
+    make_update(tmp_path / "two", home / "package", first, seed=9, adapter=tmp_path / "one", round_number=2)
+    assert server.receive(order, first, tmp_path / "two").accepted
+
+    def aggregate(updates, late, adapter):
+        assert list(late.values()) == [1]
+        aggregate_updates(
+            [*updates, *late], home / "package", adapter, previous=tmp_path / "one", older=[home / "start"]
+        )
+
+    server.close(order, aggregate, lambda _: {}, lambda *_: {})
+    manifest = read_manifest(server.committed / "adapter", AdapterManifest)
+    staleness = {entry.client: entry.staleness for entry in manifest.contributions}
+    assert staleness == {first: 0, second: 1}
+    assert not list((tmp_path / "rounds" / ".late").rglob("*.safetensors"))
 
 
 def test_an_abandoned_round_keeps_what_was_accepted_for_the_next_attempt(home, tmp_path):
