@@ -20,7 +20,7 @@ LEVELS = [
     {"shrink", "streaming", "update"},
     {"package", "merge", "combine"},
     {"collect", "evaluation", "server", "tiers", "choice"},
-    {"calibrate", "transfer", "report", "clients"},
+    {"calibrate", "transfer", "report", "clients", "relay"},
     {"jobs"},
     {"rounds"},
     {"api", "cli"},

@@ -112,9 +112,10 @@ def test_a_run_ends_with_a_better_full_model_and_honest_figures(home, whole):
     adapter = read_manifest(output / "rounds" / "0000" / "adapter", AdapterManifest).total_bytes
     assert first["bytes_down"] == 3 * (package + adapter)
     newcomers = {c["client"] for c in second["clients"]} - {c["client"] for c in first["clients"]}
-    assert second["bytes_down"] == 3 * read_manifest(
-        output / "rounds" / "0001" / "adapter", AdapterManifest
-    ).total_bytes + package * len(newcomers)
+    files = read_manifest(output / "rounds" / "0001" / "adapter", AdapterManifest).files
+    assert "carry.safetensors" in files  # the server's own
+    sent = sum(files[name].size for name in ("adapter_model.safetensors", "adapter_config.json"))
+    assert second["bytes_down"] == 3 * sent + package * len(newcomers)
     assert summary["bytes_down"] == first["bytes_down"] + second["bytes_down"]
     assert summary["bytes_up"] > 6 * adapter * 0.9
     assert sum(entry["weight"] for entry in first["clients"]) == pytest.approx(1)

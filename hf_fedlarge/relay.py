@@ -1,0 +1,62 @@
+"""An aggregate that is itself an update: edges aggregate their clients' updates, a server aggregates the edges'.
+
+Σ w_i P_i may be summed in any grouping, so with weights by tokens or examples the server ends with what it would have
+made of all clients' updates at once, but for what an edge's rank left out. `ffa` and `alternate` leave out nothing.
+Robust aggregators look at single clients, which the server no longer sees: an edge can use one, the server judges edges.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from hf_fedlarge.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARRY_WEIGHTS
+from hf_fedlarge.artifacts import (
+    AdapterManifest,
+    UpdateManifest,
+    describe_files,
+    read_manifest,
+    staged_directory,
+    verify_files,
+    write_manifest,
+)
+from hf_fedlarge.errors import ArtifactError
+
+
+def relay_update(adapter: Path, client: str, output: Path, *, overwrite: bool = False) -> UpdateManifest:
+    """Make an update of an aggregate, as if one client had all the examples and tokens of those behind it.
+
+    Args:
+        adapter: made of one round's updates by `aggregate_updates`, without carry or server optimizer.
+        client: the edge's name.
+        output: the update directory to make.
+
+    Raises:
+        ArtifactError: not an aggregate of updates, or it has what an update can't hold.
+        OutputError: `output` exists or can't be written.
+    """
+    made = read_manifest(adapter, AdapterManifest)
+    verify_files(adapter, made)
+    if not made.contributions:
+        raise ArtifactError(f"{adapter} was not made of updates; expected what `hf-fedlarge aggregate` made of some.")
+    if CARRY_WEIGHTS in made.files or made.server_optimizer:
+        what = "a carry" if CARRY_WEIGHTS in made.files else f"the averages of {made.server_optimizer}"
+        raise ArtifactError(
+            f"{adapter} has {what}, which stays with a server; aggregate with svd, ffa, alternate or fedavg and no "
+            "server optimizer where the result goes on as an update."
+        )
+    with staged_directory(output, overwrite=overwrite) as staging:
+        for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+            shutil.copyfile(adapter / name, staging / name)
+        manifest = UpdateManifest(
+            files=describe_files(staging),
+            client=client,
+            round=made.round,
+            package=made.package,
+            adapter=made.parent,
+            lora=made.lora,
+            examples=sum(entry.examples for entry in made.contributions),
+            tokens=sum(entry.tokens for entry in made.contributions),
+        )
+        write_manifest(staging, manifest)
+    return manifest
