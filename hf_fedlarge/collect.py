@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from hf_fedlarge.adapters import initial_factors, read_factors, target_linears, write_adapter
+from hf_fedlarge.adapters import AdapterReader, initial_factors, target_linears, write_adapter
 from hf_fedlarge.aggregate import AGGREGATORS
 from hf_fedlarge.architectures import Architecture, describe
 from hf_fedlarge.artifacts import (
@@ -25,11 +25,12 @@ from hf_fedlarge.artifacts import (
     verify_files,
     write_manifest,
 )
-from hf_fedlarge.config import LoraSettings
+from hf_fedlarge.config import Codec, LoraSettings
 from hf_fedlarge.errors import ArtifactError, ConfigError, UpdateRefusedError
-from hf_fedlarge.package import package_config
+from hf_fedlarge.package import package_architecture, package_config
 from hf_fedlarge.tensors import Factors
-from hf_fedlarge.update import Asked, Expected, client_name, read_update, validate_update
+from hf_fedlarge.update import Asked, Expected, client_name, open_update, read_update, validate_update
+from hf_fedlarge.wire import Wire
 
 WEIGHTINGS = ("tokens", "examples")
 
@@ -79,6 +80,7 @@ def aggregate_updates(
     round_number: int | None = None,
     min_updates: int = 1,
     asked: Mapping[Path, Asked] | None = None,
+    codec: Codec | None = None,
     overwrite: bool = False,
 ) -> Collected:
     """Validate updates and aggregate those that pass into an adapter in global layer numbers.
@@ -96,11 +98,12 @@ def aggregate_updates(
         round_number: the round they must be for; None: the one after `previous`, or that of the majority.
         min_updates: fewer valid updates than this make no adapter.
         asked: for each of `updates`, whose it must be and the most that client can have trained on; None: not known.
+        codec: how the updates must be encoded; None: fp32. Any other needs `previous`, which their changes are from.
         overwrite: replace an adapter that is there already.
 
     Raises:
         UpdateRefusedError: too few were valid; each refusal is in the message, and nothing is written.
-        ConfigError: an unknown aggregator or weighting, or no update given.
+        ConfigError: an unknown aggregator or weighting, no update given, or a codec without `previous`.
         ArtifactError: the package or the previous adapter is not what it should be.
         OutputError: `output` exists or can't be written.
     """
@@ -110,6 +113,9 @@ def aggregate_updates(
         raise ConfigError(f"The weighting {weighting!r} is not known; choose among {', '.join(WEIGHTINGS)}.")
     if not updates:
         raise ConfigError("No update was given; expected at least one update directory.")
+    codec = codec or Codec()
+    if codec.name != "fp32" and previous is None:
+        raise ConfigError(f"The codec {codec.name} needs --adapter, the adapter that the updates started from.")
     check_output(output, overwrite)
     small = read_manifest(package, PackageManifest)
     architecture = describe(package_config(package))
@@ -119,11 +125,14 @@ def aggregate_updates(
     else:
         lora, number = _majority(updates, small, architecture, round_number)
 
+    wire = None
+    if codec.name != "fp32":
+        wire = Wire(codec, AdapterReader(previous), package_architecture(package, small), small.kept_layers, lora)
     accepted: list[tuple[Path, UpdateManifest]] = []
     refused: list[tuple[str, str]] = []
     for directory in updates:
         whose = asked[directory] if asked else None
-        expected = Expected(small, architecture, lora, number, parent.digest if parent else None, whose)
+        expected = Expected(small, architecture, lora, number, parent.digest if parent else None, whose, wire)
         try:
             manifest = validate_update(directory, expected)
             if manifest.client in {other.client for _, other in accepted}:
@@ -142,7 +151,8 @@ def aggregate_updates(
     accepted.sort(key=lambda item: item[1].client)
     weights = torch.tensor([getattr(manifest, weighting) for _, manifest in accepted], dtype=torch.float64)
     weights /= weights.sum()
-    all_factors = [read_factors(directory) for directory, _ in accepted]
+    readers = [open_update(directory, expected) for directory, _ in accepted]
+    all_factors = [{module: reader.read(module) for module in reader.modules} for reader in readers]
     result: dict[str, Factors] = {}
     energy = dropped = 0.0
     for module in sorted(all_factors[0]):

@@ -85,15 +85,29 @@ def load_package(
     manifest = read_manifest(directory, PackageManifest)
     if verify:
         verify_files(directory, manifest, published=True)
-    tensors = MappedTensors(directory, [name for name in manifest.files if name.endswith(".safetensors")])
+    tensors = _mapped(directory, manifest)
     config = package_config(directory)
-    architecture = replace(describe(config), neurons=_neurons(manifest, describe(config), tensors))
+    architecture = package_architecture(directory, manifest)
     surrogates = _surrogates(manifest, tensors, config.hidden_size, dtype, torch.device(device))
     model = _assemble(
         directory, config, architecture, tensors, manifest.codecs, dtype, device, micro_batch_size, surrogates
     )
     model.package = manifest
     return model
+
+
+def package_architecture(directory: Path, manifest: PackageManifest) -> Architecture:
+    """The architecture of a package, with the neurons that its blocks have.
+
+    Raises:
+        ArtifactError: the package lacks their numbers.
+    """
+    architecture = describe(package_config(directory))
+    return replace(architecture, neurons=_neurons(manifest, architecture, _mapped(directory, manifest)))
+
+
+def _mapped(directory: Path, manifest: PackageManifest) -> MappedTensors:
+    return MappedTensors(directory, [name for name in manifest.files if name.endswith(".safetensors")])
 
 
 def _surrogates(

@@ -6,7 +6,7 @@ any point goes on from what is whole and ends with the same bytes:
     run/
       federation.json    the settings; a rerun must have the same
       check_ins.json     who is there, with how many examples
-      clients/NAME/      train.jsonl and held_out.jsonl of a simulated client
+      clients/NAME/      train.jsonl and held_out.jsonl of a simulated client; state/, what its codec lost
       held_out.jsonl     the clients' held-out examples together
       package/           the shrunk model, with its download counted in every client's first round
       rounds/0000/       the adapter that changes nothing
@@ -46,7 +46,7 @@ from hf_fedlarge.artifacts import (
 )
 from hf_fedlarge.calibrate import make_package, plan_package
 from hf_fedlarge.collect import aggregate_updates, start_adapter
-from hf_fedlarge.config import DataConfig, FederationConfig
+from hf_fedlarge.config import Codec, DataConfig, FederationConfig
 from hf_fedlarge.data import STDLIB, concatenate, load_examples, training_columns, write_jsonl
 from hf_fedlarge.errors import ConfigError, FedLargeError, OutputError, UpdateRefusedError
 from hf_fedlarge.evaluation import as_record, evaluate, generate_text, load_model
@@ -75,6 +75,8 @@ class ClientJob:
     eval_data: Path | None
     output: Path
     training: dict[str, Any]
+    codec: Codec
+    state: Path
 
 
 DEFAULT_MAX_LENGTH = 1024  # of SFTConfig
@@ -250,6 +252,7 @@ class _Federation:
                     round_number=number,
                     min_updates=self.config.min_updates,
                     asked={update: self._asked(update.name, examples[update.name]) for update in updates},
+                    codec=self.config.wire_codec,
                 )
             except UpdateRefusedError:
                 shutil.rmtree(work)  # or every rerun would fail over the same updates
@@ -340,6 +343,8 @@ class _Federation:
             eval_data=held_out if held_out.exists() else None,
             output=output,
             training={"seed": seed % 2**31} | self.config.training,
+            codec=self.config.wire_codec,
+            state=home / "state",
         )
 
     def _held_out(self) -> Any:

@@ -56,6 +56,11 @@ class ClientArguments:
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' input; likewise."})
     rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(rank); likewise."})
     lora_targets: list[str] | None = field(default=None, metadata={"help": "Matrices with adapters; default: all."})
+    codec: str = field(default="fp32", metadata={"help": "How the update is encoded: fp32, bf16, int8, nf4, topk."})
+    topk_share: float = field(default=0.05, metadata={"help": "Share of a factor's entries that topk sends."})
+    state: str | None = field(
+        default=None, metadata={"help": "This client's directory for what the codec loses; else it is forgotten."}
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace an update that is there already."})
     verify: bool = field(default=True, metadata={"help": "Check the package's digests before loading it."})
 
@@ -101,7 +106,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig) -> Update
     import torch
     from pydantic import ValidationError
 
-    from hf_fedlarge.adapters import attach_lora, get_factors, initial_factors, read_factors, set_factors
+    from hf_fedlarge.adapters import AdapterReader, attach_lora, get_factors, initial_factors, set_factors
     from hf_fedlarge.artifacts import (
         AdapterManifest,
         PackageManifest,
@@ -110,13 +115,15 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig) -> Update
         read_manifest,
         verify_files,
     )
-    from hf_fedlarge.config import LoraSettings, first_problem
+    from hf_fedlarge.config import LoraSettings, first_problem, make_codec
     from hf_fedlarge.data import load_examples, training_columns
     from hf_fedlarge.evaluation import evaluate_model
+    from hf_fedlarge.feedback import read_lost, with_lost
     from hf_fedlarge.package import load_package, load_tokenizer
     from hf_fedlarge.partition import hold_out
     from hf_fedlarge.trainers.streaming_trainer import StreamingLoraTrainer
     from hf_fedlarge.update import write_update
+    from hf_fedlarge.wire import Wire
 
     started = time.monotonic()
     package_dir, output = Path(client.package), Path(client.output)
@@ -149,12 +156,17 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig) -> Update
             package=package.digest,
             adapter=parent.digest if parent else None,
             lora=lora,
+            codec=make_codec(client.codec, client.topk_share),
             examples=0,
             tokens=0,
             files={},
         )
     except ValidationError as error:
         raise ConfigError(f"The client's arguments are wrong: {first_problem(error)}.") from error
+    if fresh.codec.name != "fp32" and not parent:
+        raise ConfigError(
+            f"--codec {client.codec} encodes what changed since --adapter; give one, or leave it at fp32."
+        )
 
     data = load_examples(client.data)
     if client.eval_data:
@@ -174,13 +186,16 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig) -> Update
     model = load_package(package_dir, dtype=dtype, device=device, verify=client.verify)
     tokenizer = load_tokenizer(package_dir)
     layers = package.kept_layers
+    reader = AdapterReader(Path(client.adapter)) if client.adapter else None
     factors = (
-        read_factors(Path(client.adapter))
-        if client.adapter
+        {module: reader.read(module) for module in reader.modules}
+        if reader
         else initial_factors(model.architecture, layers, lora, config.seed)
     )
+    wire = None if fresh.codec.name == "fp32" else Wire(fresh.codec, reader, model.architecture, layers, lora)
+    lost = read_lost(Path(client.state), package.digest, client.round, wire) if wire and client.state else {}
     peft_model = attach_lora(model, model.architecture, lora)
-    set_factors(peft_model, factors, model.architecture, layers)
+    set_factors(peft_model, with_lost(factors, lost), model.architecture, layers)
     try:
         trainer = StreamingLoraTrainer(
             peft_model, config, train_dataset=training_columns(data), processing_class=tokenizer
@@ -227,7 +242,15 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig) -> Update
         if not all(torch.isfinite(matrix).all() for pair in trained.values() for matrix in pair):
             raise DataError("Training diverged: the adapter holds NaN or infinity; lower --learning_rate.")
         manifest = write_update(
-            output, trained, manifest, model.architecture, package.base.id, overwrite=client.overwrite
+            output,
+            trained,
+            manifest,
+            model.architecture,
+            package.base.id,
+            overwrite=client.overwrite,
+            wire=wire,
+            lost=lost,
+            state=Path(client.state) if client.state else None,
         )
         shutil.rmtree(work, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()

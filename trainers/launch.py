@@ -76,6 +76,9 @@ def _arguments(job: ClientJob) -> dict[str, Any]:
         "output": str(job.output),
         "client": job.client,
         "round": job.round,
+        "codec": job.codec.name,
+        "topk_share": job.codec.topk_share,
+        "state": str(job.state),
         # The server checked the package when it made it or took up the run.
         "verify": False,
     }
