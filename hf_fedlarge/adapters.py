@@ -169,6 +169,22 @@ def _widened(values: torch.Tensor, dim: int, kept: torch.Tensor | None, size: in
     return torch.zeros(shape).index_copy_(dim, kept, values.to("cpu", torch.float32))
 
 
+def in_package(module: str, factors: Factors, architecture: Architecture, layers: list[int]) -> Factors:
+    """What `get_factors` gives of one module after `set_factors`: zero for neurons that its block lacks."""
+    here = _renumber(module, architecture, layers.index(architecture.layer_of(f"{module}.")))
+    A_RI, B_OR = factors
+    if (kept := architecture.neurons_in(here)) is not None:
+        A_RI = torch.zeros_like(A_RI).index_copy_(1, kept, A_RI[:, kept])
+    if (kept := architecture.neurons_out(here)) is not None:
+        B_OR = torch.zeros_like(B_OR).index_copy_(0, kept, B_OR[kept])
+    return Factors(A_RI, B_OR)
+
+
+def factor_name(module: str, letter: str) -> str:
+    """PEFT's name of a module's A or B in a file."""
+    return f"{_PREFIX}{module}.lora_{letter}.weight"
+
+
 def write_adapter(
     directory: Path, factors: dict[str, Factors], lora: LoraSettings, architecture: Architecture, base_id: str
 ) -> None:
@@ -310,8 +326,8 @@ def tensor_shapes(expected: dict[str, tuple[tuple[int, int], tuple[int, int]]]) 
     """Names and shapes of the tensors in an adapter's file, from `expected_shapes`."""
     shapes = {}
     for module, (a_shape, b_shape) in expected.items():
-        shapes[f"{_PREFIX}{module}.lora_A.weight"] = a_shape
-        shapes[f"{_PREFIX}{module}.lora_B.weight"] = b_shape
+        shapes[factor_name(module, "A")] = a_shape
+        shapes[factor_name(module, "B")] = b_shape
     return shapes
 
 

@@ -22,7 +22,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
-from hf_fedlarge.config import LoraSettings, Record, first_problem
+from hf_fedlarge.config import Codec, LoraSettings, Record, first_problem
 from hf_fedlarge.errors import ArtifactError, OutputError
 
 MANIFEST_NAME = "fedlarge.json"
@@ -119,6 +119,7 @@ class UpdateManifest(Manifest):
     package: Digest
     adapter: Digest | None
     lora: LoraSettings
+    codec: Codec = Codec()
     examples: Count
     tokens: Count
     loss_before: float | None = None

@@ -24,7 +24,7 @@ def parse_bytes(text: str | int) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", str(text), re.IGNORECASE)
     if not match:
-        raise ConfigError(f"The memory budget {text!r} can't be read; expected a size such as 2GiB or 1500MB.")
+        raise ConfigError(f"The budget {text!r} can't be read; expected a size such as 2GiB or 1500MB.")
     return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
 
 

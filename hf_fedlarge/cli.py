@@ -93,6 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("-o", "--output", type=Path, required=True, help="the adapter directory to make")
     one.add_argument("--adapter", type=Path, metavar="PREVIOUS", help="the adapter the clients started from")
     one.add_argument("--older", nargs="+", type=Path, default=[], metavar="ADAPTER", help="what late ones started from")
+    one.add_argument("--codec", default="fp32", help="their encoding: fp32, bf16, int8, nf4 or topk (fp32)")
+    one.add_argument("--topk-share", type=float, default=0.05, help="of a factor's entries, what topk sent (0.05)")
     one.add_argument("--round", type=int, help="the round they must be for (that of the first)")
     one.add_argument("--min-updates", type=int, default=1, help="fewer valid ones make no adapter (1)")
     add_aggregation(one)
@@ -213,6 +215,7 @@ def _shrink(options: argparse.Namespace) -> None:
 
 def _aggregate(options: argparse.Namespace) -> None:
     from hf_fedlarge.collect import aggregate_updates
+    from hf_fedlarge.config import make_codec
 
     collected = aggregate_updates(
         options.updates,
@@ -222,6 +225,7 @@ def _aggregate(options: argparse.Namespace) -> None:
         older=options.older,
         round_number=options.round,
         min_updates=options.min_updates,
+        codec=make_codec(options.codec, options.topk_share),
         overwrite=options.overwrite,
         **chosen_aggregation(options),
     )

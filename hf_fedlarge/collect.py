@@ -29,10 +29,11 @@ from hf_fedlarge.artifacts import (
     write_manifest,
 )
 from hf_fedlarge.combine import Part, combine
-from hf_fedlarge.config import ON_FACTORS, AggregationSettings, LoraSettings, first_problem
+from hf_fedlarge.config import ON_FACTORS, AggregationSettings, Codec, LoraSettings, first_problem
 from hf_fedlarge.errors import ArtifactError, ConfigError, UpdateRefusedError
-from hf_fedlarge.package import package_config
-from hf_fedlarge.update import Asked, Expected, client_name, read_update, validate_update
+from hf_fedlarge.package import package_architecture, package_config
+from hf_fedlarge.update import Asked, Expected, client_name, open_update, read_update, validate_update
+from hf_fedlarge.wire import EncodedReader, Wire
 
 Weigh = Callable[[UpdateManifest], float]
 
@@ -44,7 +45,14 @@ class _Base:
     directory: Path
     adapter: AdapterManifest
     package: PackageManifest
-    package_directory: Path | None = None
+    package_directory: Path
+
+    def wire(self, codec: Codec) -> Wire | None:
+        """How updates that started from it are encoded."""
+        if codec.name == "fp32":
+            return None
+        architecture = package_architecture(self.package_directory, self.package)
+        return Wire(codec, AdapterReader(self.directory), architecture, self.package.kept_layers, self.adapter.lora)
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,7 @@ def aggregate_updates(
     round_number: int | None = None,
     min_updates: int = 1,
     asked: Mapping[Path, Asked] | None = None,
+    codec: Codec | None = None,
     overwrite: bool = False,
     **choices: Any,
 ) -> Collected:
@@ -117,12 +126,14 @@ def aggregate_updates(
         round_number: the round they must be for; None: the one after `previous`, or that of the majority.
         min_updates: fewer valid updates than this make no adapter, nor do fewer than the aggregator needs.
         asked: for each of `updates`, whose it must be and the most that client can have trained on; None: not known.
+        codec: how the updates must be encoded; None: fp32. Any other needs `previous`, which their changes are from.
         overwrite: replace an adapter that is there already.
         choices: fields of `AggregationSettings`, such as `aggregator` and `weighting`.
 
     Raises:
         UpdateRefusedError: too few were valid; each refusal is in the message, and nothing is written.
-        ConfigError: settings that don't fit together or to the previous adapter, or no update given.
+        ConfigError: settings that don't fit together or to the previous adapter, or no update given, or a codec without
+            `previous`.
         ArtifactError: the package or an adapter is not what it should be.
         OutputError: `output` exists or can't be written.
     """
@@ -130,6 +141,9 @@ def aggregate_updates(
     weigh = _weighing(settings.weighting)
     if not updates:
         raise ConfigError("No update was given; expected at least one update directory.")
+    codec = codec or Codec()
+    if codec.name != "fp32" and previous is None:
+        raise ConfigError(f"The codec {codec.name} needs --adapter, the adapter that the updates started from.")
     check_output(output, overwrite)
     small = read_manifest(package, PackageManifest)
     architecture = describe(package_config(package))
@@ -139,9 +153,10 @@ def aggregate_updates(
         _check_continues(previous, parent, settings, number)
     else:
         lora, number = _majority(updates, small, architecture, round_number)
-    bases = _bases(previous, parent, older, small) | _tier_bases(tiers or {}, parent)
+    bases = _bases(previous, parent, older, small, package) | _tier_bases(tiers or {}, parent)
 
     accepted: list[tuple[Path, UpdateManifest, float]] = []
+    readers: dict[Path, AdapterReader | EncodedReader] = {}
     refused: list[tuple[str, str]] = []
     for directory in updates:
         whose = asked[directory] if asked else None
@@ -150,17 +165,19 @@ def aggregate_updates(
         if base:
             expected = Expected(
                 base.package,
-                describe(package_config(base.package_directory)) if base.package_directory else architecture,
+                describe(package_config(base.package_directory)) if base.package is not small else architecture,
                 base.adapter.lora,
                 number + base.adapter.round - parent.round,
                 base.adapter.digest,
                 whose,
                 frozen_factor(base.directory, base.adapter),
+                base.wire(codec),
             )
         try:
             manifest = validate_update(directory, expected)
             if manifest.client in {other.client for _, other, _ in accepted}:
                 raise UpdateRefusedError(f"{manifest.client} refused: it sent more than one update; the first counts.")
+            readers[directory] = open_update(directory, expected)
             accepted.append((directory, manifest, weigh(manifest)))
         except UpdateRefusedError as error:
             refused.append((whose.client if whose else client_name(directory), str(error)))
@@ -179,7 +196,7 @@ def aggregate_updates(
         base = bases.get(update.adapter)
         late = parent.round - base.adapter.round if base else 0
         own = base.directory if base and base.adapter.digest != parent.digest else None
-        parts.append(Part(directory, weight, update.lora.scale, own, late))
+        parts.append(Part(readers[directory], weight, update.lora.scale, own, late))
     with staged_directory(output, overwrite=overwrite) as staging:
         combined = combine(parts, previous, staging, lora, settings, parent.trains if parent else "both")
         write_config(staging, combined.modules, lora, architecture, small.base.id)
@@ -215,7 +232,8 @@ def aggregate_updates(
 
 def frozen_factor(directory: Path, adapter: AdapterManifest) -> tuple[str, AdapterReader] | None:
     """What clients of an adapter in `directory` must send back as they got it: a factor, and where it is read."""
-    return {"A": ("B", AdapterReader(directory)), "B": ("A", AdapterReader(directory))}.get(adapter.trains)
+    frozen = {"A": "B", "B": "A"}.get(adapter.trains)
+    return (frozen, AdapterReader(directory)) if frozen else None
 
 
 def choose(**choices: Any) -> AggregationSettings:
@@ -266,14 +284,18 @@ def _claimed_base(directory: Path) -> str | None:
 
 
 def _bases(
-    previous: Path | None, parent: AdapterManifest | None, older: Sequence[Path], small: PackageManifest
+    previous: Path | None,
+    parent: AdapterManifest | None,
+    older: Sequence[Path],
+    small: PackageManifest,
+    package: Path,
 ) -> dict[str | None, _Base]:
     """Digest → the adapters that updates may have started from."""
     if parent is None:
         if older:
             raise ConfigError("Older adapters were given without the newest one; give --adapter, too.")
         return {}
-    bases: dict[str | None, _Base] = {parent.digest: _Base(previous, parent, small)}
+    bases: dict[str | None, _Base] = {parent.digest: _Base(previous, parent, small, package)}
     for directory in older:
         manifest = _read_previous(directory, small)
         if manifest.lora != parent.lora or manifest.trains != parent.trains or manifest.round >= parent.round:
@@ -281,7 +303,7 @@ def _bases(
                 f"{directory} is of round {manifest.round}, {manifest.lora}, for training {manifest.trains}; expected "
                 f"a round before {parent.round}, {parent.lora}, for training {parent.trains}."
             )
-        bases[manifest.digest] = _Base(directory, manifest, small)
+        bases[manifest.digest] = _Base(directory, manifest, small, package)
     return bases
 
 

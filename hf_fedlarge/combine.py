@@ -32,6 +32,7 @@ from hf_fedlarge.products import Term, merged, truncate
 from hf_fedlarge.robust import COORDINATE, clip_factors, gram, krum, squared_norms
 from hf_fedlarge.server_optimizer import OPTIMIZERS, Rates
 from hf_fedlarge.tensors import Factors
+from hf_fedlarge.wire import EncodedReader
 
 MOMENTUM_WEIGHTS = "server_momentum.safetensors"
 VARIANCE_WEIGHTS = "server_variance.safetensors"
@@ -39,13 +40,13 @@ VARIANCE_WEIGHTS = "server_variance.safetensors"
 
 @dataclass(frozen=True)
 class Part:
-    """One accepted update: where it is, how much it counts, and what it started from if that was an older adapter.
+    """One accepted update: its factors, how much it counts, and what it started from if that was another adapter.
 
     `late` is the number of rounds that have passed since; such a change counts (1 + late)^-1/2 (FedBuff,
     arXiv 2106.06639) and the others no more for it, so that the step becomes smaller.
     """
 
-    directory: Path
+    reader: AdapterReader | EncodedReader
     weight: float
     scale: float
     base: Path | None = None
@@ -67,7 +68,7 @@ class Combined:
 class _Client:
     """An update being read; `factor` is what lateness and clipping leave of its change, `base` None the parent's."""
 
-    reader: AdapterReader
+    reader: AdapterReader | EncodedReader
     base: AdapterReader | None
     scale: float
     weight: float
@@ -131,7 +132,7 @@ def combine(
     bases = {part.base: AdapterReader(part.base) for part in parts if part.base is not None}
     weights = shares([part.weight for part in parts])
     clients = [
-        _Client(AdapterReader(part.directory), bases.get(part.base), part.scale, weight, (1 + part.late) ** -0.5)
+        _Client(part.reader, bases.get(part.base), part.scale, weight, (1 + part.late) ** -0.5)
         for part, weight in zip(parts, weights, strict=True)
     ]
     modules = sorted({module for client in clients for module in client.reader.modules} | set(before.modules))

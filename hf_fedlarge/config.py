@@ -15,6 +15,8 @@ from hf_fedlarge.errors import ConfigError
 Embeddings = Literal["int8", "nf4", "bf16"]
 SurrogateCodec = Literal["nf4", "int8", "bf16"]
 LayerChoice = Literal["uniform", "influence", "loss", "gradient"]
+CodecName = Literal["fp32", "bf16", "int8", "nf4", "topk"]
+TopkShare = Annotated[float, Field(gt=0, le=1)]
 _NEURONS = 2 / 3
 
 
@@ -67,6 +69,25 @@ class LoraSettings(Record):
     def scale(self) -> float:
         """The factor before B A x (rsLoRA: arXiv 2312.03732)."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+class Codec(Record):
+    """How updates are encoded (`codec.py`): by name and, for `topk` alone, the share of a factor's entries sent."""
+
+    name: CodecName = "fp32"
+    topk_share: TopkShare = 0.05
+
+
+def make_codec(name: str, topk_share: float) -> Codec:
+    """The codec that a command line names.
+
+    Raises:
+        ConfigError: an unknown name, or a share that is not above 0 and up to 1.
+    """
+    try:
+        return Codec(name=name, topk_share=topk_share)
+    except ValidationError as error:
+        raise ConfigError(f"The codec {name!r} of share {topk_share} is wrong: {first_problem(error)}.") from error
 
 
 def format_ranges(numbers: Iterable[int]) -> str:
@@ -287,6 +308,7 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
     `base_id` is what manifests and cards call the base model where `checkpoint` is a local copy of it; `training`
     takes any argument of trl's `SFTConfig`; `proximal` is FedProx's μ; `client_eval_examples` is how many held-out
     examples a client evaluates at most, before and after training, 0 being none.
+    `codec` is how updates are encoded, `topk_share` what share of the entries `topk` sends.
     """
 
     checkpoint: str
@@ -295,6 +317,8 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
     data: DataConfig
     lora: LoraSettings = LoraSettings()
     rounds: Annotated[int, Field(ge=1)] = 3
+    codec: CodecName = "fp32"
+    topk_share: TopkShare = 0.05
     seed: Annotated[int, Field(ge=0)] = 0
     tiers: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,40}$")], TierSettings] = {}
     training: dict[str, Any] = {}
@@ -303,6 +327,11 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
     eval_examples: Annotated[int, Field(ge=1)] | None = None
     client_eval_examples: Annotated[int, Field(ge=0)] = 64
     sample_prompt: str | None = None
+
+    @property
+    def wire_codec(self) -> Codec:
+        """How clients encode their updates."""
+        return Codec(name=self.codec, topk_share=self.topk_share)
 
     @model_validator(mode="after")
     def _quorum_can_be_reached(self) -> Self:

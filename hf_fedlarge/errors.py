@@ -30,6 +30,10 @@ class UpdateRefusedError(FedLargeError, ValueError):
     """A client's update failed validation; the message names the client and the cause."""
 
 
+class BudgetError(FedLargeError, ValueError):
+    """What is planned would take more bytes than the run may."""
+
+
 class OutputError(FedLargeError, OSError):
     """The output exists already, can't be written, or the disk is full."""
 

@@ -8,24 +8,25 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_fedlarge.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from hf_fedlarge.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterReader
 from hf_fedlarge.architectures import describe, load_config
 from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, read_manifest
 from hf_fedlarge.budget import parse_bytes
 from hf_fedlarge.calibrate import make_package, plan_package
 from hf_fedlarge.clients import read_check_ins
 from hf_fedlarge.collect import frozen_factor
-from hf_fedlarge.config import FederationConfig, LoraSettings, PackageSettings
+from hf_fedlarge.config import Codec, FederationConfig, LoraSettings, PackageSettings
 from hf_fedlarge.errors import ConfigError
-from hf_fedlarge.package import package_config
+from hf_fedlarge.package import package_architecture, package_config
 from hf_fedlarge.plan import CheckIn
 from hf_fedlarge.tiers import client_bytes, derive_adapter, describe_fit, fit_memory
 from hf_fedlarge.update import Asked, Expected
+from hf_fedlarge.wire import Wire
 
 DEFAULT_MAX_LENGTH = 1024  # of SFTConfig
 
@@ -44,6 +45,8 @@ class ClientJob:
     training: dict[str, Any]
     proximal: float = 0.0
     eval_examples: int = 64
+    codec: Codec = field(default_factory=Codec)
+    state: Path | None = None
 
 
 Train = Callable[[ClientJob], None]
@@ -124,6 +127,8 @@ class Jobs:
             training={"seed": seed % 2**31} | self.config.training,
             proximal=self.config.proximal,
             eval_examples=self.config.client_eval_examples,
+            codec=self.config.wire_codec,
+            state=None if self.config.codec == "fp32" else home / "state",
         )
 
     def expected(self, client: str, number: int) -> Expected:
@@ -139,7 +144,15 @@ class Jobs:
             adapter.digest,
             self.asked(client),
             frozen_factor(directory, adapter),
+            self._wire(tier, directory),
         )
+
+    def _wire(self, tier: Tier, adapter: Path) -> Wire | None:
+        if self.config.codec == "fp32":
+            return None
+        architecture = package_architecture(tier.package, tier.manifest)
+        reader = AdapterReader(adapter)
+        return Wire(self.config.wire_codec, reader, architecture, tier.manifest.kept_layers, tier.lora)
 
     def asked(self, client: str) -> Asked:
         """What a client can have trained on at the most: its examples, as often as the training arguments say."""

@@ -91,13 +91,27 @@ def load_package(
         verify_files(directory, manifest, published=True)
     tensors = _mapped(directory, manifest)
     config = package_config(directory)
-    architecture = _with_neurons(describe(config), manifest, tensors)
+    architecture = package_architecture(directory, manifest)
     surrogates = _surrogates(manifest, tensors, config.hidden_size, dtype, torch.device(device))
     model = _assemble(
         directory, config, architecture, tensors, manifest.codecs, dtype, device, micro_batch_size, surrogates
     )
     model.package = manifest
     return model
+
+
+def package_architecture(directory: Path, manifest: PackageManifest) -> Architecture:
+    """The architecture of a package, with the neurons that its blocks have.
+
+    Raises:
+        ArtifactError: the package lacks their numbers.
+    """
+    architecture = describe(package_config(directory))
+    return replace(architecture, neurons=_neurons(manifest, architecture, _mapped(directory, manifest)))
+
+
+def _mapped(directory: Path, manifest: PackageManifest) -> MappedTensors:
+    return MappedTensors(directory, [name for name in manifest.files if name.endswith(".safetensors")])
 
 
 def _surrogates(
@@ -236,24 +250,6 @@ def _narrow(model: nn.Module, architecture: Architecture) -> None:
             setattr(linear, "nf" if hasattr(linear, "nf") else "out_features", len(kept))
         if (kept := architecture.neurons_in(module)) is not None:
             setattr(linear, "nx" if hasattr(linear, "nx") else "in_features", len(kept))
-
-
-def package_architecture(directory: Path) -> Architecture:
-    """The layout of a package's model, with the neurons that its blocks have.
-
-    Raises:
-        ArtifactError: not a package, or its numbers of neurons don't hold together.
-    """
-    manifest = read_manifest(directory, PackageManifest)
-    return _with_neurons(describe(package_config(directory)), manifest, _mapped(directory, manifest))
-
-
-def _mapped(directory: Path, manifest: PackageManifest) -> MappedTensors:
-    return MappedTensors(directory, [name for name in manifest.files if name.endswith(".safetensors")])
-
-
-def _with_neurons(architecture: Architecture, manifest: PackageManifest, tensors: MappedTensors) -> Architecture:
-    return replace(architecture, neurons=_neurons(manifest, architecture, tensors))
 
 
 def package_config(directory: Path) -> PretrainedConfig:

@@ -41,8 +41,8 @@ _KERNELS = {
     )
     if (kernel := getattr(_native._lib, name, None)) is not None  # `_native` itself never lacks a name
 }
-_NF4_CODE = bnb.get_4bit_type("nf4", device="cpu")
-_nf4_codes = Buckets((_NF4_CODE[:-1] + _NF4_CODE[1:]) / 2)
+NF4_CODE = bnb.get_4bit_type("nf4", device="cpu")
+_nf4_codes = Buckets((NF4_CODE[:-1] + NF4_CODE[1:]) / 2)
 _PIECE_VALUES = 2**17  # encoded at a time, whole blocks of 64: what that needs stays in a core's cache
 
 Infos = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -140,7 +140,7 @@ class Nf4Weight:
         """The values at these places of the flattened matrix, fp32, by table."""
         pairs = self.packed.view(-1)[places // 2]
         codes = torch.where(places % 2 == 0, pairs >> 4, pairs & 15).long()
-        return _NF4_CODE[codes] * self._scale_of(places // BLOCK)
+        return NF4_CODE[codes] * self._scale_of(places // BLOCK)
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ def join_rows(
     assert len(text) == _STATE_BYTES
     yield f"{name}.nested_absmax", nested.absmax
     yield f"{name}.nested_quant_map", nested.code
-    yield f"{name}.quant_map", _NF4_CODE
+    yield f"{name}.quant_map", NF4_CODE
     yield f"{name}.absmax", codes
     yield f"{name}.{_NF4_STATE}", torch.frombuffer(bytearray(text), dtype=torch.uint8)
 

@@ -2,7 +2,7 @@
 
 Σ w_i P_i may be summed in any grouping, so with weights by tokens or examples the server ends with what it would have
 made of all clients' updates at once, but for what an edge's rank left out. `ffa` and `alternate` leave out nothing.
-Robust aggregators look at single clients, which the server no longer sees: an edge can use one, the server judges edges.
+Robust aggregators look at single clients, which the server no longer sees: an edge can use one, a server judges edges.
 """
 
 from __future__ import annotations

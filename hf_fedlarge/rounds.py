@@ -6,7 +6,7 @@ any point goes on from what is whole and ends with the same bytes:
     run/
       federation.json    the settings; a rerun must have the same
       check_ins.json     who is there, with how many examples
-      clients/NAME/      train.jsonl and held_out.jsonl of a simulated client
+      clients/NAME/      train.jsonl and held_out.jsonl of a simulated client; state/, what its codec lost
       held_out.jsonl     the clients' held-out examples together
       package/           the shrunk model, with its download counted in every client's first round
       rounds/0000/       the adapter that changes nothing
@@ -199,6 +199,7 @@ class _Federation:
                 min_updates=self.config.min_updates,
                 tiers=self.jobs.derived(number),
                 asked={update: self.jobs.asked(update.name) for update in updates},
+                codec=self.config.wire_codec,
             )
 
         def evaluate(adapter: Path) -> dict[str, float]:

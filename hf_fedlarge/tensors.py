@@ -139,6 +139,29 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise ArtifactError(f"{path} is not a readable safetensors file ({error}); fetch it again.") from error
 
 
+def file_bytes(infos: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
+    """Size of the file that `SafetensorsWriter` makes of these, with its usual metadata."""
+    head, places = _plan_file(infos, None)
+    return len(head) + max((end for _, end in places.values()), default=0)
+
+
+def _plan_file(
+    infos: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str] | None
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """What a safetensors file begins with, and where each tensor's data lies after that."""
+    header: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
+    places: dict[str, tuple[int, int]] = {}
+    offset = 0
+    for name, (dtype, shape) in infos.items():
+        end = offset + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        places[name] = offset, end
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded, places
+
+
 class SafetensorsWriter:
     """Writes one safetensors file tensor by tensor; what is written in the order of `infos` is hashed meanwhile.
 
@@ -154,18 +177,9 @@ class SafetensorsWriter:
         self, path: Path, infos: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str] | None = None
     ) -> None:
         self.path = path
-        header: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
-        self._next: dict[str, int] = {}
-        self._end: dict[str, int] = {}
-        offset = 0
-        for name, (dtype, shape) in infos.items():
-            end = offset + torch.Size(shape).numel() * dtype.itemsize
-            header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-            self._next[name], self._end[name] = offset, end
-            offset = end
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        head = len(encoded).to_bytes(8, "little") + encoded
+        head, places = _plan_file(infos, metadata)
+        self._next = {name: start for name, (start, _) in places.items()}
+        self._end = {name: end for name, (_, end) in places.items()}
         self._start = len(head)
         self._hash: Any = hashlib.sha256(head)
         self._hashed = 0

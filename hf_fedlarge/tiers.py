@@ -14,9 +14,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from hf_fedlarge.adapters import AdapterReader, expected_shapes, write_adapter
+from hf_fedlarge.adapters import AdapterReader, expected_shapes, in_package, write_adapter
 from hf_fedlarge.architectures import Architecture, describe, load_config
 from hf_fedlarge.artifacts import (
     AdapterManifest,
@@ -145,7 +143,7 @@ def derive_adapter(adapter: Path, package: Path, lora: LoraSettings, output: Pat
         OutputError: `output` exists or can't be written.
     """
     whole, small = read_manifest(adapter, AdapterManifest), read_manifest(package, PackageManifest)
-    architecture = package_architecture(package)
+    architecture = package_architecture(package, small)
     if (
         not set(small.kept_layers) <= set(whole.layers)
         or lora.rank > whole.lora.rank
@@ -156,17 +154,11 @@ def derive_adapter(adapter: Path, package: Path, lora: LoraSettings, output: Pat
             f"with the layers {format_ranges(whole.layers)} and rank {whole.lora.rank}; make the first the largest."
         )
     reader, factors = AdapterReader(adapter), {}
-    block_of = {layer: block for block, layer in enumerate(small.kept_layers)}
     for module in expected_shapes(architecture, small.kept_layers, lora):
         A_RI, B_OR = reader.read(module)
-        A_RI, B_OR = A_RI[: lora.rank].clone(), B_OR[:, : lora.rank] * (whole.lora.scale / lora.scale)
+        part = Factors(A_RI[: lora.rank].contiguous(), B_OR[:, : lora.rank] * (whole.lora.scale / lora.scale))
         # Clients leave out what belongs to neurons they don't have, and send zeros there: no change.
-        here = architecture.in_layer(f"{module}.", block_of[architecture.layer_of(f"{module}.")]).removesuffix(".")
-        if (kept := architecture.neurons_in(here)) is not None:
-            A_RI = torch.zeros_like(A_RI).index_copy_(1, kept, A_RI[:, kept])
-        if (kept := architecture.neurons_out(here)) is not None:
-            B_OR = torch.zeros_like(B_OR).index_copy_(0, kept, B_OR[kept])
-        factors[module] = Factors(A_RI, B_OR)
+        factors[module] = in_package(module, part, architecture, small.kept_layers)
     with staged_directory(output) as staging:
         write_adapter(staging, factors, lora, architecture, small.base.id)
         manifest = AdapterManifest(

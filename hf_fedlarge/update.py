@@ -4,6 +4,8 @@ Validation happens here and nowhere else, before any arithmetic, in the order of
 parents, the set of files, their sizes and digests, the header of the one safetensors file (bounded, its exact names,
 shapes and dtypes), and only then the numbers. `adapter_config.json` is one of the two files a client may send, but it
 is never parsed: what the adapter is stands in the manifest that the server checks against its own.
+
+An update in fp32 is an ordinary PEFT adapter; in any other codec it is one file that holds what changed (`wire.py`).
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ from hf_fedlarge.adapters import (
     ADAPTER_WEIGHTS,
     AdapterReader,
     expected_shapes,
-    read_factors,
+    factor_name,
     target_linears,
     tensor_shapes,
     write_adapter,
 )
 from hf_fedlarge.architectures import Architecture
 from hf_fedlarge.artifacts import (
+    MANIFEST_NAME,
     PackageManifest,
     UpdateManifest,
     describe_files,
@@ -36,12 +39,16 @@ from hf_fedlarge.artifacts import (
     verify_files,
     write_manifest,
 )
-from hf_fedlarge.config import LoraSettings
+from hf_fedlarge.codec import Layout, decode, encode
+from hf_fedlarge.config import Codec, LoraSettings
 from hf_fedlarge.errors import ArtifactError, ConfigError, UpdateRefusedError
-from hf_fedlarge.tensors import Factors, read_header
+from hf_fedlarge.feedback import Lost, write_lost
+from hf_fedlarge.tensors import Factors, file_bytes, read_header
+from hf_fedlarge.wire import ENCODED_WEIGHTS, EncodedReader, Wire, rank_first, write_encoded
 
 MAX_HEADER_BYTES = 8 * 2**20
-MAX_CONFIG_BYTES = 2**20
+# What comes on top of `update_bytes`: the manifest, adapter_config.json, and a longer header than ours; each.
+MAX_SMALL_BYTES = 2**16
 # What one round of one client can't exceed; beyond it a weight is a mistake or an attack. `Asked` knows better.
 MAX_EXAMPLES = 10**9
 MAX_TOKENS = 10**12
@@ -70,6 +77,7 @@ class Expected:
         adapter: digest of the adapter that clients started from; None: they started by themselves.
         asked: whose update it must be; None: anybody's, up to `MAX_EXAMPLES` and `MAX_TOKENS`.
         frozen: the factor that clients were not to train, and the adapter whose own it must be; None: they train both.
+        wire: the codec that updates must have, and their parent; None: fp32, as plain adapters.
     """
 
     package: PackageManifest
@@ -79,6 +87,7 @@ class Expected:
     adapter: str | None = None
     asked: Asked | None = None
     frozen: tuple[Literal["A", "B"], AdapterReader] | None = None
+    wire: Wire | None = None
 
 
 def write_update(
@@ -89,21 +98,75 @@ def write_update(
     base_id: str,
     *,
     overwrite: bool = False,
+    wire: Wire | None = None,
+    lost: dict[str, Factors] | None = None,
+    state: Path | None = None,
 ) -> UpdateManifest:
     """Write an update directory; `manifest.files` is filled in.
 
+    Args:
+        output: the directory to make.
+        factors: module → fp32 factors after training.
+        manifest: what was trained; its codec is `wire`'s.
+        architecture, base_id: for the PEFT adapter that an update in fp32 is.
+        overwrite: replace an update that is there already.
+        wire: how to encode; None: fp32.
+        lost: what training started with beyond `wire.parent`, as `feedback.read_lost` gave it.
+        state: the client's directory for what the codec loses; None: it is forgotten.
+
     Raises:
         OutputError: `output` exists or can't be written.
+        OSError: `state` can't be written.
     """
+    assert manifest.codec == (wire.codec if wire else Codec())
+    if wire:
+        encoded, now_lost = _encode(factors, wire, lost or {})
+        if state:  # before the update: a client killed in between does the round again, from the file before this one
+            write_lost(state, manifest.package, manifest.round, now_lost)
     with staged_directory(output, overwrite=overwrite) as staging:
-        write_adapter(staging, factors, manifest.lora, architecture, base_id)
+        if wire:
+            write_encoded(staging / ENCODED_WEIGHTS, encoded, wire)
+        else:
+            write_adapter(staging, factors, manifest.lora, architecture, base_id)
         manifest = manifest.model_copy(update={"files": describe_files(staging)})
         write_manifest(staging, manifest)
     return manifest
 
 
+def _encode(
+    factors: dict[str, Factors], wire: Wire, lost: dict[str, Factors]
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Lost]]:
+    """The parts of each factor that training changed, by its name; and what each module's encoding lost."""
+    encoded: dict[str, dict[str, torch.Tensor]] = {}
+    now_lost = {}
+    for module in wire.shapes:
+        parents = wire.parent_factors(module)
+        carried = lost.get(module) or Factors(*map(torch.zeros_like, parents))
+        received, missing = [], []
+        for letter, trained, parent, before in zip("AB", factors[module], parents, carried, strict=True):
+            if torch.equal(trained, parent + before):  # frozen: it has to arrive as it was
+                received.append(parent)
+                missing.append(before)
+                continue
+            change = trained - parent
+            change_RX = change if letter == "A" else change.T
+            parts = encoded[factor_name(module, letter)] = encode(change_RX, wire.codec)
+            decoded_RX = decode(parts, wire.codec, tuple(change_RX.shape))
+            received.append(parent + (decoded_RX if letter == "A" else decoded_RX.T))
+            missing.append(trained - received[-1])
+        now_lost[module] = Lost(Factors(*missing), received[0])
+    return encoded, now_lost
+
+
+def open_update(directory: Path, expected: Expected) -> AdapterReader | EncodedReader:
+    """The factors of an update that `validate_update` accepted, in whichever codec, one module at a time."""
+    if expected.wire is None:
+        return AdapterReader(directory)
+    return EncodedReader(directory / ENCODED_WEIGHTS, expected.wire)
+
+
 def validate_update(directory: Path, expected: Expected) -> UpdateManifest:
-    """Check everything about an update; what returns may be read with `read_factors`.
+    """Check everything about an update; what returns may be read with `open_update`.
 
     Raises:
         UpdateRefusedError: with the cause, and whom it concerns: the client asked, else the client that the manifest
@@ -119,6 +182,9 @@ def validate_update(directory: Path, expected: Expected) -> UpdateManifest:
     def refuse(cause: str) -> UpdateRefusedError:
         return UpdateRefusedError(f"{asked.client} refused: {cause:.1000}")
 
+    size = (directory / MANIFEST_NAME).stat().st_size
+    if size > MAX_SMALL_BYTES:
+        raise refuse(f"its {MANIFEST_NAME} has {size} bytes; expected at most {MAX_SMALL_BYTES}.")
     if manifest.client != asked.client:
         raise refuse(f"its update is signed {manifest.client}; expected {asked.client}, the client that was asked.")
     package = expected.package
@@ -144,37 +210,75 @@ def validate_update(directory: Path, expected: Expected) -> UpdateManifest:
             f"it claims {manifest.examples} examples and {manifest.tokens} tokens; expected 1 to {asked.examples} "
             f"and 1 to {asked.tokens}."
         )
-    if set(manifest.files) != {ADAPTER_WEIGHTS, ADAPTER_CONFIG}:
+    codec = expected.wire.codec if expected.wire else Codec()
+    if manifest.codec != codec:
+        raise refuse(f"it is encoded in {_spell(manifest.codec)}; this round takes {_spell(codec)}.")
+    weights, names = ADAPTER_WEIGHTS, {ADAPTER_WEIGHTS, ADAPTER_CONFIG}
+    if expected.wire:
+        weights, names = ENCODED_WEIGHTS, {ENCODED_WEIGHTS}
+    if set(manifest.files) != names:
+        raise refuse(f"its files are {sorted(manifest.files)}; only {' and '.join(sorted(names))} may be sent.")
+    bound = update_bytes(expected.architecture, package.kept_layers, expected.lora, codec)
+    small = manifest.total_bytes - manifest.files[weights].size
+    # Another writer's header may be longer than ours.
+    if manifest.files[weights].size > bound + MAX_SMALL_BYTES or small > MAX_SMALL_BYTES:
         raise refuse(
-            f"its files are {sorted(manifest.files)}; only {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} may be sent."
+            f"its files have {manifest.total_bytes} bytes; this adapter in {_spell(codec)} needs at most {bound}."
         )
-    shapes = tensor_shapes(expected_shapes(expected.architecture, package.kept_layers, expected.lora))
-    bound = sum(rows * columns for rows, columns in shapes.values()) * 4 + MAX_HEADER_BYTES
-    if manifest.files[ADAPTER_WEIGHTS].size > bound or manifest.files[ADAPTER_CONFIG].size > MAX_CONFIG_BYTES:
-        raise refuse(f"its files have {manifest.total_bytes} bytes; this adapter needs at most {bound}.")
     try:
         verify_files(directory, manifest)
-        _check_header(directory / ADAPTER_WEIGHTS)
-        infos = read_header(directory / ADAPTER_WEIGHTS)
+        _check_header(directory / weights)
+        if not expected.wire:
+            _check_plain(directory / weights, expected)
+        reader = open_update(directory, expected)
+        for module in reader.modules:
+            for letter, factor in zip("AB", reader.read(module), strict=True):
+                norm = torch.linalg.vector_norm(factor, dtype=torch.float64).item()
+                if not math.isfinite(norm):
+                    raise ArtifactError(f"its {letter} of {module} holds NaN or infinity.")
+                if norm > MAX_NORM:
+                    raise ArtifactError(
+                        f"its {letter} of {module} has the norm {norm:.3g}; expected at most {MAX_NORM:g}."
+                    )
+                if expected.frozen and expected.frozen[0] == letter:
+                    before = expected.frozen[1].read(module)["AB".index(letter)]
+                    if not torch.equal(factor, before):
+                        raise ArtifactError(
+                            f"its {letter} of {module} is not its adapter's; this round freezes every {letter}."
+                        )
     except (ArtifactError, OSError) as error:
         raise refuse(str(error)) from error
+    return manifest
+
+
+def update_bytes(architecture: Architecture, layers: list[int], lora: LoraSettings, codec: Codec) -> int:
+    """Bytes of an update's tensors in which every factor changed, known before anything is trained.
+
+    One in which some did not is smaller. The manifest, and in fp32 `adapter_config.json`, come on top.
+    """
+    shapes = expected_shapes(architecture, layers, lora)
+    if codec.name == "fp32":  # in the order of `write_adapter`, which shows in the digits of the header
+        plain = tensor_shapes(dict(sorted(shapes.items())))
+        return file_bytes({name: (torch.float32, shape) for name, shape in plain.items()})
+    names = rank_first(shapes)
+    return file_bytes(Layout(names, dict.fromkeys(names, True), codec).infos)
+
+
+def _check_plain(path: Path, expected: Expected) -> None:
+    """The names, dtypes and shapes of an update in fp32."""
+    infos = read_header(path)
+    shapes = tensor_shapes(expected_shapes(expected.architecture, expected.package.kept_layers, expected.lora))
     for name in sorted(set(infos) ^ set(shapes)):
-        raise refuse(f"its tensor {name[:200]!r} is {'not expected' if name in infos else 'missing'}.")
+        raise ArtifactError(f"its tensor {name[:200]!r} is {'not expected' if name in infos else 'missing'}.")
     for name, info in infos.items():
         if info.shape != shapes[name] or info.dtype != torch.float32:
-            raise refuse(f"its tensor {name} is {info.dtype} {info.shape}; expected torch.float32 {shapes[name]}.")
-    for module, factors in read_factors(directory).items():
-        for letter, factor in zip("AB", factors, strict=True):
-            norm = torch.linalg.vector_norm(factor, dtype=torch.float64).item()
-            if not math.isfinite(norm):
-                raise refuse(f"its {letter} of {module} holds NaN or infinity.")
-            if norm > MAX_NORM:
-                raise refuse(f"its {letter} of {module} has the norm {norm:.3g}; expected at most {MAX_NORM:g}.")
-            if expected.frozen and expected.frozen[0] == letter:
-                before = expected.frozen[1].read(module)["AB".index(letter)]
-                if not torch.equal(factor, before):
-                    raise refuse(f"its {letter} of {module} is not its adapter's; this round freezes every {letter}.")
-    return manifest
+            raise ArtifactError(
+                f"its tensor {name} is {info.dtype} {info.shape}; expected torch.float32 {shapes[name]}."
+            )
+
+
+def _spell(codec: Codec) -> str:
+    return f"topk of {codec.topk_share:g}" if codec.name == "topk" else codec.name
 
 
 def read_update(directory: Path) -> UpdateManifest:

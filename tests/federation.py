@@ -5,15 +5,16 @@ from pathlib import Path
 import torch
 from families import make_checkpoint
 
-from hf_fedlarge.adapters import initial_factors
+from hf_fedlarge.adapters import AdapterReader, initial_factors
 from hf_fedlarge.architectures import describe
 from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, UpdateManifest, read_manifest
-from hf_fedlarge.config import LoraSettings
+from hf_fedlarge.config import Codec, LoraSettings
 from hf_fedlarge.data import from_rows, write_jsonl
-from hf_fedlarge.package import package_config
+from hf_fedlarge.package import package_architecture, package_config
 from hf_fedlarge.shrink import plan_shrink, shrink
 from hf_fedlarge.tensors import Factors
 from hf_fedlarge.update import write_update
+from hf_fedlarge.wire import Wire
 
 LORA = LoraSettings(rank=4, alpha=8.0)
 TRAINING = {
@@ -60,8 +61,13 @@ def make_update(
     lora: LoraSettings = LORA,
     examples: int = 10,
     tokens: int = 100,
+    codec: Codec | None = None,
+    frozen: str = "",
 ) -> dict[str, Factors]:
-    """Write an update with random factors, as a client would; returns the factors."""
+    """Write an update with random factors, as a client would; returns the factors.
+
+    A `codec` other than fp32 needs `adapter`; `frozen` names the letters of the factors that stay as they are there.
+    """
     small = read_manifest(package, PackageManifest)
     architecture = describe(package_config(package))
     generator = torch.Generator().manual_seed(seed)
@@ -69,6 +75,12 @@ def make_update(
         module: Factors(A_RI, torch.randn(B_OR.shape, generator=generator))
         for module, (A_RI, B_OR) in initial_factors(architecture, small.kept_layers, lora, seed).items()
     }
+    wire = None
+    if codec:
+        wire = Wire(codec, AdapterReader(adapter), package_architecture(package, small), small.kept_layers, lora)
+        for module, pair in factors.items():
+            kept = wire.parent_factors(module)
+            factors[module] = Factors(*(kept[i] if "AB"[i] in frozen else pair[i] for i in range(2)))
     manifest = UpdateManifest(
         files={},
         client=client,
@@ -76,8 +88,9 @@ def make_update(
         package=small.digest,
         adapter=read_manifest(adapter, AdapterManifest).digest if adapter else None,
         lora=lora,
+        codec=codec or Codec(),
         examples=examples,
         tokens=tokens,
     )
-    write_update(output, factors, manifest, architecture, small.base.id)
+    write_update(output, factors, manifest, architecture, small.base.id, wire=wire)
     return factors

@@ -112,7 +112,7 @@ def federate(path, rounds=12, clients=5, hostile=(), by=1.0, lora=LORA, skew=0.0
             update = train(adapter, path / f"{number}-{client}", client, trained, lora, skew=skew)
             if client in hostile:
                 scaled(update, by)
-            parts.append(Part(update, 1.0, lora.scale))
+            parts.append(Part(AdapterReader(update), 1.0, lora.scale))
         output = path / str(number)
         output.mkdir()
         combine(parts, adapter, output, lora, settings, trained)

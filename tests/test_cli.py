@@ -102,6 +102,11 @@ def test_overwrite_replaces_only_what_is_ours(home, tmp_path, capsys):
         ("aggregate {home}/update --package {home}/package -o {out}", "it started from the adapter"),
         ("aggregate {home}/update --package {home}/checkpoint -o {out}", "has no fedlarge.json"),
         ("aggregate {home}/update --package {home}/package -o {out} --aggregator mean", "Input should be 'exact', "),
+        (
+            "aggregate {home}/update --package {home}/package -o {out} --codec zip",
+            "The codec 'zip' of share",
+        ),
+        ("aggregate {home}/update --package {home}/package -o {out} --codec int8", "The codec int8 needs --adapter"),
         ("merge {home}/checkpoint {home}/update -o {out}", "is of kind 'update'; expected an adapter"),
         ("merge {home}/package {home}/start -o {out}", "is quantized already"),
         ("merge {home}/checkpoint {home}/start -o {home}/package", "exists already"),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,12 +17,20 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from hf_fedlarge.adapters import ADAPTER_WEIGHTS, attach_lora
-from hf_fedlarge.artifacts import AdapterManifest, UpdateManifest, read_manifest, verify_files
+from hf_fedlarge.artifacts import (
+    MANIFEST_NAME,
+    AdapterManifest,
+    UpdateManifest,
+    read_manifest,
+    sha256_of,
+    verify_files,
+)
 from hf_fedlarge.cli import main
 from hf_fedlarge.collect import aggregate_updates, start_adapter
+from hf_fedlarge.config import Codec
 from hf_fedlarge.data import load_examples
-from hf_fedlarge.errors import ConfigError, OutputError
-from hf_fedlarge.evaluation import encode_example
+from hf_fedlarge.errors import ArtifactError, ConfigError, OutputError
+from hf_fedlarge.evaluation import encode_example, evaluate
 from hf_fedlarge.package import load_package, load_tokenizer
 from hf_fedlarge.trainers.client import ClientArguments, train_client
 from hf_fedlarge.trainers.launch import check_training
@@ -450,3 +459,65 @@ def test_a_resumed_client_is_still_drawn_to_the_round_s_adapter(home, tmp_path, 
 def test_a_negative_proximal_term_is_refused(home, tmp_path, capsys):
     assert main(["train", *command_line(home, tmp_path / "update", proximal=-0.1)]) == 2
     assert "--proximal -0.1 is out of range" in capsys.readouterr().err
+
+
+def test_what_a_codec_lost_goes_into_the_next_update_and_a_kill_changes_nothing(home, tmp_path):
+    """The state is written before the update: a kill in between leaves a state whose round is done again."""
+    state, adapter = tmp_path / "state", home / "adapter"
+    for number in (1, 2, 3):
+        output = tmp_path / f"update-{number}"
+        how = {"codec": "int8", "adapter": str(adapter), "state": str(state), "round": number, "eval_examples": 0}
+        digest = train(home, output, how, max_steps=2).digest
+        kept = {path.name: sha256_of(path) for path in state.iterdir()}
+        assert sorted(kept) == [f"lost-{done:07d}.safetensors" for done in (1, 2, 3)[max(0, number - 2) : number]]
+        if number > 1:
+            shutil.rmtree(output)
+            assert train(home, output, how, max_steps=2).digest == digest
+            assert {path.name: sha256_of(path) for path in state.iterdir()} == kept
+        collected = aggregate_updates(
+            [output], home / "package", tmp_path / f"next-{number}", previous=adapter, codec=Codec(name="int8")
+        )
+        assert not collected.refused
+        if number < 3:
+            adapter = tmp_path / f"next-{number}"
+    assert train(home, tmp_path / "forgetful", how | {"state": None}, max_steps=2).digest != digest
+    start_adapter(home / "package", tmp_path / "other", LORA.model_copy(update={"rank": 2}), seed=1)
+    with pytest.raises(ArtifactError, match="give each federation a --state of its own"):
+        train(home, tmp_path / "x", how | {"adapter": str(tmp_path / "other")})
+
+
+def federate(home, path, **encoding):
+    """Held-out loss on the package after two rounds of two clients, and the bytes of an update."""
+    codec, adapter = Codec(name=encoding.get("codec", "fp32")), home / "adapter"
+    for number in (1, 2):
+        updates = [path / f"{client}-{number}" for client in ("ann", "bob")]
+        for seed, update in enumerate(updates):
+            client = update.name.partition("-")[0]
+            how = {"client": client, "round": number, "adapter": str(adapter), "state": str(path / f"of-{client}")}
+            train(home, update, encoding | how | {"eval_examples": 0}, seed=seed, max_steps=6)
+        following = path / f"adapter-{number}"
+        assert not aggregate_updates(updates, home / "package", following, previous=adapter, codec=codec).refused
+        adapter = following
+    held_out = load_examples(str(home / "held_out.jsonl"))
+    sent = sum(file.stat().st_size for file in updates[0].iterdir() if file.name != MANIFEST_NAME)
+    return evaluate(home / "package", held_out, adapter=adapter).loss, sent
+
+
+def test_a_federation_in_int8_gains_what_one_in_fp32_does_for_a_quarter_of_the_bytes(home, tmp_path):
+    start = evaluate(home / "package", load_examples(str(home / "held_out.jsonl"))).loss
+    plain, bytes_plain = federate(home, tmp_path / "fp32")
+    int8, bytes_int8 = federate(home, tmp_path / "int8", codec="int8")
+    assert plain < start - 0.2
+    assert start - int8 > 0.98 * (start - plain)
+    assert bytes_plain > 4 * bytes_int8
+
+
+def test_a_codec_that_can_t_be_used_is_said_before_anything_is_loaded(home, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_fedlarge.package.load_package", lambda *args, **kwargs: pytest.fail("loaded"))
+    for wrong, sentence in (
+        ({"codec": "zip"}, "The codec 'zip' of share 0.05 is wrong: name: Input should be 'fp32'"),
+        ({"codec": "topk", "topk_share": 0.0}, "The codec 'topk' of share 0.0 is wrong: topk_share"),
+        ({"codec": "int8", "adapter": None}, "--codec int8 encodes what changed since --adapter"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            train(home, tmp_path / "update", wrong)

@@ -2,19 +2,33 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
+from families import make_package
 from federation import LORA, make_federation, make_update
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hf_fedlarge.adapters import ADAPTER_WEIGHTS, plug_in, read_factors
-from hf_fedlarge.artifacts import MANIFEST_NAME, AdapterManifest, file_entry, read_manifest
+from hf_fedlarge.adapters import (
+    ADAPTER_WEIGHTS,
+    AdapterReader,
+    attach_lora,
+    get_factors,
+    plug_in,
+    read_factors,
+    set_factors,
+)
+from hf_fedlarge.architectures import describe
+from hf_fedlarge.artifacts import MANIFEST_NAME, AdapterManifest, PackageManifest, file_entry, read_manifest
 from hf_fedlarge.collect import aggregate_updates, start_adapter
-from hf_fedlarge.config import LoraSettings
+from hf_fedlarge.config import Codec, LoraSettings
 from hf_fedlarge.errors import ArtifactError, ConfigError, OutputError, UpdateRefusedError
-from hf_fedlarge.update import MAX_NORM, Asked
+from hf_fedlarge.package import load_package, package_architecture, package_config
+from hf_fedlarge.tensors import read_header
+from hf_fedlarge.update import MAX_NORM, Asked, Expected, update_bytes, validate_update
+from hf_fedlarge.wire import ENCODED_WEIGHTS, EncodedReader, Wire
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +58,9 @@ def edit_tensors(directory, change):
     rehash(directory)
 
 
-def rehash(directory):
+def rehash(directory, name=ADAPTER_WEIGHTS):
     manifest = json.loads((directory / MANIFEST_NAME).read_text())
-    manifest["files"][ADAPTER_WEIGHTS] = file_entry(directory / ADAPTER_WEIGHTS).model_dump()
+    manifest["files"][name] = file_entry(directory / name).model_dump()
     (directory / MANIFEST_NAME).write_text(json.dumps(manifest))
 
 
@@ -423,3 +437,235 @@ def test_bad_arguments_are_refused_before_anything_is_read(federation, updates, 
     with pytest.raises(OutputError, match="exists already"):
         aggregate_updates(updates, package, updates[0])
     assert not (tmp_path / "a").exists()
+
+
+TOPK = Codec(name="topk", topk_share=0.1)
+
+
+@pytest.fixture
+def encoded(federation, tmp_path):
+    """A maker of three good updates in a codec, from the adapter `start`."""
+    _, package = federation
+    start_adapter(package, tmp_path / "start", LORA, seed=3)
+
+    def make(codec, **how):
+        return {
+            client: make_update(
+                tmp_path / client, package, client, seed=seed, adapter=tmp_path / "start", codec=codec, **how
+            )
+            for seed, client in enumerate(("ann", "bob", "cyd"))
+        }
+
+    return make
+
+
+def collect(federation, tmp_path, codec, **options):
+    updates = [tmp_path / client for client in ("ann", "bob", "cyd")]
+    start = tmp_path / "start"
+    return aggregate_updates(updates, federation[1], tmp_path / "adapter", previous=start, codec=codec, **options)
+
+
+@pytest.mark.parametrize(
+    ("codec", "error"),
+    [(Codec(name="bf16"), 0.003), (Codec(name="int8"), 0.01), (Codec(name="nf4"), 0.11), (TOPK, 0.9)],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_an_encoded_update_is_one_file_of_the_size_foretold_and_is_aggregated(
+    federation, encoded, tmp_path, codec, error
+):
+    factors = encoded(codec)
+    collected = collect(federation, tmp_path, codec, aggregator="fedavg")
+    assert not collected.refused
+    assert {path.name for path in (tmp_path / "ann").iterdir()} == {MANIFEST_NAME, ENCODED_WEIGHTS}
+    architecture = describe(package_config(federation[1]))
+    foretold = update_bytes(architecture, [0, 2, 3], LORA, codec)
+    assert (tmp_path / "ann" / ENCODED_WEIGHTS).stat().st_size == foretold
+    result, start = read_factors(tmp_path / "adapter"), read_factors(tmp_path / "start")
+    for module, found in result.items():
+        for index in range(2):
+            mean = sum(factors[client][module][index] for client in factors) / 3
+            assert torch.dist(found[index], mean) <= error * torch.dist(start[module][index], mean)
+
+
+def test_an_update_in_fp32_has_the_size_foretold(federation, updates):
+    foretold = update_bytes(describe(package_config(federation[1])), [0, 2, 3], LORA, Codec())
+    assert (updates[0] / ADAPTER_WEIGHTS).stat().st_size == foretold
+
+
+def test_a_frozen_factor_is_not_sent_and_arrives_bit_for_bit(federation, encoded, tmp_path):
+    encoded(Codec(name="int8"), frozen="A")
+    assert not collect(federation, tmp_path, Codec(name="int8"), aggregator="fedavg").refused
+    small = read_manifest(federation[1], PackageManifest)
+    architecture = describe(package_config(federation[1]))
+    wire = Wire(Codec(name="int8"), AdapterReader(tmp_path / "start"), architecture, small.kept_layers, LORA)
+    reader = EncodedReader(tmp_path / "ann" / ENCODED_WEIGHTS, wire)
+    start = read_factors(tmp_path / "start")
+    values = sum(start[module].B_OR.numel() for module in reader.modules)
+    assert read_header(tmp_path / "ann" / ENCODED_WEIGHTS)["values"].shape == (values,)
+    for module in reader.modules:
+        assert torch.equal(reader.read(module).A_RI, start[module].A_RI)
+        assert not torch.equal(reader.read(module).B_OR, start[module].B_OR)
+
+
+def test_what_a_package_lacks_is_zero_in_the_parent_too(tmp_path):
+    """A client's factors are zero at neurons that its package lacks, whatever the adapter that it started from has."""
+    package = make_package(tmp_path / "package", "llama", keep_neurons=0.5)
+    start_adapter(package, tmp_path / "start", LORA, seed=3)
+    model = load_package(package)
+    layers = model.package.kept_layers
+    peft_model = attach_lora(model, model.architecture, LORA)
+    set_factors(peft_model, read_factors(tmp_path / "start"), model.architecture, layers)
+    untrained = get_factors(peft_model, model.architecture, layers)
+    architecture = package_architecture(package, model.package)
+    wire = Wire(INT8, AdapterReader(tmp_path / "start"), architecture, layers, LORA)
+    assert (untrained["model.layers.3.mlp.down_proj"].A_RI == 0).any()
+    for module in wire.shapes:
+        assert all(map(torch.equal, untrained[module], wire.parent_factors(module)))
+    make_update(tmp_path / "ann", package, "ann", adapter=tmp_path / "start", codec=INT8, frozen="AB")
+    assert read_header(tmp_path / "ann" / ENCODED_WEIGHTS)["values"].shape == (0,)
+    updates = {"previous": tmp_path / "start", "codec": INT8, "aggregator": "fedavg"}
+    assert not aggregate_updates([tmp_path / "ann"], package, tmp_path / "next", **updates).refused
+    start = read_factors(tmp_path / "start")
+    for module, factors in read_factors(tmp_path / "next").items():
+        assert all(map(torch.equal, start[module], factors))  # what wasn't changed is the parent's, all of it
+
+
+INT8 = Codec(name="int8")
+
+
+def edit_encoded(part, change):
+    def spoil(update):
+        tensors = load_file(update / ENCODED_WEIGHTS)
+        tensors[part] = change(tensors[part].clone())
+        save_file(tensors, update / ENCODED_WEIGHTS)
+        rehash(update, ENCODED_WEIGHTS)
+
+    return spoil
+
+
+def put(place, value):
+    def change(tensor):
+        tensor[place] = value
+        return tensor
+
+    return change
+
+
+def add_to_encoded(update):
+    tensors = load_file(update / ENCODED_WEIGHTS)
+    save_file(tensors | {"../../etc/x": torch.zeros(1)}, update / ENCODED_WEIGHTS)
+    rehash(update, ENCODED_WEIGHTS)
+
+
+def grown(update):
+    with (update / ENCODED_WEIGHTS).open("ab") as file:
+        file.truncate(2**20)
+    rehash(update, ENCODED_WEIGHTS)
+
+
+def plain_beside(update):
+    (update / ADAPTER_WEIGHTS).write_bytes(b"")
+    rehash(update, ADAPTER_WEIGHTS)
+
+
+@pytest.fixture(scope="module")
+def sound(federation, tmp_path_factory):
+    """Bob's good update in a codec, made once, and what is expected of it."""
+    home, made = tmp_path_factory.mktemp("sound"), {}
+    _, package = federation
+    start_adapter(package, home / "start", LORA, seed=3)
+    small, architecture = read_manifest(package, PackageManifest), describe(package_config(package))
+    digest = read_manifest(home / "start", AdapterManifest).digest
+
+    def make(codec):
+        if codec not in made:
+            make_update(home / codec.name, package, "bob", adapter=home / "start", codec=codec)
+            wire = Wire(codec, AdapterReader(home / "start"), architecture, small.kept_layers, LORA)
+            made[codec] = home / codec.name, Expected(small, architecture, LORA, 1, digest, wire=wire)
+        return made[codec]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("codec", "spoil", "cause"),
+    [
+        (
+            INT8,
+            edit_encoded("scales", put(0, torch.nan)),
+            r"its A of model\.layers\.0\.\S+ is damaged: one of",
+        ),
+        (INT8, edit_encoded("scales", put(-1, torch.inf)), r"its B of model\.layers\.3\.\S+ is damaged: one of its"),
+        (INT8, edit_encoded("scales", put(0, -1.0)), "scales is negative or not a finite number"),
+        (INT8, edit_encoded("scales", put(0, 3e38)), "holds NaN or infinity|has the norm .* expected at most 1e"),
+        (INT8, edit_encoded("scales", put(0, 1e6)), "has the norm .* expected at most 1e"),
+        (INT8, edit_encoded("scales", lambda old: old[:-1]), "its tensor scales is torch.float32 .* expected"),
+        (INT8, edit_encoded("scales", torch.Tensor.double), "its tensor scales is torch.float64"),
+        (INT8, edit_encoded("values", lambda old: old.view(1, -1)), r"its tensor values is torch.int8 \(1, "),
+        (INT8, edit_encoded("values", lambda old: old[1:]), "its tensor values is torch.int8 .* expected"),
+        (INT8, edit_encoded("changed", put(0, 2)), "its tensor changed holds 2; expected 0 or 1"),
+        (INT8, edit_encoded("changed", put(0, 0)), "its tensor (scales|values) is .* for the factors that changed"),
+        (INT8, edit_encoded("changed", lambda old: old[1:]), "its tensor changed is torch.uint8"),
+        (INT8, edit_encoded("changed", lambda old: old.repeat(2)), "its tensor changed is torch.uint8"),
+        (INT8, add_to_encoded, r"its tensor '../../etc/x' is not expected"),
+        (INT8, grown, r"its files have 1048576 bytes; this adapter in int8 needs at most \d+"),
+        (INT8, plain_beside, "only update.safetensors may be sent"),
+        (
+            INT8,
+            lambda update: edit_manifest(update, codec=TOPK.model_dump()),
+            "in topk of 0.1; .* takes int8",
+        ),
+        (
+            INT8,
+            lambda update: edit_manifest(update, codec=Codec().model_dump()),
+            "in fp32; this round takes int8",
+        ),
+        (
+            INT8,
+            lambda update: edit_manifest(update, codec={"name": "zip", "topk_share": 1.0}),
+            "codec.name: Input",
+        ),
+        (INT8, lambda update: edit_manifest(update, measured={"x" * 2**16: 1.0}), "fedlarge.json has .* at most 65536"),
+        (Codec(name="bf16"), edit_encoded("values", put(7, torch.nan)), "its A of .* holds NaN or infinity"),
+        (Codec(name="nf4"), edit_encoded("scales", put(3, -1.0)), "scales is negative"),
+        (TOPK, edit_encoded("indices", put(0, -1)), "its A of .* is damaged: its indices are not rising"),
+        (TOPK, edit_encoded("indices", put(1, 0)), "its indices are not rising"),
+        (TOPK, edit_encoded("indices", put(-1, 2**31 - 1)), "its indices are not rising numbers from 0 to"),
+        (TOPK, edit_encoded("indices", lambda old: old.flip(0)), "its indices are not rising"),
+        (TOPK, edit_encoded("values", put(0, torch.inf)), "holds NaN or infinity"),
+        (
+            TOPK,
+            lambda update: edit_manifest(update, codec={"name": "topk", "topk_share": 0.9}),
+            "topk of 0.9; this",
+        ),
+    ],
+)
+def test_a_bad_encoded_update_is_refused_by_name(federation, sound, tmp_path, codec, spoil, cause):
+    update, expected = sound(codec)
+    shutil.copytree(update, tmp_path / "bob")
+    validate_update(tmp_path / "bob", expected)
+    spoil(tmp_path / "bob")
+    with pytest.raises(UpdateRefusedError, match=cause) as refusal:
+        validate_update(tmp_path / "bob", expected)
+    assert str(refusal.value).startswith("bob refused: ")
+
+
+def test_a_bad_encoded_update_does_not_keep_the_others_out(federation, encoded, tmp_path):
+    encoded(INT8)
+    edit_encoded("scales", put(0, torch.nan))(tmp_path / "bob")
+    collected = collect(federation, tmp_path, INT8)
+    assert [entry.client for entry in collected.manifest.contributions] == ["ann", "cyd"]
+    [(client, sentence)] = collected.refused
+    assert client == "bob"
+    assert sentence.startswith("bob refused: its A of ")
+
+
+def test_a_round_takes_one_codec(federation, encoded, tmp_path):
+    encoded(INT8)
+    make_update(tmp_path / "dan", federation[1], "dan", adapter=tmp_path / "start")
+    with pytest.raises(UpdateRefusedError, match=r"dan refused: it is encoded in fp32; this round takes int8"):
+        aggregate_updates([tmp_path / "dan"], federation[1], tmp_path / "a", previous=tmp_path / "start", codec=INT8)
+    with pytest.raises(UpdateRefusedError, match=r"ann refused: it is encoded in int8; this round takes fp32"):
+        aggregate_updates([tmp_path / "ann"], federation[1], tmp_path / "a", previous=tmp_path / "start")
+    with pytest.raises(ConfigError, match="The codec int8 needs --adapter"):
+        aggregate_updates([tmp_path / "ann"], federation[1], tmp_path / "a", codec=INT8)

@@ -58,6 +58,11 @@ class ClientArguments:
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' input; likewise."})
     rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(rank); likewise."})
     lora_targets: list[str] | None = field(default=None, metadata={"help": "Matrices with adapters; default: all."})
+    codec: str = field(default="fp32", metadata={"help": "How the update is encoded: fp32, bf16, int8, nf4, topk."})
+    topk_share: float = field(default=0.05, metadata={"help": "Share of a factor's entries that topk sends."})
+    state: str | None = field(
+        default=None, metadata={"help": "This client's directory for what the codec loses; else it is forgotten."}
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace an update that is there already."})
     verify: bool = field(default=True, metadata={"help": "Check the package's digests before loading it."})
 
@@ -107,7 +112,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
     import torch
     from pydantic import ValidationError
 
-    from hf_fedlarge.adapters import get_factors, initial_factors
+    from hf_fedlarge.adapters import AdapterReader, get_factors, initial_factors
     from hf_fedlarge.architectures import describe
     from hf_fedlarge.artifacts import (
         AdapterManifest,
@@ -116,14 +121,16 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
         check_output,
         read_manifest,
     )
-    from hf_fedlarge.config import LoraSettings, first_problem
+    from hf_fedlarge.config import LoraSettings, first_problem, make_codec
     from hf_fedlarge.data import load_examples, training_columns
     from hf_fedlarge.evaluation import evaluate_model
-    from hf_fedlarge.package import package_config
+    from hf_fedlarge.feedback import read_lost, with_lost
+    from hf_fedlarge.package import package_architecture, package_config
     from hf_fedlarge.partition import hold_out
     from hf_fedlarge.trainers.streaming_trainer import StreamingLoraTrainer
     from hf_fedlarge.trainers.worker import Steps, Worker
     from hf_fedlarge.update import write_update
+    from hf_fedlarge.wire import Wire
 
     started = time.monotonic()
     if not 0 <= client.proximal < float("inf"):
@@ -158,12 +165,17 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
             package=package.digest,
             adapter=parent.digest if parent else None,
             lora=lora,
+            codec=make_codec(client.codec, client.topk_share),
             examples=0,
             tokens=0,
             files={},
         )
     except ValidationError as error:
         raise ConfigError(f"The client's arguments are wrong: {first_problem(error)}.") from error
+    if fresh.codec.name != "fp32" and not parent:
+        raise ConfigError(
+            f"--codec {client.codec} encodes what changed since --adapter; give one, or leave it at fp32."
+        )
 
     data = load_examples(client.data)
     if client.eval_data:
@@ -185,6 +197,11 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
         factors = initial_factors(describe(package_config(package_dir)), layers, lora, config.seed)
     trains = parent.trains if parent else "both"
     evaluation_seconds = 0.0
+    wire, lost = None, {}
+    if fresh.codec.name != "fp32":
+        reader = AdapterReader(Path(client.adapter))
+        wire = Wire(fresh.codec, reader, package_architecture(package_dir, package), layers, lora)
+        lost = read_lost(Path(client.state), package.digest, client.round, wire) if client.state else {}
 
     def held_out_loss() -> float | None:
         nonlocal evaluation_seconds
@@ -210,7 +227,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
         package_dir,
         package,
         lora,
-        factors,
+        with_lost(factors, lost),
         trains=trains,
         dtype=torch.bfloat16 if config.bf16 else torch.float32,
         device=config.device,
@@ -254,14 +271,22 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
     if trainer.is_world_process_zero():
         if not all(torch.isfinite(matrix).all() for pair in trained.values() for matrix in pair):
             raise DataError("Training diverged: the adapter holds NaN or infinity; lower --learning_rate.")
-        if trains != "both":
+        if trains != "both" and wire is None:
             # What is frozen comes back as it came, also for neurons that the package lacks.
             frozen = "B_OR" if trains == "A" else "A_RI"
             trained = {
                 module: pair._replace(**{frozen: getattr(factors[module], frozen)}) for module, pair in trained.items()
             }
         manifest = write_update(
-            output, trained, manifest, opened.architecture, package.base.id, overwrite=client.overwrite
+            output,
+            trained,
+            manifest,
+            opened.architecture,
+            package.base.id,
+            overwrite=client.overwrite,
+            wire=wire,
+            lost=lost,
+            state=Path(client.state) if client.state else None,
         )
         shutil.rmtree(work, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()

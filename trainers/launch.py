@@ -86,6 +86,9 @@ def _arguments(job: ClientJob) -> dict[str, Any]:
         "round": job.round,
         "proximal": job.proximal,
         "eval_examples": job.eval_examples,
+        "codec": job.codec.name,
+        "topk_share": job.codec.topk_share,
+        "state": str(job.state) if job.state else None,
         # The server checked the package when it made it or took up the run.
         "verify": False,
     }
