@@ -47,6 +47,12 @@ def keep_freed_memory() -> None:
             _libc.mallopt(option, value)
 
 
+def return_freed_memory() -> None:
+    """Make glibc give back what it kept: between clients, whose tensors differ in size and would leave holes."""
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)
+
+
 def fetch_pages(tensors: Iterable[torch.Tensor]) -> None:
     """Ask the system to read memory-mapped tensors from the disk; returns when they are there, holding no lock.
 
