@@ -21,6 +21,11 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # torch loads, and whoever sets it otherwise is heard.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# oneDNN, and torch's layer on it, compile kernels for every length of a batch and keep a thousand, a gigabyte in a
+# process that trains many clients (docs/log.md). A step needs some thirty a length.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "512")
+
 _HOME = {
     "FedLargeError": "errors",
     "load_package": "package",

@@ -25,6 +25,7 @@ from hf_fedlarge.adapters import attach_lora, read_factors, set_factors, set_tra
 from hf_fedlarge.architectures import Architecture
 from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, verify_files
 from hf_fedlarge.config import LoraSettings
+from hf_fedlarge.memory import give_back_freed_memory
 from hf_fedlarge.package import load_package, load_tokenizer
 from hf_fedlarge.tensors import Factors
 
@@ -123,6 +124,7 @@ class Worker:
             vars(each).update(attributes)
         opened.tokenizer.pad_token = pad_token
         model.zero_grad(set_to_none=True)
+        give_back_freed_memory()
         self._key, self._opened = key, opened
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -70,6 +71,7 @@ def simulate(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     if not options.smollm2:
         # The toy's tokenizer knows no chats.
         pairs = [{"text": pair["completion"][0]["content"]} for pair in pairs]
+    shutil.rmtree(work / "updates", ignore_errors=True)
     train, process, clients = LAUNCHERS["inprocess"](), psutil.Process(), []
     for number in range(options.clients):
         rows = [pairs[(number * options.examples + place) % len(pairs)] for place in range(options.examples)]
