@@ -18,9 +18,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from hf_fedlarge.config import Codec, LoraSettings, Record, first_problem
 from hf_fedlarge.errors import ArtifactError, OutputError
@@ -65,11 +65,18 @@ class SurrogateEntry(Record):
     """What stands for a run of dropped layers: the layers, how its matrix is stored, and how well it fits.
 
     `unexplained` is the share of the calibration's (weighted) squared change over the run that it does not explain.
+    `rank` is that of a map stored as two matrices; without one it is a single matrix, and isn't written down.
     """
 
     layers: Annotated[list[Count], Field(min_length=1)]
     codec: Literal["nf4", "int8", "dense"]
     unexplained: Annotated[float, Field(ge=0, le=1)]
+    rank: Annotated[int, Field(ge=1)] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_no_rank(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Digests of packages from before there were ranks stay what they are."""
+        return {key: value for key, value in plain(self).items() if key != "rank" or value is not None}
 
 
 class Manifest(Record):

@@ -147,7 +147,9 @@ def make_package(
     sequences = plan.sequences or calibration_text(plan.checkpoint, settings)
     full = plan.architecture
     widths = {layer: plan.widths.get(layer, full.neuron_count) for layer in plan.kept if full.feed_forward}
-    fit_plan = FitPlan(kept=plan.kept, surrogate_codec=surrogate_codec, widths=widths)
+    fit_plan = FitPlan(
+        kept=plan.kept, surrogate_codec=surrogate_codec, widths=widths, surrogate_rank=settings.surrogate_rank
+    )
     with _fit_directory(output, plan, fit_plan, sequences) as work:
         fitted = fit_package(plan, fit_plan, sequences, work, fitting)
         return shrink(plan, output, fitted=fitted, **options)
@@ -197,6 +199,7 @@ def _fit_directory(
     if everything.exists() and not work.exists():
         shutil.rmtree(everything)
     with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
         work.mkdir(parents=True, exist_ok=True)
         yield work
     shutil.rmtree(everything)

@@ -80,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--surrogate", choices=("linear", "none"), default="linear", help="what stands for dropped layers (linear)"
     )
     one.add_argument("--surrogate-codec", choices=("nf4", "int8", "bf16"), default="nf4", help="its storage (nf4)")
+    one.add_argument("--surrogate-rank", type=int, metavar="R", help="make it two thin matrices (one of full rank)")
     one.add_argument("--calibration", metavar="DATA", help="public text to fit on (Python's documentation)")
     one.add_argument("--embeddings", choices=("int8", "nf4", "bf16"), default="int8", help="embedding and head (int8)")
     one.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")

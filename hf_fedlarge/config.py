@@ -172,8 +172,9 @@ class PackageSettings(Record):
     they do on calibration text. `keep_neurons` is the share of its neurons that the feed-forward layer of each kept one
     keeps. Where only one of the two is given the other is 1; where none is, all layers stay with two thirds of their
     neurons, which takes as many bytes as three quarters of the layers and serves much better (`docs/transfer.md`).
-    `surrogate` is what stands for dropped layers. It and the matrices of the kept ones are fitted on `calibration`:
-    public text, a file or a Hub data set (None: Python's documentation, which comes with the interpreter).
+    `surrogate` is what stands for dropped layers, `surrogate_rank` that map's rank (None: full). It and the matrices of
+    the kept ones are fitted on `calibration`: public text, a file or a Hub data set (None: Python's documentation,
+    which comes with the interpreter).
     """
 
     keep_layers: str | int | float | list[int] | None = None
@@ -181,6 +182,7 @@ class PackageSettings(Record):
     layer_choice: LayerChoice = "uniform"
     surrogate: Literal["linear", "none"] = "linear"
     surrogate_codec: SurrogateCodec = "nf4"
+    surrogate_rank: Annotated[int, Field(ge=1)] | None = None
     calibration: str | None = None
     embeddings: Embeddings = "int8"
 

@@ -46,7 +46,7 @@ class FitPlan:
             layers.
         widths: layer → how many of its neurons stay, for the kept layers whose output matrices are fitted anew.
         output_codec: how those are stored.
-        surrogate_ridge: see `surrogate.Regression.solve`.
+        surrogate_ridge, surrogate_rank: see `surrogate.store_surrogate`.
     """
 
     kept: tuple[int, ...]
@@ -54,6 +54,7 @@ class FitPlan:
     widths: Mapping[int, int]
     output_codec: str = "nf4"
     surrogate_ridge: float = RIDGE
+    surrogate_rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def fit(
             run = list(range(max(kept for kept in plan.kept if kept < layer) + 1, layer + 1))
             regression = Regression.between(states, truth)
             entry, result, stand_in = store_surrogate(
-                regression, run, plan.surrogate_codec, states[0].dtype, plan.surrogate_ridge
+                regression, run, plan.surrogate_codec, states[0].dtype, plan.surrogate_ridge, plan.surrogate_rank
             )
             note = {"surrogate": entry.model_dump_json()}
             states = [stand_in(hidden) for hidden in states]

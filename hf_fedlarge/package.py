@@ -28,7 +28,7 @@ from hf_fedlarge.neurons import indices_name
 from hf_fedlarge.quantize import FrozenWeight, decode
 from hf_fedlarge.rounding import RoundedWeight
 from hf_fedlarge.streaming import attach
-from hf_fedlarge.surrogate import bias_name, weight_name
+from hf_fedlarge.surrogate import bias_name, second_name, weight_name
 from hf_fedlarge.tensors import CheckpointReader
 
 
@@ -120,8 +120,8 @@ def _surrogates(
     width: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> dict[int, tuple[FrozenWeight, torch.Tensor]]:
-    """Block → W and b of the surrogate behind it."""
+) -> dict[int, tuple[list[FrozenWeight], torch.Tensor]]:
+    """Block → the matrices and b of the surrogate behind it."""
     block_of = {layer: block for block, layer in enumerate(manifest.kept_layers)}
     found = {}
     for entry in manifest.surrogates:
@@ -134,8 +134,11 @@ def _surrogates(
         bias = tensors[bias_name(first)] if bias_name(first) in tensors else torch.empty(0)
         if bias.shape != (width,) or not bias.is_floating_point():
             raise ArtifactError(f"The package lacks {bias_name(first)} of {width} floats; make or fetch it again.")
-        weight = decode(weight_name(first), entry.codec, tensors, shape=(width, width))
-        found[block_of[first - 1]] = weight, bias.to(device, dtype)
+        shapes = {weight_name(first): (entry.rank or width, width)}
+        if entry.rank:
+            shapes[second_name(first)] = (width, entry.rank)
+        weights = [decode(name, entry.codec, tensors, shape=shape) for name, shape in shapes.items()]
+        found[block_of[first - 1]] = weights, bias.to(device, dtype)
     return found
 
 
@@ -201,7 +204,7 @@ def _assemble(
     dtype: torch.dtype,
     device: str | torch.device,
     micro_batch_size: int | None = None,
-    surrogates: dict[int, tuple[FrozenWeight, torch.Tensor]] | None = None,
+    surrogates: dict[int, tuple[list[FrozenWeight], torch.Tensor]] | None = None,
     stored_as: Mapping[str, str] | None = None,
 ) -> PreTrainedModel:
     """An empty model with its vectors filled in, whose matrices stream from `tensors`."""

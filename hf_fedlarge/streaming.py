@@ -34,7 +34,7 @@ def attach(
     head: StreamedHead,
     device: torch.device,
     micro_batch_size: int | None = None,
-    surrogates: dict[int, tuple[FrozenWeight, torch.Tensor]] | None = None,
+    surrogates: dict[int, tuple[list[FrozenWeight], torch.Tensor]] | None = None,
 ) -> StreamingEngine:
     """Make `model`, whose matrices are empty, stream them from `weights`.
 
@@ -45,7 +45,7 @@ def attach(
         head: the output head.
         device: where to compute.
         micro_batch_size: see `StreamingEngine`.
-        surrogates: the number of a block → W and b of what stands behind it (see `surrogate.put_behind`).
+        surrogates: the number of a block → the matrices and b of what stands behind it (see `surrogate.put_behind`).
     """
     blocks = []
     for number, block in enumerate(model.get_submodule(architecture.blocks)):
@@ -56,7 +56,7 @@ def attach(
             turned = path in architecture.transposed and not isinstance(weight, DenseWeight)
             linears.append(FrozenLinear(block.get_submodule(path), weight, turned))
         if surrogates and number in surrogates:
-            linears.append(put_behind(block, *surrogates[number]))
+            linears += put_behind(block, *surrogates[number])
         replace_norms(block)
         blocks.append((block, linears))
     takes_apart = model._supports_attention_backend and model.config._attn_implementation == "sdpa"

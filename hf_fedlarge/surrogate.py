@@ -7,9 +7,11 @@ to those that leave it in the full model. Each run thereby also corrects what th
 clients, gone after merging, where the layers themselves stand again. Related: ReplaceMe (arXiv 2505.02819) fits such a
 map for one run on the full model's own states.
 
+A map may also be of low rank, as two matrices, the best of that rank for the same regression.
+
 A few tokens have hidden states a hundred times as large as the others'; every token counts by 1 / ‖x‖².
 
-Shapes: N tokens, D hidden.
+Shapes: N tokens, D hidden, R rank.
 """
 
 from __future__ import annotations
@@ -74,11 +76,36 @@ class Regression:
 
     def solve(self, ridge: float = RIDGE) -> torch.Tensor:
         """T (D, D) in fp64; λⱼ is `ridge` times the weighted sum of squares of X's centred coordinate j."""
+        covariance_DD, products_DD = self._centred(ridge)
+        return torch.cholesky_solve(products_DD, torch.linalg.cholesky(covariance_DD))
+
+    def reduce(self, T_DD: torch.Tensor, rank: int, ridge: float = RIDGE) -> torch.Tensor:
+        """U (D, R) of the best map U V of a rank, by the same objective: reduced-rank regression (Izenman, 1975).
+
+        With H = Xᵀ w X + λ the objective is tr (T − T*)ᵀ H (T − T*) more than its least, so that the best map of rank R
+        is T* V Vᵀ with the R largest eigenvectors V of T*ᵀ H T*: it gives what counts most of the fitted values.
+
+        Args:
+            T_DD: T*, from `solve` with the same ridge.
+            rank: R.
+            ridge: see `solve`.
+        """
+        fitted_DD = T_DD.T @ self._centred(ridge)[0] @ T_DD
+        return T_DD @ torch.linalg.eigh((fitted_DD + fitted_DD.T) / 2).eigenvectors[:, -rank:]
+
+    def behind(self, U_DR: torch.Tensor, ridge: float = RIDGE) -> torch.Tensor:
+        """The V (R, D) with which U V is best, for any U."""
+        covariance_DD, products_DD = self._centred(ridge)
+        U = U_DR.double()
+        return torch.linalg.pinv(U.T @ covariance_DD @ U, hermitian=True) @ (U.T @ products_DD)
+
+    def _centred(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Xᵀ w X + λ and Xᵀ w Δ, both (D, D), of centred X."""
         mean = self._x_D / self._weight
         covariance = self._xx_DD - torch.outer(mean, self._x_D)
         # The last term is for coordinates that never change.
         covariance.diagonal().mul_(1 + ridge).add_(_SMALLEST * covariance.trace() / len(mean))
-        return torch.cholesky_solve(self._xd_DD - torch.outer(mean, self._d_D), torch.linalg.cholesky(covariance))
+        return covariance, self._xd_DD - torch.outer(mean, self._d_D)
 
     def bias(self, T_DD: torch.Tensor) -> torch.Tensor:
         """The best b (D,) for this T."""
@@ -94,8 +121,13 @@ class Regression:
 
 
 def weight_name(first_layer: int) -> str:
-    """What W of the run that begins at `first_layer` is called in a package."""
+    """What W of the run that begins at `first_layer` is called in a package; of low rank, the one that comes first."""
     return f"surrogates.{first_layer}.weight"
+
+
+def second_name(first_layer: int) -> str:
+    """Likewise, the one behind it."""
+    return f"surrogates.{first_layer}.second.weight"
 
 
 def bias_name(first_layer: int) -> str:
@@ -104,49 +136,68 @@ def bias_name(first_layer: int) -> str:
 
 
 def store_surrogate(
-    regression: Regression, run: list[int], codec: str, dtype: torch.dtype, ridge: float = RIDGE
+    regression: Regression,
+    run: list[int],
+    codec: str,
+    dtype: torch.dtype,
+    ridge: float = RIDGE,
+    rank: int | None = None,
 ) -> tuple[SurrogateEntry, dict[str, torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
     """The surrogate for a run of layers as it is stored, and as it computes once it is.
 
     Args:
         regression: from the states that enter the run to those that leave it.
         run: the layers, consecutive.
-        codec: how W is stored: `nf4`, `int8` or `dense` (bf16).
+        codec: how matrices are stored: `nf4`, `int8` or `dense` (bf16).
         dtype: of the computation.
         ridge: see `Regression.solve`.
+        rank: R, for two matrices (R, D) and (D, R) in the place of W; None, or D and more: W (D, D).
 
     Returns:
-        What the manifest says of it; its stored tensors by name, W's as `quantize.encode` makes them and b (D,) in
-        bf16; and the function of the hidden states.
+        What the manifest says of it; its stored tensors by name, matrices' as `quantize.encode` makes them and b (D,)
+        in bf16; and the function of the hidden states.
     """
-    name = weight_name(run[0])
     T = regression.solve(ridge)
+    rank = None if rank is None or rank >= len(T) else rank
+    first = T if rank is None else regression.reduce(T, rank, ridge)
     # Rounding can spoil a map that explains little: then nothing stands there.
-    for W in (T.T.float().cpu(), torch.zeros(T.shape)):
-        tensors, weight = round_trip(name, codec, W)
-        stored = dense(weight, torch.float32)
+    for U in (first, torch.zeros_like(first)):
+        tensors, weight = round_trip(weight_name(run[0]), codec, U.T.float().cpu())
+        matrices = [dense(weight, torch.float32)]
+        if rank is not None:  # the second makes up for what rounding did to the first
+            V = regression.behind(matrices[0].T.to(T.device), ridge)
+            more, weight = round_trip(second_name(run[0]), codec, V.T.float().cpu())
+            tensors |= more
+            matrices.append(dense(weight, torch.float32))
+        stored = matrices[0] if rank is None else matrices[1] @ matrices[0]
         # The bias makes up for what rounding W has moved on average.
-        b = regression.bias(stored.T.to(T.device)).to(torch.bfloat16) if W.any() else T.new_zeros(len(W))
+        b = regression.bias(stored.T.to(T.device)).to(torch.bfloat16) if U.any() else T.new_zeros(len(T))
         share = regression.unexplained(stored.T.to(T.device), b)
         if share <= 1:
             break
-    W, b = stored.to(T.device, dtype), b.to(T.device, dtype)
-    entry = SurrogateEntry(layers=run, codec=codec, unexplained=share)
+    *before, last = (W.to(T.device, dtype) for W in matrices)
+    b = b.to(T.device, dtype)
+    entry = SurrogateEntry(layers=run, codec=codec, unexplained=share, rank=rank)
     tensors[bias_name(run[0])] = b.to("cpu", torch.bfloat16)
-    return entry, tensors, lambda hidden: hidden + nn.functional.linear(hidden, W, b)
+
+    def stand_in(hidden: torch.Tensor) -> torch.Tensor:
+        inner = nn.functional.linear(hidden, before[0]) if before else hidden
+        return hidden + nn.functional.linear(inner, last, b)
+
+    return entry, tensors, stand_in
 
 
-def put_behind(block: nn.Module, weight: FrozenWeight, bias: torch.Tensor) -> FrozenLinear:
+def put_behind(block: nn.Module, weights: list[FrozenWeight], bias: torch.Tensor) -> list[FrozenLinear]:
     """Make `block` end with h + h Wᵀ + b, which stands for the layers that were dropped behind it.
 
     Args:
         block: a decoder block whose `forward` isn't streamed yet.
-        weight: W (D, D).
+        weights: W (D, D), or the two whose product it is, the one that comes first at first.
         bias: b (D,), on the device and in the dtype of the computation.
     """
-    surrogate = nn.Linear(*weight.shape, device="meta").requires_grad_(False)
-    surrogate.bias = nn.Parameter(bias, requires_grad=False)
-    forward = block.forward
+    linears = [nn.Linear(*weight.shape[::-1], bias=False, device="meta").requires_grad_(False) for weight in weights]
+    linears[-1].bias = nn.Parameter(bias, requires_grad=False)
+    surrogate, forward = nn.Sequential(*linears), block.forward
 
     @wraps(forward)
     def with_surrogate(*args: Any, **kwargs: Any) -> Any:
@@ -156,4 +207,4 @@ def put_behind(block: nn.Module, weight: FrozenWeight, bias: torch.Tensor) -> Fr
         return output + surrogate(output)
 
     block.surrogate, block.forward = surrogate, with_surrogate
-    return FrozenLinear(surrogate, weight, transposed=False)
+    return [FrozenLinear(linear, weight, transposed=False) for linear, weight in zip(linears, weights, strict=True)]

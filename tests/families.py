@@ -34,8 +34,9 @@ from hf_fedlarge.fit import FitPlan
 from hf_fedlarge.neurons import indices_name
 from hf_fedlarge.package import MappedTensors, package_config
 from hf_fedlarge.quantize import decode
+from hf_fedlarge.rounding import dense
 from hf_fedlarge.shrink import plan_shrink, shrink
-from hf_fedlarge.surrogate import bias_name, weight_name
+from hf_fedlarge.surrogate import bias_name, second_name, weight_name
 
 HIDDEN = 64
 VOCABULARY = 300
@@ -175,6 +176,7 @@ def make_package(
     embeddings: str = "int8",
     surrogate_codec: str | None = None,
     keep_neurons: float = 1.0,
+    surrogate_rank: int | None = None,
 ) -> Path:
     """A package of the family with a dropped layer in its middle, a surrogate there if asked for; returns `path`."""
     checkpoint = make_checkpoint(path.with_name(f"{path.name}-full"), family, layers)
@@ -183,7 +185,7 @@ def make_package(
     if surrogate_codec or plan.widths:
         sequences = torch.randint(4, 260, (8, 1, 32), generator=torch.Generator().manual_seed(0))
         with tempfile.TemporaryDirectory() as work:
-            fit_plan = FitPlan(plan.kept, surrogate_codec, plan.widths)
+            fit_plan = FitPlan(plan.kept, surrogate_codec, plan.widths, surrogate_rank=surrogate_rank)
             fitted = fit_package(plan, fit_plan, list(sequences), Path(work))
     shrink(plan, path, fitted=fitted)
     return path
@@ -216,23 +218,21 @@ def make_dense(package: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Mo
         module, _, leaf = name.rpartition(".")
         rows, columns = architecture.neurons_out(module), architecture.neurons_in(module)
         if name not in manifest.codecs:
-            dense = tensors[name]
+            values = tensors[name]
         else:
-            weight = decode(name, manifest.codecs[name], tensors)
-            dense = torch.empty(weight.shape, dtype=dtype)
-            weight.read_rows(0, weight.shape[0], dense)
+            values = dense(decode(name, manifest.codecs[name], tensors), dtype)
         stored = parameter.data.T if architecture.is_transposed(name) else parameter.data
         stored.zero_()
         if rows is not None:
-            stored[rows] = dense.to(dtype)
+            stored[rows] = values.to(dtype)
         elif columns is not None and leaf == "weight":
-            stored[:, columns] = dense
+            stored[:, columns] = values
         else:
-            stored.copy_(dense)
+            stored.copy_(values)
     for entry in manifest.surrogates:
-        weight = decode(weight_name(entry.layers[0]), entry.codec, tensors)
-        W = torch.empty(weight.shape, dtype=dtype)
-        weight.read_rows(0, len(W), W)
+        W = dense(decode(weight_name(entry.layers[0]), entry.codec, tensors), dtype)
+        if entry.rank:
+            W = dense(decode(second_name(entry.layers[0]), entry.codec, tensors), dtype) @ W
         block = model.get_submodule(architecture.blocks)[manifest.kept_layers.index(entry.layers[0] - 1)]
         block.register_forward_hook(_adding(W, tensors[bias_name(entry.layers[0])].to(dtype)))
     return model.eval().requires_grad_(False)

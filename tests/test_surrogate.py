@@ -1,11 +1,14 @@
 """Surrogates: the regression against a known answer, and walking two models side by side."""
 
+import json
+
 import pytest
 import torch
 from families import FAMILIES, make_checkpoint, make_dense, make_package
 from torch import nn
 
 from hf_fedlarge.artifacts import PackageManifest, read_manifest
+from hf_fedlarge.errors import ArtifactError
 from hf_fedlarge.fit import FitPlan, fit
 from hf_fedlarge.package import load_package, stream_checkpoint
 from hf_fedlarge.surrogate import Regression
@@ -68,6 +71,33 @@ def test_it_is_the_weighted_ridge_regression_that_it_says():
     assert regression.unexplained(T.detach(), b.detach()) == pytest.approx(share.item(), rel=1e-9)
 
 
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_a_map_of_that_rank_is_recovered_exactly(rank):
+    x = states()
+    T = torch.randn(WIDTH, rank, dtype=torch.float64) @ torch.randn(rank, WIDTH, dtype=torch.float64)
+    regression = regression_of(x, x + x @ T + 1)
+    U = regression.reduce(regression.solve(ridge=0.0), rank, ridge=0.0)
+    assert U.shape == (WIDTH, rank)
+    torch.testing.assert_close(U @ regression.behind(U, ridge=0.0), T, rtol=1e-6, atol=1e-6)
+
+
+def test_a_lower_rank_is_the_best_of_that_rank():
+    """Against the truncated SVD of Lᵀ T, with L Lᵀ = Xᵀ w X + λ worked out from the rows."""
+    x, ridge, rank = states(), 0.1, 2
+    regression = regression_of(x, x + torch.tanh(x) * 3 + x.roll(1, dims=1))
+    T, w = regression.solve(ridge), 1 / x.square().sum(dim=1, keepdim=True)
+    centred = x - (w * x).sum(dim=0) / w.sum()
+    covariance = centred.T @ (w * centred)
+    L = torch.linalg.cholesky(covariance + torch.diag(covariance.diagonal() * ridge))
+    left, sizes, right = torch.linalg.svd(L.T @ T)
+    expected = torch.linalg.solve(L.T, left[:, :rank] @ torch.diag(sizes[:rank]) @ right[:rank])
+    U = regression.reduce(T, rank, ridge)
+    torch.testing.assert_close(U @ regression.behind(U, ridge), expected, rtol=1e-6, atol=1e-8)
+    # Not the largest part of the map itself, which the sizes of the coordinates would decide.
+    a, s, b = torch.linalg.svd(T)
+    assert not torch.allclose(expected, a[:, :rank] @ torch.diag(s[:rank]) @ b[:rank], rtol=0.01)
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_walking_block_by_block_computes_what_the_model_does(family, tmp_path):
     model = stream_checkpoint(make_checkpoint(tmp_path / "full", family, layers=3), dtype=torch.float32)
@@ -87,12 +117,22 @@ def test_walking_block_by_block_computes_what_the_model_does(family, tmp_path):
             assert torch.isfinite(model(ids).logits).all()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "opt"])
-def test_a_package_with_a_surrogate_computes_what_the_equations_say(family, tmp_path):
-    package = make_package(tmp_path / "package", family, surrogate_codec="int8")
+@pytest.mark.parametrize(
+    ("family", "codec", "rank"),
+    [
+        ("llama", "int8", None),
+        ("gemma3", "int8", None),
+        ("gpt2", "int8", None),
+        ("opt", "int8", None),
+        ("llama", "nf4", 8),
+        ("gptj", "dense", 5),
+    ],
+)
+def test_a_package_with_a_surrogate_computes_what_the_equations_say(family, codec, rank, tmp_path):
+    package = make_package(tmp_path / "package", family, surrogate_codec=codec, surrogate_rank=rank)
     streamed, dense = load_package(package, dtype=torch.float32), make_dense(package)
     (entry,) = read_manifest(package, PackageManifest).surrogates
-    assert (entry.layers, entry.codec) == ([1], "int8")
+    assert (entry.layers, entry.codec, entry.rank) == ([1], codec, rank)
     with torch.no_grad():
         torch.testing.assert_close(streamed(IDS[0]).logits, dense(IDS[0]).logits, rtol=1e-4, atol=1e-4)
 
@@ -103,6 +143,28 @@ def test_a_surrogate_stands_in_for_a_run_and_never_does_worse_than_nothing(codec
     entries = read_manifest(package, PackageManifest).surrogates
     assert [entry.layers for entry in entries] == [[1, 2], [5]]
     assert all(0 < entry.unexplained <= 1 for entry in entries)
+
+
+def test_a_higher_rank_explains_more_and_the_highest_is_a_single_matrix(tmp_path):
+    found = {}
+    for rank in (4, 32, 64, None):
+        package = make_package(tmp_path / f"{rank}", "llama", surrogate_codec="int8", surrogate_rank=rank)
+        (found[rank],) = read_manifest(package, PackageManifest).surrogates
+    assert 1 > found[4].unexplained > found[32].unexplained > found[64].unexplained > 0
+    assert found[64] == found[None]
+    # What has none is written as before there were ranks.
+    assert "rank" not in found[64].model_dump()
+    assert found[4].model_dump(mode="json")["rank"] == 4
+
+
+def test_a_rank_that_is_not_the_stored_one_is_refused(tmp_path):
+    package = make_package(tmp_path / "package", "llama", surrogate_codec="int8", surrogate_rank=8)
+    raw = json.loads((package / "fedlarge.json").read_text())
+    for rank in (9, None):
+        raw["surrogates"][0]["rank"] = rank
+        (package / "fedlarge.json").write_text(json.dumps(raw))
+        with pytest.raises(ArtifactError, match=r"surrogates\.1\.weight has the shape \(8, 64\)"):
+            load_package(package)
 
 
 def test_a_surrogate_corrects_what_quantization_did_to_the_blocks_before_it(tmp_path):
