@@ -130,6 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("federation", type=Path, help="the federation in YAML")
     one.add_argument("--output", type=Path, help="the run directory (run, beside the file)")
     one.add_argument("--launcher", choices=("inprocess", "accelerate"), help="how clients are started (the file's)")
+    one.add_argument("--budget", help="the most that may be sent, both ways together, such as 500MB (the file's)")
     one.add_argument(
         "--no-stop", action="store_true", help="go on where the full model with the adapter stays worse than the base"
     )
@@ -339,8 +340,8 @@ def _run(options: argparse.Namespace) -> None:
 
     config = load_federation(options.federation)
     check_training(config.training)
-    if options.launcher:
-        config = config.model_copy(update={"launcher": options.launcher})
+    given = {name: getattr(options, name) for name in ("launcher", "budget") if getattr(options, name)}
+    config = config.model_copy(update=given)
     output = options.output or options.federation.parent / "run"
     # Of all the bars of all the clients, those of the training steps tell enough.
     hide_progress()

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_fedlarge.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterReader
+from hf_fedlarge.adapters import AdapterReader
 from hf_fedlarge.architectures import describe, load_config
 from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, read_manifest
 from hf_fedlarge.budget import parse_bytes
@@ -25,7 +25,8 @@ from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.package import package_architecture, package_config
 from hf_fedlarge.plan import CheckIn
 from hf_fedlarge.tiers import client_bytes, derive_adapter, describe_fit, fit_memory
-from hf_fedlarge.update import Asked, Expected
+from hf_fedlarge.traffic import changed_bytes
+from hf_fedlarge.update import MAX_SMALL_BYTES, Asked, Expected, update_bytes
 from hf_fedlarge.wire import Wire
 
 DEFAULT_MAX_LENGTH = 1024  # of SFTConfig
@@ -162,12 +163,26 @@ class Jobs:
         sequences = steps * _batch(training) if steps > 0 else passes * examples
         return Asked(client=client, examples=examples, tokens=sequences * _max_length(training))
 
-    def download_bytes(self, client: str, number: int, has_package: bool) -> int:
-        """What a client downloads: the adapter without what is the server's alone, and the package if it lacks it."""
+    def download_bytes(self, client: str, number: int, has: int | None) -> int:
+        """What a client downloads for a round: what changed in its adapter, and the package if it lacks it.
+
+        Args:
+            client: its name.
+            number: the round.
+            has: the last round that it was asked in; None: it has nothing yet.
+        """
         tier = self.tier_of(client)
-        files = read_manifest(self.adapter(tier, number), AdapterManifest).files
-        adapter = sum(files[name].size for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
-        return adapter if has_package else adapter + tier.manifest.total_bytes
+        adapter = self.adapter(tier, number)
+        if has is None:
+            return tier.manifest.total_bytes + changed_bytes(adapter, None)
+        return changed_bytes(adapter, self.adapter(tier, has))
+
+    def upload_bytes(self, client: str) -> int:
+        """The most that its update may have; a larger one is refused."""
+        tier = self.tier_of(client)
+        architecture = describe(package_config(tier.package))
+        tensors = update_bytes(architecture, tier.manifest.kept_layers, tier.lora, self.config.wire_codec)
+        return tensors + 2 * MAX_SMALL_BYTES
 
 
 def make_tiers(

@@ -40,6 +40,7 @@ from hf_fedlarge.artifacts import (
     verify_files,
     write_json,
 )
+from hf_fedlarge.budget import parse_bytes
 from hf_fedlarge.calibrate import make_package, plan_package
 from hf_fedlarge.clients import CHECK_INS, check_in, split_clients
 from hf_fedlarge.collect import aggregate_updates, start_adapter
@@ -54,6 +55,7 @@ from hf_fedlarge.merge import merge
 from hf_fedlarge.package import load_tokenizer
 from hf_fedlarge.report import peaks, traffic
 from hf_fedlarge.server import Order, RoundServer
+from hf_fedlarge.traffic import Budget
 from hf_fedlarge.transfer import transfer_report
 from hf_fedlarge.update import outcome, validate_update
 
@@ -135,10 +137,10 @@ class _Federation:
         path = self.run / "federation.json"
         found = json.loads(path.read_text()) if path.exists() else None
         if found is not None:
-            # More rounds may be asked for, and another way to start clients: neither changes what was committed.
+            # More rounds, another budget or another way to start clients don't change what was committed.
             changed = sorted(
                 key
-                for key in (self.settings.keys() | found["settings"].keys()) - {"rounds", "launcher"}
+                for key in (self.settings.keys() | found["settings"].keys()) - {"rounds", "launcher", "budget"}
                 if self.settings.get(key) != found["settings"].get(key)
             )
             if changed:
@@ -236,10 +238,10 @@ class _Federation:
 
     def _ask(self, server: RoundServer, order: Order) -> None:
         """Train the order's clients one after the other, until the round has what it wants."""
+        self._check_budget(server.waiting(order), order.round)
         while waiting := server.waiting(order):
             client = waiting[0]
-            known = bool(self.journal.find("asked", client=client))
-            server.asked(client, self.jobs.download_bytes(client, order.round, known))
+            server.asked(client, self._download_bytes(client, order.round))
             update = server.work / client
             # Trained before the server was killed: an update appears whole or not at all.
             if not update.exists():
@@ -253,6 +255,20 @@ class _Federation:
             receipt = server.receive(order, client, update)
             if not receipt.accepted:
                 self.report(f"  {receipt.reason}")
+
+    def _download_bytes(self, client: str, number: int) -> int:
+        had = [entry["round"] for entry in self.journal.find("asked", client=client) if entry["round"] < number]
+        return self.jobs.download_bytes(client, number, had[-1] if had else None)
+
+    def _check_budget(self, clients: list[str], number: int) -> None:
+        """Refuse a round that could overstep the budget, before anything of it is sent."""
+        if self.config.budget is None:
+            return
+        spent = sum(entry["bytes"] for entry in self.journal.find("asked", "received"))
+        down = {entry["client"] for entry in self.journal.find("asked", round=number)}
+        needed = sum(self._download_bytes(client, number) for client in clients if client not in down)
+        needed += sum(self.jobs.upload_bytes(client) for client in clients)
+        Budget(parse_bytes(self.config.budget), spent).spend(needed, f"Round {number} with {len(clients)} clients")
 
     def _finish(self, package: PackageManifest) -> dict[str, Any]:
         last = self._adapter(self.config.rounds)

@@ -22,7 +22,8 @@ from hf_fedlarge.tensors import file_bytes, read_header
 def changed_bytes(adapter: Path, previous: Path | None) -> int:
     """Bytes that a client needs to have `adapter` when it has `previous`.
 
-    That is the manifest, the adapter's config where it differs, and a safetensors file of the tensors whose bits do.
+    That is the manifest, the adapter's config where it differs, and a safetensors file of the tensors whose bits do;
+    never what is the server's alone, such as a carry.
     One tensor of each is in memory at a time.
 
     Args:
@@ -35,7 +36,7 @@ def changed_bytes(adapter: Path, previous: Path | None) -> int:
     new = read_manifest(adapter, AdapterManifest)
     size = (adapter / MANIFEST_NAME).stat().st_size
     if previous is None:
-        return size + new.total_bytes
+        return size + sum(new.files[name].size for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
     old = read_manifest(previous, AdapterManifest)
     if new.files[ADAPTER_CONFIG] != old.files[ADAPTER_CONFIG]:
         size += new.files[ADAPTER_CONFIG].size

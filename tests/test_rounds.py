@@ -28,11 +28,22 @@ from hf_fedlarge.cards import render_card
 from hf_fedlarge.cli import main
 from hf_fedlarge.config import TierSettings, load_federation
 from hf_fedlarge.data import from_rows, write_jsonl
-from hf_fedlarge.errors import ArtifactError, ConfigError, DataError, FedLargeError, OutputError, UpdateRefusedError
+from hf_fedlarge.errors import (
+    ArtifactError,
+    BudgetError,
+    ConfigError,
+    DataError,
+    FedLargeError,
+    OutputError,
+    UpdateRefusedError,
+)
+from hf_fedlarge.journal import Journal
 from hf_fedlarge.package import load_package
 from hf_fedlarge.plan import CheckIn, sample_cohort
 from hf_fedlarge.rounds import run_federation
+from hf_fedlarge.traffic import changed_bytes
 from hf_fedlarge.trainers.launch import LAUNCHERS, ClientFailedError
+from hf_fedlarge.update import MAX_SMALL_BYTES
 
 IN_PROCESS = LAUNCHERS["inprocess"]()
 COLOURS = ("red", "green", "blue", "white")
@@ -108,16 +119,16 @@ def test_a_run_ends_with_a_better_full_model_and_honest_figures(home, whole):
     assert second["loss_full"] == pytest.approx(loss["merged"], abs=0.02)
     assert second["loss_small"] < loss["package"]
 
-    package = sum(entry.stat().st_size for entry in (output / "package").iterdir() if entry.name != "fedlarge.json")
-    adapter = read_manifest(output / "rounds" / "0000" / "adapter", AdapterManifest).total_bytes
-    assert first["bytes_down"] == 3 * (package + adapter)
+    package = read_manifest(output / "package", PackageManifest).total_bytes
+    adapters = [output / "rounds" / number / "adapter" for number in ("0000", "0001")]
+    assert first["bytes_down"] == 3 * (package + changed_bytes(adapters[0], None))
     newcomers = {c["client"] for c in second["clients"]} - {c["client"] for c in first["clients"]}
-    files = read_manifest(output / "rounds" / "0001" / "adapter", AdapterManifest).files
-    assert "carry.safetensors" in files  # the server's own
-    sent = sum(files[name].size for name in ("adapter_model.safetensors", "adapter_config.json"))
-    assert second["bytes_down"] == 3 * sent + package * len(newcomers)
+    old = 3 - len(newcomers)
+    whole_adapter, change = changed_bytes(adapters[1], None), changed_bytes(adapters[1], adapters[0])
+    assert second["bytes_down"] == len(newcomers) * (package + whole_adapter) + old * change
+    assert change < whole_adapter  # the carry and what hasn't changed stay
     assert summary["bytes_down"] == first["bytes_down"] + second["bytes_down"]
-    assert summary["bytes_up"] > 6 * adapter * 0.9
+    assert summary["bytes_up"] > 6 * read_manifest(adapters[0], AdapterManifest).total_bytes * 0.9
     assert sum(entry["weight"] for entry in first["clients"]) == pytest.approx(1)
     assert summary["peak_memory_bytes"] > 2**20
     assert isinstance(summary["sample"]["before"], str)
@@ -158,6 +169,28 @@ def test_clients_of_little_memory_get_a_smaller_package_and_rank_in_the_same_rou
     assert len(first["clients"]) == 4
     down = sorted(entry["down"] for entry in first["bytes_by_client"].values())
     assert down[1] < down[2]
+
+
+def test_a_round_that_could_overstep_the_budget_is_not_begun(home, whole, tmp_path):
+    output, (first, _) = tmp_path / "run", whole[1]["rounds"]
+    enough = first["bytes_down"] + first["bytes_up"] + 3 * 2 * MAX_SMALL_BYTES  # of what may come beside the tensors
+    with pytest.raises(BudgetError, match=r"Round 2 with 3 clients needs \d+ bytes, but \d+ of the budget's"):
+        run(home, output, budget=str(enough))
+    asked = Journal(output / "journal.jsonl").find("asked")
+    assert {entry["round"] for entry in asked} == {1}
+    run(home, output, budget="1GB")
+    assert fingerprint(output) == fingerprint(whole[0])
+    with pytest.raises(BudgetError, match="Round 1 with 3 clients"):
+        run(home, tmp_path / "none", budget="1kB")
+    assert not Journal(tmp_path / "none" / "journal.jsonl").find("asked")
+
+
+def test_a_run_in_another_codec_sends_less_and_learns_as_much(home, whole, tmp_path):
+    summary = run(home, tmp_path / "run", codec="int8")
+    assert summary["bytes_up"] < 0.5 * whole[1]["bytes_up"]
+    gain, plain = (s["loss"]["base"] - s["loss"]["merged"] for s in (summary, whole[1]))
+    assert gain > 0.9 * plain
+    assert list((tmp_path / "run" / "clients").rglob("lost-*.safetensors"))
 
 
 def test_a_run_that_harms_the_full_model_stops_after_two_rounds(home, tmp_path):
