@@ -33,7 +33,8 @@ from hf_fedlarge.walk import Walk
 
 _TOGETHER = 16  # sequences in a step
 _EVALUATED = 32  # sequences a loss is measured on
-_DIFFERENTIATED = 16  # and a gradient
+_DIFFERENTIATED = 16  # and a gradient,
+_BACKWARD = 4  # so many at a time, as a backward pass holds much more than a step
 # Layers judged anew before one goes. It is mostly the neighbours of those gone whose place changes, and with so many a
 # choice of a quarter of the layers costs about as much again as judging each of them alone.
 _TRIED = 4
@@ -177,7 +178,7 @@ def _by_gradient(
     architecture, lora, layers = model.architecture, LoraSettings(), list(range(len(walk)))
     adapted = attach_lora(model, architecture, lora)
     set_factors(adapted, initial_factors(architecture, layers, lora, seed=0), architecture, layers)
-    batches = [{"input_ids": ids, "labels": ids} for ids in ids_BS.split(_TOGETHER)]
+    batches = [{"input_ids": ids, "labels": ids} for ids in ids_BS.split(_BACKWARD)]
     whole = adapter_gradients(adapted, architecture, layers, batches)
     scores = [0.0]
     for layer, surrogate in surrogates.items():

@@ -11,10 +11,10 @@ The reference is LoRA on the full model in bf16. Packages are in NF4 with int8 e
 
     share kept = (loss of the base − loss of the full model with the adapter) / (the same of the reference)
 
-Methods: `none` (layers dropped evenly, nothing in their place), `linear` (surrogates there), `influence` and `loss`
-(likewise, the layers chosen by score), `neurons` (all layers, with as many of their neurons as make no more bytes than
-`linear`). They are fitted on Python's documentation, text of another domain, and with `-in-domain` behind the name on
-docstrings that nobody trains on.
+Methods: `none` (layers dropped evenly, nothing in their place), `linear` (surrogates there), `low-rank` (of rank 64),
+`influence`, `loss` and `gradient` (as `linear`, the layers chosen by score), `neurons` (all layers, with as many of
+their neurons as make no more bytes than `linear`). They are fitted on Python's documentation, text of another domain,
+and with `-in-domain` behind the name on docstrings that nobody trains on.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ SETTINGS = {
     "linear": {},
     "influence": {"layer_choice": "influence"},
     "loss": {"layer_choice": "loss"},
+    "gradient": {"layer_choice": "gradient"},
+    "low-rank": {"surrogate_rank": 64},
     "neurons": {},
 }
 METHODS = [*SETTINGS, *(method + IN_DOMAIN for method in SETTINGS if method != "none")]
