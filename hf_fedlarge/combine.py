@@ -26,6 +26,7 @@ from hf_fedlarge.aggregate import (
     product_terms,
     shares,
 )
+from hf_fedlarge.blocks import in_order, workers
 from hf_fedlarge.config import ADAPTIVE, AggregationSettings, LoraSettings
 from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.products import Term, merged, truncate
@@ -36,6 +37,7 @@ from hf_fedlarge.wire import EncodedReader
 
 MOMENTUM_WEIGHTS = "server_momentum.safetensors"
 VARIANCE_WEIGHTS = "server_variance.safetensors"
+_AHEAD = 3  # modules that are computed or wait to be written
 
 
 @dataclass(frozen=True)
@@ -140,16 +142,24 @@ def combine(
 
     energy = dropped = carried = 0.0
     carry_rank = 0
+
+    def aggregated(module: str) -> Next:
+        then = before.read(module)
+        changes = _changes(clients, then, module)
+        if not changes:
+            return Aggregate(then.factors, 0.0, 0.0, then.carry), then.momentum, then.variance
+        return AGGREGATORS[settings.aggregator](changes, then, lora, settings, trained)
+
+    # A thread a module: what is computed for one is small, and threads that share it would wait for each other.
     with ExitStack() as stack:
+        pool = stack.enter_context(workers())
         writers = [
             stack.enter_context(AdapterWriter(output, name))
             for name in (ADAPTER_WEIGHTS, CARRY_WEIGHTS, MOMENTUM_WEIGHTS, VARIANCE_WEIGHTS)
         ]
-        for module in modules:
-            then = before.read(module)
-            result, momentum, variance = Aggregate(then.factors, 0.0, 0.0, then.carry), then.momentum, then.variance
-            if changes := _changes(clients, then, module):
-                result, momentum, variance = AGGREGATORS[settings.aggregator](changes, then, lora, settings, trained)
+        for module, (result, momentum, variance) in zip(
+            modules, in_order(pool, aggregated, modules, ahead=_AHEAD), strict=True
+        ):
             for writer, factors in zip(writers, (result.factors, result.carry, momentum, variance), strict=True):
                 if factors is not None:
                     writer.write(module, factors)

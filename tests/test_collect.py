@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from hf_fedlarge.adapters import (
     ADAPTER_WEIGHTS,
+    CARRY_WEIGHTS,
     AdapterReader,
     attach_lora,
     get_factors,
     plug_in,
     read_factors,
+    read_state,
     set_factors,
 )
 from hf_fedlarge.architectures import describe
@@ -25,6 +27,8 @@ from hf_fedlarge.artifacts import MANIFEST_NAME, AdapterManifest, PackageManifes
 from hf_fedlarge.collect import aggregate_updates, start_adapter
 from hf_fedlarge.config import Codec, LoraSettings
 from hf_fedlarge.errors import ArtifactError, ConfigError, OutputError, UpdateRefusedError
+from hf_fedlarge.evaluation import load_model
+from hf_fedlarge.merge import merge, plan_merge
 from hf_fedlarge.package import load_package, package_architecture, package_config
 from hf_fedlarge.tensors import read_header
 from hf_fedlarge.update import MAX_NORM, Asked, Expected, update_bytes, validate_update
@@ -669,3 +673,199 @@ def test_a_round_takes_one_codec(federation, encoded, tmp_path):
         aggregate_updates([tmp_path / "ann"], federation[1], tmp_path / "a", previous=tmp_path / "start")
     with pytest.raises(ConfigError, match="The codec int8 needs --adapter"):
         aggregate_updates([tmp_path / "ann"], federation[1], tmp_path / "a", codec=INT8)
+
+
+# --- the carry -------------------------------------------------------------------------------------------------------
+
+
+def product(factors, scale=LORA.scale):
+    return scale * factors.B_OR.double() @ factors.A_RI.double()
+
+
+def test_the_carry_is_merged_and_evaluated_with_the_adapter_and_peft_loads_the_adapter_alone(
+    federation, updates, tmp_path
+):
+    checkpoint, package = federation
+    adapter = tmp_path / "adapter"
+    manifest = aggregate_updates(updates, package, adapter).manifest
+    assert manifest.carry_rank == 8
+    lora, whole = read_state(adapter, manifest.lora)
+    assert (lora.rank, lora.scale) == (12, LORA.scale)
+    parts = [read_factors(update) for update in updates]
+    for module, pair in whole.items():
+        expected = sum(w * product(part[module]) for w, part in zip((0.1, 0.3, 0.6), parts, strict=True))
+        torch.testing.assert_close(product(pair, lora.scale), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(pair.A_RI[:4], read_factors(adapter)[module].A_RI)
+
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    ids = torch.arange(5, 25)[None]
+    for module, pair in whole.items():
+        plain.get_submodule(module).weight.data += product(pair, lora.scale).float()
+    expected = plain(ids).logits
+    merge(checkpoint, adapter, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    alone = plug_in(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), adapter)
+    evaluated = load_model(checkpoint, adapter)  # in bf16
+    missing = (alone(ids).logits - expected).norm()
+    assert (merged(ids).logits - expected).norm() < 0.1 * missing  # stored in bf16
+    assert (evaluated(ids).logits.float() - expected).norm() < 0.1 * missing
+
+
+def test_clients_go_on_from_the_adapter_and_the_server_from_both(federation, tmp_path):
+    _, package = federation
+    start_adapter(package, tmp_path / "0", LORA, seed=3)
+    for number in (1, 2, 3):
+        before, output = tmp_path / str(number - 1), tmp_path / str(number)
+        names = [tmp_path / f"{number}-{client}" for client in ("ann", "bob", "cyd")]
+        sent = [
+            make_update(name, package, name.name[2:], seed=10 * number + i, adapter=before, round_number=number)
+            for i, name in enumerate(names)
+        ]
+        manifest = aggregate_updates(names, package, output, previous=before, carry_rank=99).manifest
+        carried = {} if number == 1 else AdapterReader(before, CARRY_WEIGHTS)
+        oracle = {
+            module: sum(product(part[module]) for part in sent) / 3
+            + (product(carried.read(module)) if module in carried else 0)
+            for module in sent[0]
+        }
+        lora, whole = read_state(output, manifest.lora)
+        assert manifest.energy_dropped == 0
+        for module, expected in oracle.items():
+            assert torch.dist(product(whole[module], lora.scale), expected) <= 1e-5 * expected.norm()
+
+
+def test_a_carry_that_does_not_continue_the_adapter_is_not_merged(federation, updates, tmp_path):
+    checkpoint, package = federation
+    adapter = tmp_path / "adapter"
+    aggregate_updates(updates, package, adapter)
+    carry = load_file(adapter / CARRY_WEIGHTS)
+    carry[first(carry)] = torch.zeros(3, 2)
+    save_file(carry, adapter / CARRY_WEIGHTS)
+    manifest = json.loads((adapter / MANIFEST_NAME).read_text())
+    manifest["files"][CARRY_WEIGHTS] = file_entry(adapter / CARRY_WEIGHTS).model_dump()
+    (adapter / MANIFEST_NAME).write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"of shape \(3, 2\), which doesn't continue the adapter's"):
+        plan_merge(checkpoint, adapter)
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("aggregator", "frozen"), [("ffa", "AA"), ("alternate", "AB")])
+def test_a_frozen_factor_must_come_back_as_it_was(federation, tmp_path, aggregator, frozen):
+    _, package = federation
+    manifest = start_adapter(package, tmp_path / "0", LORA, seed=3, aggregator=aggregator)
+    for number, letter in enumerate(frozen, start=1):
+        assert manifest.trains == "BA"["AB".index(letter)]
+        before = tmp_path / str(number - 1)
+        for seed, client in enumerate(("ann", "bob", "cyd")):
+            directory = tmp_path / f"{number}-{client}"
+            make_update(directory, package, client, seed=seed + 5, adapter=before, round_number=number)
+            if client != "bob":  # he trains both
+                own = load_file(before / ADAPTER_WEIGHTS)
+                keep = {name: tensor for name, tensor in own.items() if f"lora_{letter}" in name}
+                edit_tensors(directory, lambda tensors, keep=keep: tensors.update(keep))
+        updates = [tmp_path / f"{number}-{client}" for client in ("ann", "bob", "cyd")]
+        collected = aggregate_updates(updates, package, tmp_path / str(number), previous=before, aggregator=aggregator)
+        [(client, sentence)] = collected.refused
+        assert client == "bob"
+        assert re.search(f"its {letter} of .* is not its adapter's; this round freezes every {letter}", sentence)
+        manifest = collected.manifest
+        parts = [read_factors(tmp_path / f"{number}-{client}") for client in ("ann", "cyd")]
+        for module, pair in read_factors(tmp_path / str(number)).items():
+            expected = sum(product(part[module]) for part in parts) / 2
+            assert torch.dist(product(pair), expected) <= 1e-6 * expected.norm()
+    with pytest.raises(ConfigError, match=r"asked its clients to train \w; exact expects both in round"):
+        aggregate_updates(updates, package, tmp_path / "next", previous=tmp_path / str(number))
+
+
+def test_nan_is_refused_before_a_robust_aggregator_sees_it(federation, tmp_path):
+    _, package = federation
+    updates = [tmp_path / f"client{number}" for number in range(5)]
+    for number, directory in enumerate(updates):
+        make_update(directory, package, directory.name, seed=number)
+    nan(updates[4])
+    settings = {"aggregator": "trimmed_mean", "byzantine": 1, "weighting": "equal"}
+    collected = aggregate_updates(updates, package, tmp_path / "adapter", **settings)
+    assert [client for client, _ in collected.refused] == ["client4"]
+    assert [entry.weight for entry in collected.manifest.contributions] == [0.25] * 4
+    for factors in read_factors(tmp_path / "adapter").values():
+        assert all(factor.isfinite().all() for factor in factors)
+    with pytest.raises(UpdateRefusedError, match=r"4 of 5 updates are valid; at least 5 are needed for krum. client4"):
+        aggregate_updates(updates, package, tmp_path / "krum", **settings | {"aggregator": "krum"})
+
+
+def test_late_updates_are_taken_where_the_older_adapter_is_given(federation, tmp_path):
+    _, package = federation
+    start_adapter(package, tmp_path / "0", LORA, seed=3)
+    make_update(tmp_path / "ann", package, "ann", seed=1, adapter=tmp_path / "0")
+    late = make_update(tmp_path / "bob", package, "bob", seed=2, adapter=tmp_path / "0")
+    aggregate_updates([tmp_path / "ann"], package, tmp_path / "1", previous=tmp_path / "0")
+    fresh = make_update(tmp_path / "cyd", package, "cyd", seed=3, adapter=tmp_path / "1", round_number=2)
+    both = [tmp_path / "bob", tmp_path / "cyd"]
+    plain = aggregate_updates(both, package, tmp_path / "plain", previous=tmp_path / "1")
+    assert [client for client, _ in plain.refused] == ["bob"]
+    collected = aggregate_updates(both, package, tmp_path / "2", previous=tmp_path / "1", older=[tmp_path / "0"])
+    assert not collected.refused
+    assert [(entry.client, entry.staleness) for entry in collected.manifest.contributions] == [("bob", 1), ("cyd", 0)]
+    weights = [entry.weight for entry in collected.manifest.contributions]
+    assert weights == pytest.approx([0.5 * 2**-0.5, 0.5])
+    lora, whole = read_state(tmp_path / "2", LORA)
+    for module, pair in read_factors(tmp_path / "1").items():
+        expected = weights[0] * product(late[module]) + weights[1] * product(fresh[module])
+        expected = expected + (1 - weights[1]) * product(pair)  # bob started from nothing: B was zero
+        assert torch.dist(product(whole[module], lora.scale), expected) <= 1e-5 * expected.norm()
+    with pytest.raises(ConfigError, match="expected a round before 0"):
+        aggregate_updates(both, package, tmp_path / "3", previous=tmp_path / "0", older=[tmp_path / "1"])
+    with pytest.raises(ConfigError, match="Older adapters were given without the newest one"):
+        aggregate_updates(both, package, tmp_path / "3", older=[tmp_path / "1"])
+
+
+def by_rank_of_name(manifest):
+    return {"ann": 1.0, "bob": 3.0, "cyd": 0.0}[manifest.client]
+
+
+def not_a_weight(manifest):
+    return None
+
+
+def test_weights_can_be_alike_or_a_function_s_or_what_the_client_gained(federation, updates, tmp_path):
+    def weights(name, **choices):
+        collected = aggregate_updates(updates, federation[1], tmp_path / name, **choices)
+        return {entry.client: entry.weight for entry in collected.manifest.contributions}, collected.refused
+
+    assert weights("equal", weighting="equal") == ({"ann": 1 / 3, "bob": 1 / 3, "cyd": 1 / 3}, ())
+    assert weights("own", weighting="test_collect:by_rank_of_name") == ({"ann": 0.25, "bob": 0.75, "cyd": 0.0}, ())
+    edit_manifest(updates[0], loss_before=3.0, loss_after=2.5)
+    edit_manifest(updates[1], loss_before=3.0, loss_after=3.5)
+    found, refused = weights("loss", weighting="loss")
+    assert found == {"ann": 1.0, "bob": 0.0}
+    assert "cyd refused: it has no held-out loss, which the weighting loss needs" in refused[0][1]
+    with pytest.raises(ConfigError, match="test_collect:not_a_weight gave None for ann; expected 0 or more"):
+        weights("none", weighting="test_collect:not_a_weight")
+    with pytest.raises(ConfigError, match="nowhere:weigh can't be imported"):
+        weights("none", weighting="nowhere:weigh")
+    edit_manifest(updates[0], loss_before=3.0, loss_after=3.5)
+    with pytest.raises(ConfigError, match=r"weights are \[0, 0\]; expected finite ones"):
+        weights("none", weighting="loss")
+
+
+def test_what_the_server_keeps_must_be_gone_on_with(federation, tmp_path):
+    _, package = federation
+    start_adapter(package, tmp_path / "0", LORA, seed=3)
+    both = [tmp_path / "ann", tmp_path / "bob"]
+    for seed, directory in enumerate(both):
+        make_update(directory, package, directory.name, seed=seed, adapter=tmp_path / "0")
+    aggregate_updates(both, package, tmp_path / "1", previous=tmp_path / "0")
+    make_update(tmp_path / "cyd", package, "cyd", adapter=tmp_path / "1", round_number=2)
+    with pytest.raises(ConfigError, match="has a carry, which fedavg would lose; go on with exact"):
+        aggregate_updates([tmp_path / "cyd"], package, tmp_path / "2", previous=tmp_path / "1", aggregator="fedavg")
+    how = {"aggregator": "fedavg", "previous": tmp_path / "0"}
+    adam = aggregate_updates(both, package, tmp_path / "adam", server_optimizer="adam", **how).manifest
+    assert adam.server_optimizer == "adam"
+    assert {"server_momentum.safetensors", "server_variance.safetensors"} < set(adam.files)
+    make_update(tmp_path / "eve", package, "eve", adapter=tmp_path / "adam", round_number=2)
+    how["previous"] = tmp_path / "adam"
+    with pytest.raises(ConfigError, match="has averages of adam, which yogi can't go on with"):
+        aggregate_updates([tmp_path / "eve"], package, tmp_path / "2", server_optimizer="yogi", **how)
+    aggregate_updates([tmp_path / "eve"], package, tmp_path / "2", server_optimizer="adam", **how)
