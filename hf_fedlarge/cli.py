@@ -101,6 +101,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_aggregation(one)
     _overwrite(one)
 
+    one = command("relay", _relay, "Make an update of an aggregate: an edge's, for the server above it.")
+    one.add_argument("adapter", type=Path, help="what `aggregate` made of one round's updates")
+    one.add_argument("-o", "--output", type=Path, required=True, help="the update directory to make")
+    one.add_argument("--client", required=True, help="the edge's name")
+    _overwrite(one)
+
     one = command("merge", _merge, "Fold an adapter into the full checkpoint.")
     one.add_argument("checkpoint", help="the full model: a directory, or a Hub id")
     one.add_argument("adapter", type=Path, help="the adapter directory")
@@ -142,44 +148,6 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--summary", type=Path, help="a run's summary.json, for the card's figures")
     one.add_argument("--message", help="the commit message")
     return parser
-
-
-def print_summary(summary: dict[str, Any]) -> None:
-    """A run's summary as tables on standard output."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    rounds = Table(title="Rounds (held-out loss in nats per token)", title_justify="left")
-    for name in ("round", "package", "full model", "MB down a client", "MB up a client", "seconds", "refused"):
-        rounds.add_column(name, justify="right")
-    for entry in summary["rounds"]:
-        rounds.add_row(
-            str(entry["round"]),
-            f"{entry['loss_small']:.3f}",
-            f"{entry['loss_full']:.3f}",
-            f"{entry['bytes_down_per_client'] / 1e6:.1f}",
-            f"{entry['bytes_up_per_client'] / 1e6:.1f}",
-            f"{entry['seconds']:.0f}",
-            str(len(entry["refused"])),
-        )
-    console.print(rounds)
-    loss = summary["loss"]
-    totals = Table(show_header=False, box=None)
-    totals.add_row("held-out loss, base model", f"{loss['base']:.3f}")
-    totals.add_row("held-out loss, package before training", f"{loss['package']:.3f}")
-    totals.add_row("held-out loss, merged model", f"{loss['merged']:.3f}  ({loss['merged'] - loss['base']:+.3f})")
-    totals.add_row("MB down, MB up", f"{summary['bytes_down'] / 1e6:.1f}, {summary['bytes_up'] / 1e6:.1f}")
-    totals.add_row("peak memory, largest process", f"{summary['peak_memory_bytes'] / 1e6:.0f} MB")
-    totals.add_row("peak memory, largest client", f"{summary['client_peak_memory_bytes'] / 1e6:.0f} MB")
-    console.print(totals)
-    if "transfer" in summary:
-        print_transfer(summary["transfer"])
-    sample = summary["sample"]
-    if sample["prompt"]:
-        for title, text in (("asked", sample["prompt"]), ("before", sample["before"]), ("after", sample["after"])):
-            console.print(f"\n[bold]{title}[/bold]")
-            console.print(text, markup=False, highlight=False)
 
 
 def _shrink(options: argparse.Namespace) -> None:
@@ -239,6 +207,13 @@ def _aggregate(options: argparse.Namespace) -> None:
     print(f"{options.output}: of the energy {made.energy_carried:.2%} carried, {made.energy_dropped:.2%} dropped")
 
 
+def _relay(options: argparse.Namespace) -> None:
+    from hf_fedlarge.relay import relay_update
+
+    manifest = relay_update(options.adapter, options.client, options.output, overwrite=options.overwrite)
+    print(f"{options.output}: {manifest.examples} examples, {manifest.tokens} tokens, digest {manifest.digest[:12]}")
+
+
 def _merge(options: argparse.Namespace) -> None:
     from hf_fedlarge.artifacts import check_output
     from hf_fedlarge.hub import resolve_checkpoint
@@ -270,6 +245,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _transfer(options: argparse.Namespace) -> None:
     from hf_fedlarge.hub import resolve_checkpoint
+    from hf_fedlarge.tables import print_transfer
     from hf_fedlarge.transfer import gradient_agreement, transfer_report
 
     data, how = _evaluated(options)
@@ -280,40 +256,6 @@ def _transfer(options: argparse.Namespace) -> None:
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
     print_transfer(report)
-
-
-def print_transfer(report: dict[str, Any]) -> None:
-    """A transfer report as a table on standard output."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"What the adapter is worth, in nats per token ({report['examples']} examples)", title_justify="left"
-    )
-    for name in ("", "held-out loss", "95 % interval over examples"):
-        table.add_column(name, justify="right" if name else "left")
-    names = {
-        "base": "base",
-        "package": "package before training",
-        "package_trained": "package after",
-        "full_model": "full model with the adapter",
-        "reference": "full model, trained itself",
-    }
-
-    def row(title: str, entry: dict[str, float | None], form: str) -> None:
-        known = entry["low"] is not None
-        interval = f"{entry['low']:{form}} to {entry['high']:{form}}" if known else "unknown"
-        table.add_row(title, f"{entry['value']:{form}}", interval)
-
-    for name, entry in report["loss"].items():
-        row(names[name], entry, ".3f")
-    row("gain of the full model", report["gain"], "+.3f")
-    if report["share_kept"]:
-        row("share of the gain kept", report["share_kept"], ".1%")
-    console = Console()
-    console.print(table)
-    for layer, cosine in report.get("gradient_agreement", {}).items():
-        console.print(f"layer {layer}: gradients agree by {cosine:.3f}")
 
 
 def _evaluated(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
@@ -336,6 +278,7 @@ def _run(options: argparse.Namespace) -> None:
     from hf_fedlarge.config import load_federation
     from hf_fedlarge.data import hide_progress
     from hf_fedlarge.rounds import run_federation
+    from hf_fedlarge.tables import print_summary
     from hf_fedlarge.trainers.launch import LAUNCHERS, check_training
 
     config = load_federation(options.federation)

@@ -33,7 +33,7 @@ LEVELS = [
     {"update"},
     {"package", "merge", "combine", "traffic"},
     {"collect", "evaluation", "server", "tiers", "choice"},
-    {"calibrate", "transfer", "report", "clients", "relay"},
+    {"calibrate", "transfer", "report", "clients", "relay", "tables"},
     {"jobs"},
     {"rounds"},
     {"api", "cli"},

@@ -6,6 +6,7 @@ from federation import LORA, make_federation, make_update
 
 from hf_fedlarge.adapters import read_factors
 from hf_fedlarge.artifacts import AdapterManifest, read_manifest
+from hf_fedlarge.cli import main
 from hf_fedlarge.collect import aggregate_updates, start_adapter
 from hf_fedlarge.errors import ArtifactError
 from hf_fedlarge.relay import relay_update
@@ -74,3 +75,13 @@ def test_what_an_update_cannot_hold_is_refused(home, tmp_path):
     with pytest.raises(ArtifactError, match="was not made of updates"):
         relay_update(home / "start", "edge", tmp_path / "edge")
     assert not (tmp_path / "edge").exists()
+
+
+def test_the_command_makes_the_edge_s_update(home, tmp_path, capsys):
+    make_update(tmp_path / "one", home / "package", "ann", adapter=home / "start")
+    aggregate = f"aggregate {tmp_path}/one --package {home}/package --adapter {home}/start --aggregator svd"
+    assert main([*aggregate.split(), "-o", str(tmp_path / "adapter")]) == 0
+    assert main(["relay", str(tmp_path / "adapter"), "-o", str(tmp_path / "edge"), "--client", "east"]) == 0
+    assert "10 examples, 100 tokens" in capsys.readouterr().out
+    assert main(["relay", str(tmp_path / "edge"), "-o", str(tmp_path / "x"), "--client", "east"]) == 2
+    assert "is of kind 'update'; expected an adapter" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from families import make_checkpoint
 from federation import make_update
 from transformers import AutoModelForCausalLM
 
-from hf_fedlarge.adapters import read_factors
+from hf_fedlarge.adapters import attach_lora, get_factors, read_factors, set_factors
 from hf_fedlarge.artifacts import (
     AdapterManifest,
     CheckpointManifest,
@@ -27,7 +27,7 @@ from hf_fedlarge.artifacts import (
 from hf_fedlarge.cards import render_card
 from hf_fedlarge.cli import main
 from hf_fedlarge.config import TierSettings, load_federation
-from hf_fedlarge.data import from_rows, write_jsonl
+from hf_fedlarge.data import from_rows, load_examples, training_columns, write_jsonl
 from hf_fedlarge.errors import (
     ArtifactError,
     BudgetError,
@@ -38,11 +38,12 @@ from hf_fedlarge.errors import (
     UpdateRefusedError,
 )
 from hf_fedlarge.journal import Journal
-from hf_fedlarge.package import load_package
+from hf_fedlarge.package import load_package, load_tokenizer
 from hf_fedlarge.plan import CheckIn, sample_cohort
 from hf_fedlarge.rounds import run_federation
 from hf_fedlarge.traffic import changed_bytes
 from hf_fedlarge.trainers.launch import LAUNCHERS, ClientFailedError
+from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig, StreamingLoraTrainer
 from hf_fedlarge.update import MAX_SMALL_BYTES
 
 IN_PROCESS = LAUNCHERS["inprocess"]()
@@ -191,6 +192,39 @@ def test_a_run_in_another_codec_sends_less_and_learns_as_much(home, whole, tmp_p
     gain, plain = (s["loss"]["base"] - s["loss"]["merged"] for s in (summary, whole[1]))
     assert gain > 0.9 * plain
     assert list((tmp_path / "run" / "clients").rglob("lost-*.safetensors"))
+
+
+@pytest.mark.parametrize("aggregator", ["fedavg", "exact"])
+def test_one_client_and_one_round_are_central_training(home, whole, tmp_path, aggregator):
+    """A Trainer on the same package, data and seed, with nothing federated about it."""
+    package, jobs = load_package(whole[0] / "package"), []
+
+    def train(job):
+        jobs.append(job)
+        IN_PROCESS(job)
+
+    run(home, tmp_path / "run", train=train, cohort=1, rounds=1, aggregator=aggregator)
+    [job] = jobs
+    start = read_manifest(job.adapter, AdapterManifest)
+    model = attach_lora(package, package.architecture, start.lora)
+    set_factors(model, read_factors(job.adapter), package.architecture, start.layers)
+    settings = StreamingLoraConfig(output_dir=str(tmp_path / "trainer"), save_strategy="no", **job.training)
+    StreamingLoraTrainer(
+        model,
+        settings,
+        train_dataset=training_columns(load_examples(str(job.data))),
+        processing_class=load_tokenizer(whole[0] / "package"),
+    ).train()
+    central = get_factors(model, package.architecture, start.layers)
+    federated = read_factors(tmp_path / "run" / "rounds" / "0001" / "adapter")
+    for module, (A_RI, B_OR) in central.items():
+        if aggregator == "fedavg":
+            assert torch.equal(federated[module].A_RI, A_RI)
+            assert torch.equal(federated[module].B_OR, B_OR)
+        else:
+            product = B_OR.double() @ A_RI.double()
+            found = federated[module].B_OR.double() @ federated[module].A_RI.double()
+            assert torch.dist(found, product) <= 1e-6 * product.norm()
 
 
 def test_a_run_that_harms_the_full_model_stops_after_two_rounds(home, tmp_path):
