@@ -118,6 +118,8 @@ def aggregate_updates(
     weigh = _weighing(settings.weighting)
     if not updates:
         raise ConfigError("No update was given; expected at least one update directory.")
+    if older and settings.aggregator == "alternate":
+        raise ConfigError("alternate can't take late updates: they trained beside another factor than the newest's.")
     check_output(output, overwrite)
     small = read_manifest(package, PackageManifest)
     architecture = describe(package_config(package))
