@@ -144,6 +144,8 @@ def aggregate_updates(
     codec = codec or Codec()
     if codec.name != "fp32" and previous is None:
         raise ConfigError(f"The codec {codec.name} needs --adapter, the adapter that the updates started from.")
+    if older and settings.aggregator == "alternate":
+        raise ConfigError("alternate can't take late updates: they trained beside another factor than the newest's.")
     check_output(output, overwrite)
     small = read_manifest(package, PackageManifest)
     architecture = describe(package_config(package))

@@ -817,6 +817,8 @@ def test_late_updates_are_taken_where_the_older_adapter_is_given(federation, tmp
         assert torch.dist(product(whole[module], lora.scale), expected) <= 1e-5 * expected.norm()
     with pytest.raises(ConfigError, match="expected a round before 0"):
         aggregate_updates(both, package, tmp_path / "3", previous=tmp_path / "0", older=[tmp_path / "1"])
+    with pytest.raises(ConfigError, match="alternate can't take late updates"):
+        aggregate_updates(both, package, tmp_path / "3", older=[tmp_path / "0"], aggregator="alternate")
     with pytest.raises(ConfigError, match="Older adapters were given without the newest one"):
         aggregate_updates(both, package, tmp_path / "3", older=[tmp_path / "1"])
 
