@@ -7,7 +7,7 @@ import torch
 from problems import LORA, SHAPES, federate, loss, make_factors, product, read, start, state, train, write
 from pydantic import ValidationError
 
-from hf_fedlarge.adapters import CARRY_WEIGHTS
+from hf_fedlarge.adapters import CARRY_WEIGHTS, AdapterReader
 from hf_fedlarge.aggregate import trained_in
 from hf_fedlarge.combine import AGGREGATORS, MOMENTUM_WEIGHTS, VARIANCE_WEIGHTS, Part, combine
 from hf_fedlarge.config import AggregationSettings, FederationConfig
@@ -68,7 +68,9 @@ def test_twenty_rounds_on_disk_lose_nothing(tmp_path):
         updates = random_updates(tmp_path, 3, seed=number)
         weights = [1.0, 2.0, 0.0 if number % 4 == 0 else 3.0]
         expected = {m: carry[m] + mean for m, mean in weighted(updates, weights).items()}
-        parts = [Part(update, weight, LORA.scale) for update, weight in zip(updates, weights, strict=True)]
+        parts = [
+            Part(AdapterReader(update), weight, LORA.scale) for update, weight in zip(updates, weights, strict=True)
+        ]
         combined = step(parts, adapter, tmp_path / f"next-{number}", carry_rank=100)
         adapter = tmp_path / f"next-{number}"
         assert combined.dropped == 0
@@ -78,7 +80,7 @@ def test_twenty_rounds_on_disk_lose_nothing(tmp_path):
 
 
 def test_svd_drops_what_exact_carries_and_says_how_much(tmp_path):
-    parts = [Part(update, 1.0, LORA.scale) for update in random_updates(tmp_path, 3)]
+    parts = [Part(AdapterReader(update), 1.0, LORA.scale) for update in random_updates(tmp_path, 3)]
     plain = step(parts, None, tmp_path / "svd", aggregator="svd")
     carried = step(parts, None, tmp_path / "exact", carry_rank=100)
     bounded = step(parts, None, tmp_path / "bounded", carry_rank=2)
@@ -93,10 +95,14 @@ def test_svd_drops_what_exact_carries_and_says_how_much(tmp_path):
 def test_an_update_of_some_modules_counts_there_alone(tmp_path):
     """Weights are normalised among those who have a module; what nobody trained stays, with its carry."""
     before = tmp_path / "before"
-    step([Part(update, 1.0, LORA.scale) for update in random_updates(tmp_path, 3)], None, before)
+    step([Part(AdapterReader(update), 1.0, LORA.scale) for update in random_updates(tmp_path, 3)], None, before)
     both, one = random_updates(tmp_path, 2, seed=1)
     write(one, {"first": read(one)["first"]})
-    step([Part(both, 1.0, LORA.scale), Part(one, 3.0, LORA.scale)], before, tmp_path / "after")
+    step(
+        [Part(AdapterReader(both), 1.0, LORA.scale), Part(AdapterReader(one), 3.0, LORA.scale)],
+        before,
+        tmp_path / "after",
+    )
     kept = {m: state(before)[m] - dense(before)[m] for m in SHAPES}
     expected = {
         "first": kept["first"] + 0.25 * dense(both)["first"] + 0.75 * dense(one)["first"],
@@ -104,11 +110,15 @@ def test_an_update_of_some_modules_counts_there_alone(tmp_path):
     }
     assert_close(state(tmp_path / "after"), expected)
     write(both, {"first": read(both)["first"]})
-    step([Part(both, 1.0, LORA.scale), Part(one, 3.0, LORA.scale)], before, tmp_path / "none")
+    step(
+        [Part(AdapterReader(both), 1.0, LORA.scale), Part(AdapterReader(one), 3.0, LORA.scale)],
+        before,
+        tmp_path / "none",
+    )
     for name in ("adapter_model.safetensors", CARRY_WEIGHTS):
         for old, new in zip(read(before, name)["second"], read(tmp_path / "none", name)["second"], strict=True):
             assert torch.equal(old, new)
-    mixed = [Part(update, 1.0, LORA.scale) for update in [*random_updates(tmp_path, 4, seed=2), one]]
+    mixed = [Part(AdapterReader(update), 1.0, LORA.scale) for update in [*random_updates(tmp_path, 4, seed=2), one]]
     with pytest.raises(ConfigError, match="krum compares whole updates, but clients have trained different modules"):
         step(mixed, before, tmp_path / "krum", aggregator="krum", byzantine=1, weighting="equal")
 
@@ -121,7 +131,9 @@ def test_one_factor_at_a_time_is_exact_and_the_other_stays(tmp_path, aggregator)
         frozen = "BA"["AB".index(trained)]
         assert trained == ("B" if aggregator == "ffa" or number % 2 else "A")
         updates = random_updates(tmp_path, 3, seed=number, frozen=(frozen, adapter))
-        parts = [Part(update, weight, LORA.scale) for update, weight in zip(updates, (1, 2, 3), strict=True)]
+        parts = [
+            Part(AdapterReader(update), weight, LORA.scale) for update, weight in zip(updates, (1, 2, 3), strict=True)
+        ]
         combined = step(parts, adapter, tmp_path / f"next-{number}", trained, aggregator=aggregator)
         before, adapter = adapter, tmp_path / f"next-{number}"
         assert combined.dropped == 0
@@ -150,7 +162,7 @@ def test_a_late_change_counts_from_what_it_started_from_and_for_less(tmp_path, a
             )
             for directory in (fresh, late, parent)
         )
-    parts = [Part(fresh, 1.0, LORA.scale), Part(late, 1.0, LORA.scale, base=old, late=3)]
+    parts = [Part(AdapterReader(fresh), 1.0, LORA.scale), Part(AdapterReader(late), 1.0, LORA.scale, base=old, late=3)]
     combined = step(parts, parent, tmp_path / "next", aggregator=aggregator)
     assert combined.shares == [0.5, 0.25]  # (1 + 3)^-1/2
     there = {name: dense(directory) for name, directory in {"f": fresh, "l": late, "p": parent, "o": old}.items()}
@@ -170,7 +182,7 @@ def test_training_with_late_clients_ends_where_training_without_does(tmp_path):
         for client in range(5):
             late = client > 0 and number > 1
             update = train(base if late else adapters[-1], tmp_path / f"{number}-{client}", client)
-            parts.append(Part(update, 1.0, LORA.scale, base if late else None, int(late)))
+            parts.append(Part(AdapterReader(update), 1.0, LORA.scale, base if late else None, int(late)))
         step(parts, adapters[-1], tmp_path / str(number))
         adapters.append(tmp_path / str(number))
     assert loss(adapters[-1]) <= 1.05 * loss(federate(tmp_path / "prompt", rounds=15))
@@ -226,7 +238,7 @@ def test_averages_go_from_round_to_round_on_disk(tmp_path, name, aggregator):
             for i, letter in enumerate("AB"):
                 if trained in ("both", letter):
                     history[module][i].append((means[i] - now[module][i].double())[0, 0].item())
-        parts = [Part(update, 1.0, LORA.scale) for update in updates]
+        parts = [Part(AdapterReader(update), 1.0, LORA.scale) for update in updates]
         choices = {"server_optimizer": name, "server_lr": 0.1, "aggregator": aggregator}
         step(parts, adapter, tmp_path / f"next-{number}", trained, **choices)
         adapter = tmp_path / f"next-{number}"
@@ -246,7 +258,12 @@ def test_momentum_on_products_is_that_of_dense_matrices(tmp_path):
         m = {k: 0.9 * m[k] + mean - here[k] for k, mean in weighted(updates, (1, 1)).items()}
         whole = {k: whole[k] + 0.5 * m[k] for k in SHAPES}
         choices = {"server_optimizer": "momentum", "server_lr": 0.5, "carry_rank": 20}
-        step([Part(update, 1.0, LORA.scale) for update in updates], adapter, tmp_path / f"next-{number}", **choices)
+        step(
+            [Part(AdapterReader(update), 1.0, LORA.scale) for update in updates],
+            adapter,
+            tmp_path / f"next-{number}",
+            **choices,
+        )
         adapter = tmp_path / f"next-{number}"
         assert_close(state(adapter), whole, relative=1e-5)
     assert read(adapter, MOMENTUM_WEIGHTS).keys() == SHAPES.keys()
@@ -257,7 +274,7 @@ def test_a_server_learning_rate_takes_a_part_of_the_way(tmp_path):
     for aggregator in ("exact", "median"):
         more = {"weighting": "equal"} if aggregator == "median" else {}
         step(
-            [Part(update, 1.0, LORA.scale)],
+            [Part(AdapterReader(update), 1.0, LORA.scale)],
             parent,
             tmp_path / aggregator,
             server_lr=0.25,
@@ -272,7 +289,7 @@ def test_a_server_learning_rate_takes_a_part_of_the_way(tmp_path):
 def test_steps_that_need_a_start_are_refused_without_one(tmp_path, choices):
     [update] = random_updates(tmp_path, 1)
     with pytest.raises(ConfigError, match="needs the adapter that clients started from"):
-        step([Part(update, 1.0, LORA.scale)], None, tmp_path / "next", aggregator="ffa", **choices)
+        step([Part(AdapterReader(update), 1.0, LORA.scale)], None, tmp_path / "next", aggregator="ffa", **choices)
 
 
 # --- clipping --------------------------------------------------------------------------------------------------------
@@ -285,7 +302,7 @@ def test_a_change_is_clipped_over_all_modules_together(tmp_path):
         for update in updates
     ]
     bound = sorted(norms)[1]
-    parts = [Part(update, 1.0, LORA.scale) for update in updates]
+    parts = [Part(AdapterReader(update), 1.0, LORA.scale) for update in updates]
     combined = step(parts, parent, tmp_path / "next", clip="median", carry_rank=100)
     factors = [min(1.0, bound / norm) for norm in norms]
     assert combined.shares == pytest.approx([factor / 3 for factor in factors])
@@ -299,7 +316,7 @@ def test_a_change_is_clipped_over_all_modules_together(tmp_path):
 
 def test_krum_s_choice_is_the_aggregate(tmp_path):
     updates = random_updates(tmp_path, 5)
-    parts = [Part(update, 1.0, LORA.scale) for update in updates]
+    parts = [Part(AdapterReader(update), 1.0, LORA.scale) for update in updates]
     combined = step(parts, None, tmp_path / "next", aggregator="krum", byzantine=1, weighting="equal")
     assert sorted(combined.shares) == [0, 0, 0, 0, 1]
     assert_close(state(tmp_path / "next"), dense(updates[combined.shares.index(1)]))

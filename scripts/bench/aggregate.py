@@ -110,7 +110,7 @@ def measure(options: argparse.Namespace) -> Figures:
             scale = dense(updates, options.modules)
         else:
             settings = AggregationSettings(aggregator=options.side)
-            parts = [Part(update, 1.0, LORA.scale) for update in updates]
+            parts = [Part(AdapterReader(update), 1.0, LORA.scale) for update in updates]
             trained = "B" if options.side == "ffa" else "both"
             combine(parts, parent, Path(output), LORA, settings, trained)
         seconds = (time.perf_counter() - started) * scale
