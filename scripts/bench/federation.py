@@ -252,7 +252,7 @@ class Benchmark:
 
     def show(self, means: dict[str, dict[str, float]]) -> None:
         """The table on standard output."""
-        table = Table(title=f"Held-out loss in nats per token, {self.options.seeds} seeds")
+        table = Table(title=f"Held-out loss in nats per token; seeds: {self.options.seeds}")
         for column in ("", "full model", "package", "gain", "of central's", "MB down", "MB up"):
             table.add_column(column, justify="right" if column else "left")
         for method, mean in means.items():
