@@ -23,7 +23,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from hf_fedlarge.architectures import Architecture
-from hf_fedlarge.artifacts import write_json
+from hf_fedlarge.artifacts import CARRY_WEIGHTS, write_json
 from hf_fedlarge.config import LoraSettings
 from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.linear import Adapter, FrozenLinear
@@ -31,7 +31,6 @@ from hf_fedlarge.tensors import Factors, SafetensorsWriter
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-CARRY_WEIGHTS = "carry.safetensors"
 _PREFIX = "base_model.model."
 
 

@@ -28,6 +28,13 @@ from hf_fedlarge.errors import ArtifactError, OutputError
 MANIFEST_NAME = "fedlarge.json"
 _HUB_FILES = {".gitattributes", ".cache", "README.md", "FEDLARGE.md"}
 MAX_MANIFEST_BYTES = 16 * 2**20
+# Of an adapter's files, those that clients don't need: the carry, which is a part of the federation's state, and what
+# only the server's optimizer goes on with, which isn't published.
+CARRY_WEIGHTS = "carry.safetensors"
+MOMENTUM_WEIGHTS = "server_momentum.safetensors"
+VARIANCE_WEIGHTS = "server_variance.safetensors"
+OPTIMIZER_FILES = frozenset({MOMENTUM_WEIGHTS, VARIANCE_WEIGHTS})
+SERVER_FILES = OPTIMIZER_FILES | {CARRY_WEIGHTS}
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -228,13 +235,16 @@ def manifest_kind(directory: Path) -> str | None:
     return kind if isinstance(kind, str) and kind in KINDS else None
 
 
-def verify_files(directory: Path, manifest: Manifest, *, published: bool = False) -> None:
+def verify_files(
+    directory: Path, manifest: Manifest, *, published: bool = False, unneeded: frozenset[str] = frozenset()
+) -> None:
     """Check that `directory` holds exactly the manifest's files, each with its size and SHA-256.
 
     Args:
         directory: the artifact.
         manifest: its manifest.
         published: it may have come from the Hub, which adds a card and keeps files as links into its cache.
+        unneeded: files that may be missing.
 
     Raises:
         ArtifactError: a file is missing, extra, of another size or digest; the message names it.
@@ -242,11 +252,13 @@ def verify_files(directory: Path, manifest: Manifest, *, published: bool = False
     present = {path.name for path in directory.iterdir()} - {MANIFEST_NAME}
     if published:
         present -= _HUB_FILES - set(manifest.files)
-    for name in sorted(set(manifest.files) - present):
+    for name in sorted(set(manifest.files) - present - unneeded):
         raise ArtifactError(f"{directory} lacks {name}, which its manifest lists; fetch it again.")
     for name in sorted(present - set(manifest.files)):
         raise ArtifactError(f"{directory} holds {name}, which its manifest does not list; remove it.")
     for name, entry in manifest.files.items():
+        if name in unneeded and name not in present:
+            continue
         path = directory / name
         if (path.is_symlink() and not published) or not path.is_file():
             raise ArtifactError(f"{path} is not a regular file.")

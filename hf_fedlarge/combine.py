@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from hf_fedlarge.adapters import ADAPTER_WEIGHTS, CARRY_WEIGHTS, AdapterReader, AdapterWriter
+from hf_fedlarge.adapters import ADAPTER_WEIGHTS, AdapterReader, AdapterWriter
 from hf_fedlarge.aggregate import (
     Aggregate,
     Change,
@@ -26,6 +26,7 @@ from hf_fedlarge.aggregate import (
     product_terms,
     shares,
 )
+from hf_fedlarge.artifacts import CARRY_WEIGHTS, MOMENTUM_WEIGHTS, VARIANCE_WEIGHTS
 from hf_fedlarge.blocks import in_order, workers
 from hf_fedlarge.config import ADAPTIVE, AggregationSettings, LoraSettings
 from hf_fedlarge.errors import ConfigError
@@ -35,8 +36,6 @@ from hf_fedlarge.server_optimizer import OPTIMIZERS, Rates
 from hf_fedlarge.tensors import Factors
 from hf_fedlarge.wire import EncodedReader
 
-MOMENTUM_WEIGHTS = "server_momentum.safetensors"
-VARIANCE_WEIGHTS = "server_variance.safetensors"
 _AHEAD = 3  # modules that are computed or wait to be written
 
 

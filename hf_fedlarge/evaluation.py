@@ -19,7 +19,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from hf_fedlarge.adapters import attach_lora, plug_in, read_factors, read_state, set_factors
-from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, manifest_kind, read_manifest, verify_files
+from hf_fedlarge.artifacts import (
+    OPTIMIZER_FILES,
+    SERVER_FILES,
+    AdapterManifest,
+    PackageManifest,
+    manifest_kind,
+    read_manifest,
+    verify_files,
+)
 from hf_fedlarge.errors import ArtifactError, DataError
 from hf_fedlarge.package import load_package, load_tokenizer, stream_checkpoint
 from hf_fedlarge.tensors import checkpoint_digest
@@ -90,7 +98,8 @@ def load_model(model_dir: Path, adapter: Path | None = None, *, verify: bool = T
     if adapter:
         manifest = read_manifest(adapter, AdapterManifest)
         if verify:
-            verify_files(adapter, manifest, published=True)
+            unneeded = SERVER_FILES if is_package else OPTIMIZER_FILES
+            verify_files(adapter, manifest, published=True, unneeded=unneeded)
             base = read_manifest(model_dir, PackageManifest).base.digest if is_package else checkpoint_digest(model_dir)
             if manifest.base.digest != base:
                 raise ArtifactError(

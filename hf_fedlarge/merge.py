@@ -24,10 +24,12 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from hf_fedlarge.adapters import ADAPTER_WEIGHTS, CARRY_WEIGHTS, expected_shapes, read_state, tensor_shapes
+from hf_fedlarge.adapters import ADAPTER_WEIGHTS, expected_shapes, read_state, tensor_shapes
 from hf_fedlarge.architectures import Architecture, describe, load_config
 from hf_fedlarge.artifacts import (
+    CARRY_WEIGHTS,
     MANIFEST_NAME,
+    OPTIMIZER_FILES,
     AdapterManifest,
     BaseModelEntry,
     CheckpointManifest,
@@ -154,7 +156,7 @@ def plan_merge(checkpoint: Path, adapter: Path) -> MergePlan:
         ArchitectureError: the model is of a kind that can't be merged.
     """
     manifest = read_manifest(adapter, AdapterManifest)
-    verify_files(adapter, manifest)
+    verify_files(adapter, manifest, unneeded=OPTIMIZER_FILES)
     architecture = describe(load_config(checkpoint))
     reader = CheckpointReader(checkpoint)
     names = architecture.tensor_names(reader.infos, checkpoint)

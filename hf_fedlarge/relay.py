@@ -10,8 +10,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from hf_fedlarge.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARRY_WEIGHTS
+from hf_fedlarge.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from hf_fedlarge.artifacts import (
+    CARRY_WEIGHTS,
     AdapterManifest,
     UpdateManifest,
     describe_files,

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from datasets import Dataset
-from federation import LORA, TRAINING, make_examples, make_federation
+from federation import LORA, TRAINING, make_examples, make_federation, make_update
 from filelock import FileLock
 from safetensors.torch import load_file
 
@@ -31,6 +31,7 @@ from hf_fedlarge.config import Codec
 from hf_fedlarge.data import load_examples
 from hf_fedlarge.errors import ArtifactError, ConfigError, OutputError
 from hf_fedlarge.evaluation import encode_example, evaluate
+from hf_fedlarge.merge import merge
 from hf_fedlarge.package import load_package, load_tokenizer
 from hf_fedlarge.trainers.client import ClientArguments, train_client
 from hf_fedlarge.trainers.launch import check_training
@@ -414,6 +415,20 @@ def test_a_federations_training_is_checked_before_anything_is_written(tmp_path, 
         with pytest.raises(ConfigError, match=sentence):
             check_training({name: value})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_client_needs_nothing_that_is_the_server_s_alone(home, tmp_path):
+    train(home, tmp_path / "first")
+    make_update(tmp_path / "second", home / "package", "bob", seed=5, adapter=home / "adapter")
+    updates = [tmp_path / "first", tmp_path / "second"]
+    aggregate_updates(updates, home / "package", tmp_path / "carrying", previous=home / "adapter")
+    assert (tmp_path / "carrying" / "carry.safetensors").exists()
+    how = {"adapter": str(tmp_path / "carrying"), "round": 2}
+    digest = train(home, tmp_path / "with", how).digest
+    (tmp_path / "carrying" / "carry.safetensors").unlink()
+    assert train(home, tmp_path / "without", how).digest == digest
+    with pytest.raises(ArtifactError, match=r"lacks carry.safetensors"):
+        merge(home / "checkpoint", tmp_path / "carrying", tmp_path / "merged")
 
 
 # Two steps of plain descent on the very same batch, unclipped: what FedProx adds is known by hand.

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from hf_fedlarge.adapters import (
     ADAPTER_WEIGHTS,
-    CARRY_WEIGHTS,
     AdapterReader,
     attach_lora,
     get_factors,
@@ -23,7 +22,14 @@ from hf_fedlarge.adapters import (
     set_factors,
 )
 from hf_fedlarge.architectures import describe
-from hf_fedlarge.artifacts import MANIFEST_NAME, AdapterManifest, PackageManifest, file_entry, read_manifest
+from hf_fedlarge.artifacts import (
+    CARRY_WEIGHTS,
+    MANIFEST_NAME,
+    AdapterManifest,
+    PackageManifest,
+    file_entry,
+    read_manifest,
+)
 from hf_fedlarge.collect import aggregate_updates, start_adapter
 from hf_fedlarge.config import Codec, LoraSettings
 from hf_fedlarge.errors import ArtifactError, ConfigError, OutputError, UpdateRefusedError

@@ -7,9 +7,10 @@ import torch
 from problems import LORA, SHAPES, federate, loss, make_factors, product, read, start, state, train, write
 from pydantic import ValidationError
 
-from hf_fedlarge.adapters import CARRY_WEIGHTS, AdapterReader
+from hf_fedlarge.adapters import AdapterReader
 from hf_fedlarge.aggregate import trained_in
-from hf_fedlarge.combine import AGGREGATORS, MOMENTUM_WEIGHTS, VARIANCE_WEIGHTS, Part, combine
+from hf_fedlarge.artifacts import CARRY_WEIGHTS, MOMENTUM_WEIGHTS, VARIANCE_WEIGHTS
+from hf_fedlarge.combine import AGGREGATORS, Part, combine
 from hf_fedlarge.config import AggregationSettings, FederationConfig
 from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.options import AGGREGATION

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hf_fedlarge.adapters import attach_lora, read_factors, set_factors, set_trainable
 from hf_fedlarge.architectures import Architecture
-from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, verify_files
+from hf_fedlarge.artifacts import SERVER_FILES, AdapterManifest, PackageManifest, verify_files
 from hf_fedlarge.config import LoraSettings
 from hf_fedlarge.memory import give_back_freed_memory
 from hf_fedlarge.package import load_package, load_tokenizer
@@ -64,7 +64,7 @@ class Worker:
             ArtifactError: a file is not what the manifest says.
         """
         if self._read is None or self._read[:2] != (directory.resolve(), adapter.digest):
-            verify_files(directory, adapter)
+            verify_files(directory, adapter, unneeded=SERVER_FILES)
             self._read = directory.resolve(), adapter.digest, read_factors(directory)
         return self._read[2]
 
