@@ -18,6 +18,7 @@ from hf_fedlarge.evaluation import evaluate
 from hf_fedlarge.hub import push
 from hf_fedlarge.merge import merge, plan_merge
 from hf_fedlarge.package import load_package, load_tokenizer
+from hf_fedlarge.relay import relay_update as relay
 from hf_fedlarge.rounds import run_federation as run
 from hf_fedlarge.trainers.client import train_client as train
 from hf_fedlarge.transfer import transfer_report as transfer
@@ -31,6 +32,7 @@ __all__ = [
     "plan_merge",
     "plan_shrink",
     "push",
+    "relay",
     "run",
     "shrink",
     "start_adapter",

@@ -124,7 +124,7 @@ def decompose(terms: Sequence[Term], count: int | None) -> Decomposition:
     columns = sum(len(factors.A_RI) for _, factors in terms)
     if count is not None and columns > max(_FEW, 2 * (count + _MORE)):
         A_SI, B_OS = stack(terms, torch.float32)
-        return subspace(lambda X_IK: B_OS @ (A_SI @ X_IK), lambda Y_OK: A_SI.T @ (B_OS.T @ Y_OK), A_SI, count)
+        return subspace(lambda X_IK: B_OS @ (A_SI @ X_IK), lambda Y_OK: ((Y_OK.T @ B_OS) @ A_SI).T, A_SI, count)
     A_SI, B_OS = stack(terms, torch.float64)
     Q_OM, R_MS = torch.linalg.qr(B_OS)
     Q_IN, R_NS = torch.linalg.qr(A_SI.T)
