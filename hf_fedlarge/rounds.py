@@ -62,6 +62,7 @@ from hf_fedlarge.update import outcome, validate_update
 logger = logging.getLogger(__name__)
 _BAD_ROUNDS = 2  # in a row, before a run stops
 _ATTEMPTS = 3  # at a round, each with another cohort
+_NAMED = 20  # clients, in a line
 
 Report = Callable[[str], None]
 
@@ -214,6 +215,7 @@ class _Federation:
             return {
                 **traffic(self.journal, number),
                 "energy_dropped": adapter.energy_dropped,
+                "energy_carried": adapter.energy_carried,
                 "seconds": round(time.monotonic() - started, 1),
                 **peaks(updates),
                 "clients": [entry.model_dump() for entry in adapter.contributions],
@@ -221,7 +223,8 @@ class _Federation:
 
         for attempt in range(1, _ATTEMPTS + 1):
             order = server.open(check_ins, self.jobs.least_bytes)
-            self.report(f"round {number}: {', '.join(order.clients)}")
+            few = len(order.clients) <= _NAMED
+            self.report(f"round {number}: {', '.join(order.clients) if few else f'{len(order.clients)} clients'}")
             self._ask(server, order)
             try:
                 record = server.close(order, aggregate, evaluate, describe_round)

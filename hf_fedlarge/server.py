@@ -223,9 +223,14 @@ class RoundServer:
     def _kept(self) -> list[list[Any]]:
         """Round and client of the late updates of earlier rounds that can count in this one."""
         used = [late for entry in self.journal.find("closed") for late in entry["late"]]
-        waiting = [[entry["round"], entry["client"]] for entry in self.journal.find("late")]
+        # A server that was killed before it said so may have taken the update in time when it came back.
+        said = {(entry["round"], entry["client"]) for entry in self.journal.find("validated", accepted=False)}
+        in_time = {(entry["round"], entry["client"]) for entry in self.journal.find("validated", accepted=True)}
+        kept = {(entry["round"], entry["client"]) for entry in self.journal.find("late")} & said - in_time
         return sorted(
-            late for late in waiting if late not in used and late[0] < self.number and late[1] not in self.accepted
+            [number, client]
+            for number, client in kept
+            if number < self.number and client not in self.accepted and [number, client] not in used
         )
 
     # Aggregated, evaluated, committed

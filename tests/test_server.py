@@ -244,6 +244,33 @@ def test_what_comes_late_may_be_kept_for_the_next_round(home, tmp_path):
     assert not list((tmp_path / "rounds" / ".late").rglob("*.safetensors"))
 
 
+def test_a_late_update_that_a_new_server_took_in_time_counts_once(home, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    write = Journal.write
+
+    def dying(self, event, **fields):
+        if event == "validated" and not fields["accepted"]:
+            raise Killed
+        write(self, event, **fields)
+
+    changes = {"cohort": 1, "min_updates": 1, "late": "buffer"}
+    server, order = opened(home, tmp_path, deadline_seconds=0.01, **changes)
+    [client] = order.clients
+    time.sleep(0.05)
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "write", dying)
+        with pytest.raises(Killed):
+            server.receive(order, client, home / "updates" / client)
+    assert events(tmp_path, "late")
+    again = make_server(home, tmp_path, **changes)
+    assert again.receive(order, client, home / "updates" / client).accepted
+    following = RoundServer(tmp_path / "rounds", 2, again.journal, config(**changes), lambda *_: None)
+    following.open([CheckIn("someone", 1)])
+    assert following._kept() == []
+
+
 def test_an_abandoned_round_keeps_what_was_accepted_for_the_next_attempt(home, tmp_path):
     server, order = opened(home, tmp_path)
     first = order.clients[0]
