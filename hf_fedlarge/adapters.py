@@ -173,9 +173,9 @@ def in_package(module: str, factors: Factors, architecture: Architecture, layers
     here = _renumber(module, architecture, layers.index(architecture.layer_of(f"{module}.")))
     A_RI, B_OR = factors
     if (kept := architecture.neurons_in(here)) is not None:
-        A_RI = torch.zeros_like(A_RI).index_copy_(1, kept, A_RI[:, kept])
+        A_RI = _widened(A_RI[:, kept], 1, kept, A_RI.shape[1])
     if (kept := architecture.neurons_out(here)) is not None:
-        B_OR = torch.zeros_like(B_OR).index_copy_(0, kept, B_OR[kept])
+        B_OR = _widened(B_OR[kept], 0, kept, len(B_OR))
     return Factors(A_RI, B_OR)
 
 
@@ -228,7 +228,7 @@ class AdapterReader:
         for name in header:
             if name.endswith(".lora_A.weight"):
                 module = name.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
-                entries = [header[f"{_PREFIX}{module}.lora_{letter}.weight"] for letter in "AB"]
+                entries = [header[factor_name(module, letter)] for letter in "AB"]
                 assert all(entry["dtype"] == "F32" for entry in entries), f"{self._path}: {module} is not fp32"
                 places = [(8 + length + entry["data_offsets"][0], entry["shape"]) for entry in entries]
                 self._places[sys.intern(module)] = places
@@ -268,7 +268,7 @@ class AdapterWriter:
     def write(self, module: str, factors: Factors) -> None:
         """The next module's factors, as fp32."""
         for letter, factor in zip("AB", factors, strict=True):
-            self._shapes[f"{_PREFIX}{module}.lora_{letter}.weight"] = tuple(factor.shape)
+            self._shapes[factor_name(module, letter)] = tuple(factor.shape)
             self._file.write(factor.float().contiguous().numpy().data.cast("B"))
 
     def __enter__(self) -> Self:

@@ -6,8 +6,8 @@ import importlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +40,11 @@ Weigh = Callable[[UpdateManifest], float]
 
 @dataclass(frozen=True)
 class _Base:
-    """An adapter that updates may have started from, and its package, where it is if it is another tier's."""
+    """An adapter that updates may have started from, and what those must agree with."""
 
     directory: Path
     adapter: AdapterManifest
-    package: PackageManifest
-    package_directory: Path
-
-    def wire(self, codec: Codec) -> Wire | None:
-        """How updates that started from it are encoded."""
-        if codec.name == "fp32":
-            return None
-        architecture = package_architecture(self.package_directory, self.package)
-        return Wire(codec, AdapterReader(self.directory), architecture, self.package.kept_layers, self.adapter.lora)
+    expected: Expected
 
 
 @dataclass(frozen=True)
@@ -155,26 +147,19 @@ def aggregate_updates(
         _check_continues(previous, parent, settings, number)
     else:
         lora, number = _majority(updates, small, architecture, round_number)
-    bases = _bases(previous, parent, older, small, package) | _tier_bases(tiers or {}, parent)
-
+    bases: dict[str | None, _Base] = {}
+    for directory, manifest, trained in _started_from(previous, parent, older, tiers or {}, package, small):
+        its_round = number + manifest.round - parent.round
+        expected = expected_from(directory, manifest, trained, its_round, codec)
+        bases[manifest.digest] = _Base(directory, manifest, expected)
+    started_by_themselves = Expected(small, architecture, lora, number)
     accepted: list[tuple[Path, UpdateManifest, float]] = []
     readers: dict[Path, AdapterReader | EncodedReader] = {}
     refused: list[tuple[str, str]] = []
     for directory in updates:
         whose = asked[directory] if asked else None
         base = bases.get(_claimed_base(directory)) or bases.get(parent.digest if parent else None)
-        expected = Expected(small, architecture, lora, number, None, whose)
-        if base:
-            expected = Expected(
-                base.package,
-                describe(package_config(base.package_directory)) if base.package is not small else architecture,
-                base.adapter.lora,
-                number + base.adapter.round - parent.round,
-                base.adapter.digest,
-                whose,
-                frozen_factor(base.directory, base.adapter),
-                base.wire(codec),
-            )
+        expected = replace(base.expected if base else started_by_themselves, asked=whose)
         try:
             manifest = validate_update(directory, expected)
             if manifest.client in {other.client for _, other, _ in accepted}:
@@ -232,10 +217,32 @@ def aggregate_updates(
         return Collected(_seal(staging, manifest), tuple(refused))
 
 
-def frozen_factor(directory: Path, adapter: AdapterManifest) -> tuple[str, AdapterReader] | None:
-    """What clients of an adapter in `directory` must send back as they got it: a factor, and where it is read."""
+def expected_from(
+    directory: Path, adapter: AdapterManifest, package: Path, round_number: int, codec: Codec
+) -> Expected:
+    """What an update for a round must agree with, whoever sends it, if its client started from this adapter.
+
+    Args:
+        directory, adapter: the adapter and its manifest.
+        package: what the client trains.
+        round_number: the round that the update is for.
+        codec: how it is encoded.
+    """
+    small = read_manifest(package, PackageManifest)
     frozen = {"A": "B", "B": "A"}.get(adapter.trains)
-    return (frozen, AdapterReader(directory)) if frozen else None
+    wire = None
+    if codec.name != "fp32":
+        architecture = package_architecture(package, small)
+        wire = Wire(codec, AdapterReader(directory), architecture, small.kept_layers, adapter.lora)
+    return Expected(
+        small,
+        describe(package_config(package)),
+        adapter.lora,
+        round_number,
+        adapter.digest,
+        frozen=(frozen, AdapterReader(directory)) if frozen else None,
+        wire=wire,
+    )
 
 
 def choose(**choices: Any) -> AggregationSettings:
@@ -285,19 +292,20 @@ def _claimed_base(directory: Path) -> str | None:
         return None  # `validate_update` will say why
 
 
-def _bases(
+def _started_from(
     previous: Path | None,
     parent: AdapterManifest | None,
     older: Sequence[Path],
-    small: PackageManifest,
+    tiers: Mapping[Path, Path],
     package: Path,
-) -> dict[str | None, _Base]:
-    """Digest → the adapters that updates may have started from."""
+    small: PackageManifest,
+) -> Iterator[tuple[Path, AdapterManifest, Path]]:
+    """The adapters that updates may have started from, with the package that was trained then."""
     if parent is None:
         if older:
             raise ConfigError("Older adapters were given without the newest one; give --adapter, too.")
-        return {}
-    bases: dict[str | None, _Base] = {parent.digest: _Base(previous, parent, small, package)}
+    else:
+        yield previous, parent, package
     for directory in older:
         manifest = _read_previous(directory, small)
         if manifest.lora != parent.lora or manifest.trains != parent.trains or manifest.round >= parent.round:
@@ -305,20 +313,12 @@ def _bases(
                 f"{directory} is of round {manifest.round}, {manifest.lora}, for training {manifest.trains}; expected "
                 f"a round before {parent.round}, {parent.lora}, for training {parent.trains}."
             )
-        bases[manifest.digest] = _Base(directory, manifest, small, package)
-    return bases
-
-
-def _tier_bases(tiers: Mapping[Path, Path], parent: AdapterManifest | None) -> dict[str | None, _Base]:
-    """Digest → the parts of the parent that other tiers' clients started from."""
-    bases: dict[str | None, _Base] = {}
-    for directory, package in tiers.items():
-        small = read_manifest(package, PackageManifest)
-        manifest = _read_previous(directory, small)
+        yield directory, manifest, package
+    for directory, own in tiers.items():
+        manifest = _read_previous(directory, read_manifest(own, PackageManifest))
         if parent is None or manifest.parent != parent.digest:
             raise ConfigError(f"{directory} is not a tier's part of the adapter before; derive it from that one.")
-        bases[manifest.digest] = _Base(directory, manifest, small, package)
-    return bases
+        yield directory, manifest, own
 
 
 def _check_continues(previous: Path, parent: AdapterManifest, settings: AggregationSettings, number: int) -> None:

@@ -5,29 +5,27 @@ A run has one package for everybody, or one a tier: clients of less memory get s
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_fedlarge.adapters import AdapterReader
 from hf_fedlarge.architectures import describe, load_config
 from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, read_manifest
 from hf_fedlarge.budget import parse_bytes
 from hf_fedlarge.calibrate import make_package, plan_package
 from hf_fedlarge.clients import read_check_ins
-from hf_fedlarge.collect import frozen_factor
+from hf_fedlarge.collect import expected_from
 from hf_fedlarge.config import Codec, FederationConfig, LoraSettings, PackageSettings
 from hf_fedlarge.errors import ConfigError
-from hf_fedlarge.package import package_architecture, package_config
 from hf_fedlarge.plan import CheckIn
 from hf_fedlarge.tiers import client_bytes, derive_adapter, describe_fit, fit_memory
 from hf_fedlarge.traffic import changed_bytes
 from hf_fedlarge.update import MAX_SMALL_BYTES, Asked, Expected, update_bytes
-from hf_fedlarge.wire import Wire
 
 DEFAULT_MAX_LENGTH = 1024  # of SFTConfig
 
@@ -82,6 +80,9 @@ class Jobs:
         self, config: FederationConfig, run: Path, adapter_of: Callable[[int], Path], tiers: list[Tier]
     ) -> None:
         self.config, self.run, self._adapter_of, self.tiers = config, run, adapter_of, tiers
+        # The same for all clients of a tier, and reading two adapters or a package's config takes a while.
+        self._changed_bytes = functools.cache(changed_bytes)
+        self._expected: dict[Path, Expected] = {}
 
     @cached_property
     def check_ins(self) -> dict[str, CheckIn]:
@@ -134,26 +135,15 @@ class Jobs:
 
     def expected(self, client: str, number: int) -> Expected:
         """What its update must agree with."""
-        tier = self.tier_of(client)
-        directory = self.adapter(tier, number)
-        adapter = read_manifest(directory, AdapterManifest)
-        return Expected(
-            tier.manifest,
-            describe(package_config(tier.package)),
-            adapter.lora,
-            number,
-            adapter.digest,
-            self.asked(client),
-            frozen_factor(directory, adapter),
-            self._wire(tier, directory),
-        )
+        return replace(self._of_tier(self.tier_of(client), number), asked=self.asked(client))
 
-    def _wire(self, tier: Tier, adapter: Path) -> Wire | None:
-        if self.config.codec == "fp32":
-            return None
-        architecture = package_architecture(tier.package, tier.manifest)
-        reader = AdapterReader(adapter)
-        return Wire(self.config.wire_codec, reader, architecture, tier.manifest.kept_layers, tier.lora)
+    def _of_tier(self, tier: Tier, number: int) -> Expected:
+        directory = self.adapter(tier, number)
+        if directory not in self._expected:
+            adapter = read_manifest(directory, AdapterManifest)
+            codec = self.config.wire_codec
+            self._expected[directory] = expected_from(directory, adapter, tier.package, number, codec)
+        return self._expected[directory]
 
     def asked(self, client: str) -> Asked:
         """What a client can have trained on at the most: its examples, as often as the training arguments say."""
@@ -174,14 +164,14 @@ class Jobs:
         tier = self.tier_of(client)
         adapter = self.adapter(tier, number)
         if has is None:
-            return tier.manifest.total_bytes + changed_bytes(adapter, None)
-        return changed_bytes(adapter, self.adapter(tier, has))
+            return tier.manifest.total_bytes + self._changed_bytes(adapter, None)
+        return self._changed_bytes(adapter, self.adapter(tier, has))
 
-    def upload_bytes(self, client: str) -> int:
+    def upload_bytes(self, client: str, number: int) -> int:
         """The most that its update may have; a larger one is refused."""
-        tier = self.tier_of(client)
-        architecture = describe(package_config(tier.package))
-        tensors = update_bytes(architecture, tier.manifest.kept_layers, tier.lora, self.config.wire_codec)
+        expected = self._of_tier(self.tier_of(client), number)
+        codec = self.config.wire_codec
+        tensors = update_bytes(expected.architecture, expected.package.kept_layers, expected.lora, codec)
         return tensors + 2 * MAX_SMALL_BYTES
 
 

@@ -270,7 +270,7 @@ class _Federation:
         spent = sum(entry["bytes"] for entry in self.journal.find("asked", "received"))
         down = {entry["client"] for entry in self.journal.find("asked", round=number)}
         needed = sum(self._download_bytes(client, number) for client in clients if client not in down)
-        needed += sum(self.jobs.upload_bytes(client) for client in clients)
+        needed += sum(self.jobs.upload_bytes(client, number) for client in clients)
         Budget(parse_bytes(self.config.budget), spent).spend(needed, f"Round {number} with {len(clients)} clients")
 
     def _finish(self, package: PackageManifest) -> dict[str, Any]:
