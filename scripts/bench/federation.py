@@ -29,14 +29,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness import workplace
+from harness import DEMO_MODEL as CHECKPOINT
+from harness import run_on_demo_model
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from hf_fedlarge.trainers.client import ClientArguments, train_client  # first: sets what torch must know
 
-CHECKPOINT = Path("demo/SmolLM2-135M-Instruct")
 CLIENTS, COHORT, BATCH, MAX_LENGTH = 10, 5, 8, 160
 METHODS: dict[str, dict[str, Any]] = {
     "fedavg": {"aggregator": "fedavg"},
@@ -63,14 +63,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep the package and the runs there")
     options = parser.parse_args()
-    if not (CHECKPOINT / "config.json").exists():
-        parser.error(f"{CHECKPOINT} is missing; run `make demo` once.")
     if options.rounds * options.steps * COHORT % CLIENTS:
         parser.error(f"--rounds times --steps times {COHORT} has to be divisible by {CLIENTS}, for local-only.")
-    with workplace(options) as directory:
-        report = Benchmark(options, Path(directory)).run()
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    run_on_demo_model(parser, options, Benchmark)
     return 0
 
 

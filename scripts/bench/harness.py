@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +32,7 @@ FIGURES = {
     "peak_anonymous_bytes": ("MB", 1e6),
 }
 Figures = dict[str, Any]
+DEMO_MODEL = Path("demo/SmolLM2-135M-Instruct")
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 
 
@@ -114,6 +116,18 @@ def show(report: dict[str, Any], title: str, file: Path | None) -> None:
 def workplace(options: argparse.Namespace) -> tempfile.TemporaryDirectory[str] | _Kept:
     """`--work` if it was given, else a directory that goes away."""
     return _Kept(options.work) if options.work else tempfile.TemporaryDirectory()
+
+
+def run_on_demo_model(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, benchmark: Callable[[argparse.Namespace, Path], Any]
+) -> None:
+    """Run a benchmark, made of the options and a directory to work in, and write what its `run` returns as `--json`."""
+    if not (DEMO_MODEL / "config.json").exists():
+        parser.error(f"{DEMO_MODEL} is missing; run `make demo` once.")
+    with workplace(options) as directory:
+        report = benchmark(options, Path(directory)).run()
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 class _Kept:

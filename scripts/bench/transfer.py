@@ -20,7 +20,6 @@ and with `-in-domain` behind the name on docstrings that nobody trains on.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import statistics
@@ -30,13 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import workplace
+from harness import DEMO_MODEL as CHECKPOINT
+from harness import run_on_demo_model
 from rich.console import Console
 from rich.table import Table
 
 from hf_fedlarge.trainers.client import ClientArguments  # noqa: F401  (sets what torch must know before it loads)
 
-CHECKPOINT = Path("demo/SmolLM2-135M-Instruct")
 HELD_OUT, CALIBRATION, MAX_LENGTH, BATCH = 64, 192, 160, 8
 IN_DOMAIN = "-in-domain"
 SETTINGS = {
@@ -62,12 +61,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep the packages there")
     options = parser.parse_args()
-    if not (CHECKPOINT / "config.json").exists():
-        parser.error(f"{CHECKPOINT} is missing; run `make demo` once.")
-    with workplace(options) as directory:
-        report = Benchmark(options, Path(directory)).run()
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    run_on_demo_model(parser, options, Benchmark)
     return 0
 
 
