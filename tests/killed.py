@@ -17,10 +17,9 @@ STEPS = {
 }
 
 
-def run_until(federation: Path, output: Path, step: int) -> None:
-    """Run, and die by SIGKILL at the `step`-th beginning or end of a step; end in peace if there are fewer."""
+def dying(step: int):
+    """A wrapper of functions; the process dies by SIGKILL at the `step`-th beginning or end of a call of one."""
     torch.set_num_threads(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     left = step
 
     def count():
@@ -38,6 +37,13 @@ def run_until(federation: Path, output: Path, step: int) -> None:
 
         return wrapper
 
+    return counted
+
+
+def run_until(federation: Path, output: Path, step: int) -> None:
+    """Run, and die by SIGKILL at the `step`-th beginning or end of a step; end in peace if there are fewer."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    counted = dying(step)
     for module, names in STEPS.items():
         for name in names:
             setattr(module, name, counted(getattr(module, name)))

@@ -1,11 +1,9 @@
 """One round driven with updates that were made beforehand, killed where a test says; for tests of `server.py`."""
 
-import os
 import shutil
-import signal
 from pathlib import Path
 
-import torch
+from killed import dying
 
 from hf_fedlarge import artifacts, server
 from hf_fedlarge.architectures import describe
@@ -76,24 +74,7 @@ def drive(home: Path, run: Path, sent: list[str] | None = None, **changes):
 
 def drive_until(home: Path, run: Path, step: int) -> None:
     """Drive, and die by SIGKILL at the `step`-th beginning or end of a write; end in peace if there are fewer."""
-    torch.set_num_threads(1)
-    left = step
-
-    def counted(function):
-        def wrapper(*arguments, **options):
-            count()
-            result = function(*arguments, **options)
-            count()
-            return result
-
-        return wrapper
-
-    def count():
-        nonlocal left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
+    counted = dying(step)
     Journal.write = counted(Journal.write)
     artifacts.commit_directory = counted(artifacts.commit_directory)
     server.commit_directory = counted(server.commit_directory)

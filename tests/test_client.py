@@ -229,8 +229,8 @@ class PowerCut(BaseException):
     pass
 
 
-def test_interrupted_training_resumes_from_its_checkpoint_with_the_same_bytes(home, tmp_path, monkeypatch):
-    whole = train(home, tmp_path / "whole", max_steps=6, save_steps=2)
+def cut_in_the_fourth_step(monkeypatch):
+    """Returns the list of the steps that will have been begun."""
     step, calls = StreamingLoraTrainer.training_step, []
 
     def cut(self, *args, **kwargs):
@@ -240,6 +240,12 @@ def test_interrupted_training_resumes_from_its_checkpoint_with_the_same_bytes(ho
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(StreamingLoraTrainer, "training_step", cut)
+    return calls
+
+
+def test_interrupted_training_resumes_from_its_checkpoint_with_the_same_bytes(home, tmp_path, monkeypatch):
+    whole = train(home, tmp_path / "whole", max_steps=6, save_steps=2)
+    calls = cut_in_the_fourth_step(monkeypatch)
     with pytest.raises(PowerCut):
         train(home, tmp_path / "cut", max_steps=6, save_steps=2)
     assert not (tmp_path / "cut").exists()
@@ -456,15 +462,7 @@ def test_the_proximal_term_is_its_closed_form(home, tmp_path, options):
 def test_a_resumed_client_is_still_drawn_to_the_round_s_adapter(home, tmp_path, monkeypatch):
     options = {"max_steps": 4, "save_steps": 2}
     whole = train(home, tmp_path / "whole", {"proximal": 5.0}, **options)
-    step, calls = StreamingLoraTrainer.training_step, []
-
-    def cut(self, *args, **kwargs):
-        calls.append(self.state.global_step)
-        if len(calls) == 4:
-            raise PowerCut
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(StreamingLoraTrainer, "training_step", cut)
+    calls = cut_in_the_fourth_step(monkeypatch)
     with pytest.raises(PowerCut):
         train(home, tmp_path / "cut", {"proximal": 5.0}, **options)
     assert train(home, tmp_path / "cut", {"proximal": 5.0}, **options).digest == whole.digest

@@ -94,6 +94,18 @@ def test_a_tier_gets_the_best_part_of_the_adapter_in_its_rank(uneven, tmp_path):
         assert torch.linalg.norm(full - part).item() == pytest.approx(singular[3:].norm().item(), rel=1e-4)
 
 
+def second_round(uneven, path, **choices):
+    """Aggregate the updates `a` and `b`; `part` is what the small tier's client started from."""
+    return aggregate_updates(
+        [path / "a", path / "b"],
+        uneven / "large",
+        path / "two",
+        previous=uneven / "one",
+        tiers={path / "part": uneven / "small"},
+        **choices,
+    )
+
+
 def test_tiers_meet_in_one_adapter_as_the_dense_sum_says(uneven, tmp_path):
     """A large client and a small one: each layer is the mean of the changes of those that have it."""
     lora, small = read_manifest(uneven / "one", AdapterManifest).lora, LoraSettings(rank=3, alpha=16.0)
@@ -101,14 +113,7 @@ def test_tiers_meet_in_one_adapter_as_the_dense_sum_says(uneven, tmp_path):
     derive_adapter(uneven / "one", uneven / "small", small, part)
     make_update(tmp_path / "a", uneven / "large", "ann", seed=2, adapter=uneven / "one", round_number=2, lora=lora)
     make_update(tmp_path / "b", uneven / "small", "ben", seed=3, adapter=part, round_number=2, lora=small, tokens=300)
-    collected = aggregate_updates(
-        [tmp_path / "a", tmp_path / "b"],
-        uneven / "large",
-        tmp_path / "two",
-        previous=uneven / "one",
-        tiers={part: uneven / "small"},
-        carry_rank=64,
-    )
+    collected = second_round(uneven, tmp_path, carry_rank=64)
     assert collected.refused == ()
     ann, ben = product(read_factors(tmp_path / "a"), lora), product(read_factors(tmp_path / "b"), small)
     parent, had = product(read_factors(uneven / "one"), lora), product(read_factors(part), small)
@@ -127,13 +132,7 @@ def test_an_update_of_a_tier_must_have_its_package(uneven, tmp_path):
     derive_adapter(uneven / "one", uneven / "small", small, part)
     make_update(tmp_path / "a", uneven / "large", "ann", adapter=uneven / "one", round_number=2, lora=lora)
     make_update(tmp_path / "b", uneven / "large", "ben", adapter=part, round_number=2, lora=small)
-    collected = aggregate_updates(
-        [tmp_path / "a", tmp_path / "b"],
-        uneven / "large",
-        tmp_path / "two",
-        previous=uneven / "one",
-        tiers={part: uneven / "small"},
-    )
+    collected = second_round(uneven, tmp_path)
     [(client, reason)] = collected.refused
     assert client == "ben"
     assert "it was trained on the package" in reason
