@@ -5,8 +5,7 @@
 
 SmolLM2-135M-Instruct learns the docstrings of the standard library's ten largest packages, one client each (non-IID),
 cohorts of five. Every row trains the same number of steps of the same batches on the same package, from the same
-adapter, and its adapter is evaluated on the clients' held-out examples together, plugged into the full model and on
-the package:
+adapter, and its adapter is evaluated on the clients' held-out examples together, plugged into the full model:
 
     central     one client with everybody's examples
     local-only  every client alone with its share of the steps; the mean of their losses
@@ -15,7 +14,8 @@ the package:
     share of central's gain = (loss of the base − loss of the full model with the adapter) / (the same of central)
 
 A method whose settings this version doesn't know is reported as unknown and left out. MB are what all clients of a run
-moved, the package's download left out. Runs are kept in `--work`; begun again, finished ones are not repeated.
+moved, the package's download left out. Runs are kept in `--work`; begun again, finished ones are not repeated. So
+two processes can share the work, each with seeds of its own (`--first-seed`), and a third one shows all.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import os
 import shutil
 import statistics
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,8 @@ from rich.table import Table
 
 from hf_fedlarge.trainers.client import ClientArguments, train_client  # first: sets what torch must know
 
-CLIENTS, COHORT, BATCH, MAX_LENGTH = 10, 5, 8, 160
+CLIENTS, COHORT, MAX_LENGTH = 10, 5, 160
+ROUND_EXAMPLES = 16  # held-out ones that a run looks at after each round; what counts is evaluated here, on more
 METHODS: dict[str, dict[str, Any]] = {
     "fedavg": {"aggregator": "fedavg"},
     "ffa": {"aggregator": "ffa"},
@@ -55,10 +58,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=3, help="of a client in a round")
+    parser.add_argument("--batch", type=int, default=4, help="examples of a step")
     parser.add_argument("--max-examples", type=int, default=160, help="of a client")
-    parser.add_argument("--eval-examples", type=int, default=64, help="held out, of all clients together")
+    parser.add_argument("--eval-examples", type=int, default=128, help="held out, of all clients together")
     parser.add_argument("--keep-layers", help="make the package by leaving out layers (a third of the neurons)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep the package and the runs there")
@@ -89,6 +94,7 @@ class Benchmark:
             settings = self.settings(0, {})
             make_package(plan_package(CHECKPOINT, settings), settings, self.package)
         self.rows: list[dict[str, Any]] = []
+        self.base: dict[int, float] = {}  # seed → loss before training
 
     def settings(self, seed: int, method: dict[str, Any]) -> Any:
         """A federation's settings; pydantic's ValidationError where a key isn't known."""
@@ -108,7 +114,7 @@ class Benchmark:
                 "rounds": self.options.rounds,
                 "cohort": COHORT,
                 "seed": seed,
-                "eval_examples": self.options.eval_examples,
+                "eval_examples": ROUND_EXAMPLES,
                 "client_eval_examples": 0,
                 "training": self.training(self.options.steps),
             }
@@ -119,7 +125,7 @@ class Benchmark:
         """A client's training arguments."""
         return {
             "max_steps": steps,
-            "per_device_train_batch_size": BATCH,
+            "per_device_train_batch_size": self.options.batch,
             "learning_rate": 5e-4,
             "max_length": MAX_LENGTH,
             "disable_tqdm": True,
@@ -129,7 +135,7 @@ class Benchmark:
     def run(self) -> dict[str, Any]:
         """The rows, their means by method, which bars are met, and the settings."""
         unknown = {}
-        for seed in range(self.options.seeds):
+        for seed in range(self.options.first_seed, self.options.first_seed + self.options.seeds):
             home = None
             for name in self.options.methods:
                 try:
@@ -138,11 +144,12 @@ class Benchmark:
                     unknown[name] = f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
                     print(f"{name}: settings unknown to this version: {unknown[name]}", file=sys.stderr)
                     continue
-                home = self.federated(name, seed, settings)
+                home = self.work / f"run-{seed}-{name}"
+                self.row(name, seed, home, partial(self.federated, name, home, settings))
             if home is None:
                 sys.exit("None of the methods is known to this version.")
-            self.central(seed, home)
-            self.local_only(seed, home)
+            self.row("central", seed, home, partial(self.central, seed, home))
+            self.row("local-only", seed, home, partial(self.local_only, seed, home))
         means = self.means()
         self.show(means)
         return {
@@ -153,52 +160,58 @@ class Benchmark:
             "settings": {name: str(value) for name, value in vars(self.options).items()},
         }
 
-    def federated(self, name: str, seed: int, settings: Any) -> Path:
-        """One federation; returns its run directory, which has the clients' data and the losses before."""
+    def row(self, method: str, seed: int, home: Path, measure: Callable[[], dict[str, float]]) -> None:
+        """A row; measured where no earlier run in this `--work` did."""
+        from hf_fedlarge.artifacts import write_json
+
+        kept = self.work / f"row-{seed}-{method}.json"
+        if not kept.exists():
+            figures = measure()
+            if seed not in self.base:
+                self.base[seed] = self.loss(home, None)
+            base = self.base[seed]
+            row = {"method": method, "seed": seed, "base": base, "gain": base - figures["full"]} | figures
+            write_json(kept, row)
+        self.rows.append(json.loads(kept.read_text()))
+        print(self.rows[-1], file=sys.stderr, flush=True)
+
+    def federated(self, name: str, home: Path, settings: Any) -> dict[str, float]:
+        """One federation, in a run directory that has the clients' data."""
         from hf_fedlarge.rounds import run_federation
 
-        home = self.work / f"run-{seed}-{name}"
         if not (home / "package").exists():
             home.mkdir(parents=True, exist_ok=True)
             shutil.copytree(self.package, home / "package", copy_function=os.link)
         summary = run_federation(
             settings, home, self.train, lambda line: print(f"{name}: {line}", flush=True), stop=False
         )
-        last, package = summary["rounds"][-1], summary["package_bytes"]
+        package = summary["package_bytes"]
         fetched = {client for entry in summary["rounds"] for client in entry["bytes_by_client"]}
-        self.note(
-            name,
-            seed,
-            home,
-            full=last["loss_full"],
-            small=last["loss_small"],
-            mb_down=(summary["bytes_down"] - package * len(fetched)) / 1e6,
-            mb_up=summary["bytes_up"] / 1e6,
-        )
-        return home
+        return {
+            "full": self.loss(home, home / "rounds" / f"{settings.rounds:04d}" / "adapter"),
+            "mb_down": (summary["bytes_down"] - package * len(fetched)) / 1e6,
+            "mb_up": summary["bytes_up"] / 1e6,
+        }
 
-    def central(self, seed: int, home: Path) -> None:
+    def central(self, seed: int, home: Path) -> dict[str, float]:
         """One client with the union of the data and all the steps."""
         union = self.work / f"union-{seed}.jsonl"
         union.write_text("".join(path.read_text() for path in sorted(home.glob("clients/*/train.jsonl"))))
-        full, small = self.alone("central", seed, home, union, self.options.rounds * self.options.steps * COHORT)
-        self.note("central", seed, home, full=full, small=small, mb_down=0.0, mb_up=0.0)
+        steps = self.options.rounds * self.options.steps * COHORT
+        return {"full": self.alone("central", seed, home, union, steps), "mb_down": 0.0, "mb_up": 0.0}
 
-    def local_only(self, seed: int, home: Path) -> None:
+    def local_only(self, seed: int, home: Path) -> dict[str, float]:
         """Every client by itself: the same steps in all, and nothing moves."""
         steps = self.options.rounds * self.options.steps * COHORT // CLIENTS
         losses = [
             self.alone(f"local-{path.parent.name}", seed, home, path, steps)
             for path in sorted(home.glob("clients/*/train.jsonl"))
         ]
-        full, small = (statistics.mean(values) for values in zip(*losses, strict=True))
-        self.note("local-only", seed, home, full=full, small=small, mb_down=0.0, mb_up=0.0)
+        return {"full": statistics.mean(losses), "mb_down": 0.0, "mb_up": 0.0}
 
-    def alone(self, name: str, seed: int, home: Path, data: Path, steps: int) -> tuple[float, float]:
-        """Train one client from the federation's first adapter; its losses on the full model and on the package."""
+    def alone(self, name: str, seed: int, home: Path, data: Path, steps: int) -> float:
+        """Train one client from the federation's first adapter; the full model's loss with it."""
         from hf_fedlarge.collect import aggregate_updates
-        from hf_fedlarge.data import load_examples
-        from hf_fedlarge.evaluation import evaluate
         from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig
 
         start, output = home / "rounds" / "0000" / "adapter", self.work / f"alone-{seed}" / name
@@ -218,20 +231,16 @@ class Benchmark:
         train_client(arguments, config, self.worker)
         adapter = output / "adapter"
         aggregate_updates([output / "update"], self.package, adapter, previous=start, overwrite=True)
-        held_out = load_examples(str(home / "held_out.jsonl"))
-        if self.options.eval_examples < len(held_out):
-            # As `rounds` draws them.
-            held_out = held_out.shuffle(seed=seed).select(range(self.options.eval_examples))
-        how = {"adapter": adapter, "max_length": MAX_LENGTH, "verify": False}
-        full, small = (evaluate(model, held_out, **how).loss for model in (CHECKPOINT, self.package))
-        return full, small
+        return self.loss(home, adapter)
 
-    def note(self, method: str, seed: int, home: Path, **figures: float) -> None:
-        """Keep a row, with the losses before training."""
-        before = json.loads((home / "baseline.json").read_text())["loss"]
-        row = {"method": method, "seed": seed, "base": before["base"], "gain": before["base"] - figures["full"]}
-        self.rows.append(row | figures)
-        print(self.rows[-1], file=sys.stderr, flush=True)
+    def loss(self, home: Path, adapter: Path | None) -> float:
+        """The full model's, on the clients' held-out examples."""
+        from hf_fedlarge.data import load_examples
+        from hf_fedlarge.evaluation import evaluate
+
+        held_out = load_examples(str(home / "held_out.jsonl")).shuffle(seed=0)
+        held_out = held_out.select(range(min(self.options.eval_examples, len(held_out))))
+        return evaluate(CHECKPOINT, held_out, adapter=adapter, max_length=MAX_LENGTH, verify=False).loss
 
     def means(self) -> dict[str, dict[str, float]]:
         """Method → means over seeds, and the share of central's gain, from the means."""
@@ -247,11 +256,11 @@ class Benchmark:
 
     def show(self, means: dict[str, dict[str, float]]) -> None:
         """The table on standard output."""
-        table = Table(title=f"Held-out loss in nats per token; seeds: {self.options.seeds}")
-        for column in ("", "full model", "package", "gain", "of central's", "MB down", "MB up"):
+        table = Table(title=f"Full model, held-out loss in nats per token; seeds: {self.options.seeds}")
+        for column in ("", "loss", "gain", "of central's", "MB down", "MB up"):
             table.add_column(column, justify="right" if column else "left")
         for method, mean in means.items():
-            losses = [f"{mean['full']:.3f}", f"{mean['small']:.3f}", f"{mean['gain']:.3f} ± {mean['gain_spread']:.3f}"]
+            losses = [f"{mean['full']:.3f}", f"{mean['gain']:.3f} ± {mean['gain_spread']:.3f}"]
             table.add_row(
                 method, *losses, f"{mean['share_of_central']:.1%}", f"{mean['mb_down']:.1f}", f"{mean['mb_up']:.1f}"
             )

@@ -56,6 +56,7 @@ def main() -> int:
     parser.add_argument("--keep", nargs="+", default=["0.75"], help="shares or counts of the layers")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["none", "linear", "neurons", METHODS[-1]])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--surrogate-codec", choices=("nf4", "int8", "bf16"), default="nf4")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
@@ -93,7 +94,7 @@ class Benchmark:
         base = self.loss(full)
         print(f"base: {base:.4f}", file=sys.stderr)
         packages = {(keep, method): self.package(keep, method) for keep in options.keep for method in options.methods}
-        for seed in range(options.seeds):
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
             factors, reference = self.train(self.stream_checkpoint(CHECKPOINT), layers, seed)
             reference |= {"loss": self.plugged_in(factors)}
             print(f"seed {seed}, reference: {reference}", file=sys.stderr)
