@@ -122,16 +122,24 @@ def set_factors(model: PeftModel, factors: dict[str, Factors], architecture: Arc
 
     What it has for neurons that a block lacks is left out.
     """
-    modules = dict(model.get_base_model().named_modules())
     with torch.no_grad():
-        for module, (A_RI, B_OR) in factors.items():
-            here = _renumber(module, architecture, layers.index(architecture.layer_of(f"{module}.")))
-            if (kept := architecture.neurons_in(here)) is not None:
-                A_RI = A_RI[:, kept]
-            if (kept := architecture.neurons_out(here)) is not None:
-                B_OR = B_OR[kept]
-            modules[here].lora_A["default"].weight.copy_(A_RI)
-            modules[here].lora_B["default"].weight.copy_(B_OR)
+        for parameter, values in parameter_values(model, factors, architecture, layers):
+            parameter.copy_(values)
+
+
+def parameter_values(
+    model: PeftModel, factors: dict[str, Factors], architecture: Architecture, layers: list[int]
+) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Each parameter of the model's adapter with the values that `set_factors` would give it."""
+    modules = dict(model.get_base_model().named_modules())
+    for module, (A_RI, B_OR) in factors.items():
+        here = _renumber(module, architecture, layers.index(architecture.layer_of(f"{module}.")))
+        if (kept := architecture.neurons_in(here)) is not None:
+            A_RI = A_RI[:, kept]
+        if (kept := architecture.neurons_out(here)) is not None:
+            B_OR = B_OR[kept]
+        yield modules[here].lora_A["default"].weight, A_RI
+        yield modules[here].lora_B["default"].weight, B_OR
 
 
 def get_factors(

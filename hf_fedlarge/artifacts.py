@@ -29,12 +29,13 @@ MANIFEST_NAME = "fedlarge.json"
 _HUB_FILES = {".gitattributes", ".cache", "README.md", "FEDLARGE.md"}
 MAX_MANIFEST_BYTES = 16 * 2**20
 # Of an adapter's files, those that clients don't need: the carry, which is a part of the federation's state, and what
-# only the server's optimizer goes on with, which isn't published.
+# only the server's optimizer goes on with. That isn't published, nor what only corrects the clients' steps.
 CARRY_WEIGHTS = "carry.safetensors"
 MOMENTUM_WEIGHTS = "server_momentum.safetensors"
 VARIANCE_WEIGHTS = "server_variance.safetensors"
-OPTIMIZER_FILES = frozenset({MOMENTUM_WEIGHTS, VARIANCE_WEIGHTS})
-SERVER_FILES = OPTIMIZER_FILES | {CARRY_WEIGHTS}
+CONTROL_WEIGHTS = "control.safetensors"
+UNPUBLISHED_FILES = frozenset({MOMENTUM_WEIGHTS, VARIANCE_WEIGHTS, CONTROL_WEIGHTS})
+SERVER_FILES = frozenset({MOMENTUM_WEIGHTS, VARIANCE_WEIGHTS, CARRY_WEIGHTS})
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=2**53)]

@@ -98,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--topk-share", type=float, default=0.05, help="of a factor's entries, what topk sent (0.05)")
     one.add_argument("--round", type=int, help="the round they must be for (that of the first)")
     one.add_argument("--min-updates", type=int, default=1, help="fewer valid ones make no adapter (1)")
+    one.add_argument("--population", type=int, metavar="N", help="clients there are, for --scaffold (the updates)")
     add_aggregation(one)
     _overwrite(one)
 
@@ -195,6 +196,7 @@ def _aggregate(options: argparse.Namespace) -> None:
         older=options.older,
         round_number=options.round,
         min_updates=options.min_updates,
+        population=options.population,
         codec=make_codec(options.codec, options.topk_share),
         overwrite=options.overwrite,
         **chosen_aggregation(options),

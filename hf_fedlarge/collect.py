@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from hf_fedlarge.adapters import AdapterReader, initial_factors, target_linears,
 from hf_fedlarge.aggregate import trained_in
 from hf_fedlarge.architectures import Architecture, describe
 from hf_fedlarge.artifacts import (
+    CONTROL_WEIGHTS,
     AdapterManifest,
     Contribution,
     PackageManifest,
@@ -32,10 +31,10 @@ from hf_fedlarge.combine import Part, combine
 from hf_fedlarge.config import ON_FACTORS, AggregationSettings, Codec, LoraSettings, first_problem
 from hf_fedlarge.errors import ArtifactError, ConfigError, UpdateRefusedError
 from hf_fedlarge.package import package_architecture, package_config
+from hf_fedlarge.scaffold import difference, write_common, write_control
 from hf_fedlarge.update import Asked, Expected, client_name, open_update, read_update, validate_update
+from hf_fedlarge.weighting import weighing
 from hf_fedlarge.wire import EncodedReader, Wire
-
-Weigh = Callable[[UpdateManifest], float]
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,19 @@ class Collected:
 
 
 def start_adapter(
-    package: Path, output: Path, lora: LoraSettings, seed: int, *, aggregator: str = "exact", overwrite: bool = False
+    package: Path,
+    output: Path,
+    lora: LoraSettings,
+    seed: int,
+    *,
+    aggregator: str = "exact",
+    scaffold: bool = False,
+    overwrite: bool = False,
 ) -> AdapterManifest:
     """Write the adapter that a federation starts from, round 0: it changes nothing yet, and is the same for all.
 
-    `aggregator` is the one of round 1, which decides what its clients train.
+    `aggregator` is the one of round 1, which decides what its clients train; `scaffold` asks them to correct their
+    steps.
 
     Raises:
         ArtifactError: `package` is not a package.
@@ -83,6 +90,8 @@ def start_adapter(
     )
     with staged_directory(output, overwrite=overwrite) as staging:
         write_adapter(staging, factors, lora, architecture, small.base.id)
+        if scaffold:
+            write_control(staging, difference(factors, factors))
         return _seal(staging, manifest)
 
 
@@ -99,6 +108,7 @@ def aggregate_updates(
     min_updates: int = 1,
     asked: Mapping[Path, Asked] | None = None,
     codec: Codec | None = None,
+    population: int | None = None,
     overwrite: bool = False,
     **choices: Any,
 ) -> Collected:
@@ -119,6 +129,7 @@ def aggregate_updates(
         min_updates: fewer valid updates than this make no adapter, nor do fewer than the aggregator needs.
         asked: for each of `updates`, whose it must be and the most that client can have trained on; None: not known.
         codec: how the updates must be encoded; None: fp32. Any other needs `previous`, which their changes are from.
+        population: how many clients the federation has, for `scaffold`; None: those that sent these updates.
         overwrite: replace an adapter that is there already.
         choices: fields of `AggregationSettings`, such as `aggregator` and `weighting`.
 
@@ -130,12 +141,14 @@ def aggregate_updates(
         OutputError: `output` exists or can't be written.
     """
     settings = settings or choose(**choices)
-    weigh = _weighing(settings.weighting)
+    weigh = weighing(settings.weighting)
     if not updates:
         raise ConfigError("No update was given; expected at least one update directory.")
     codec = codec or Codec()
     if codec.name != "fp32" and previous is None:
         raise ConfigError(f"The codec {codec.name} needs --adapter, the adapter that the updates started from.")
+    if settings.scaffold and (previous is None or older or codec.name != "fp32"):
+        raise ConfigError("scaffold needs --adapter, whole updates in fp32, and none that came late.")
     if older and settings.aggregator == "alternate":
         raise ConfigError("alternate can't take late updates: they trained beside another factor than the newest's.")
     check_output(output, overwrite)
@@ -187,6 +200,8 @@ def aggregate_updates(
     with staged_directory(output, overwrite=overwrite) as staging:
         combined = combine(parts, previous, staging, lora, settings, parent.trains if parent else "both")
         write_config(staging, combined.modules, lora, architecture, small.base.id)
+        if settings.scaffold:
+            write_common(staging, previous, [directory for directory, _, _ in accepted], population or len(accepted))
         manifest = AdapterManifest(
             files={},
             base=small.base,
@@ -242,6 +257,7 @@ def expected_from(
         adapter.digest,
         frozen=(frozen, AdapterReader(directory)) if frozen else None,
         wire=wire,
+        control=CONTROL_WEIGHTS in adapter.files,
     )
 
 
@@ -255,34 +271,6 @@ def choose(**choices: Any) -> AggregationSettings:
         return AggregationSettings(**choices)
     except ValidationError as error:
         raise ConfigError(f"These aggregation settings are wrong: {first_problem(error)}.") from error
-
-
-def _weighing(weighting: str) -> Weigh:
-    """The function that says how much an update counts."""
-    if ":" not in weighting:
-        return {"loss": _improvement, "equal": lambda _: 1.0}.get(weighting, lambda update: getattr(update, weighting))
-    module, name = weighting.split(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"The weighting {weighting} can't be imported: {error}.") from error
-
-    def weigh(update: UpdateManifest) -> float:
-        weight = function(update)
-        if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-            raise ConfigError(f"The weighting {weighting} gave {weight!r} for {update.client}; expected 0 or more.")
-        return weight
-
-    return weigh
-
-
-def _improvement(update: UpdateManifest) -> float:
-    """How far the loss fell on what the client held out; nothing where it rose. It is the client's own word."""
-    if update.loss_before is None or update.loss_after is None:
-        raise UpdateRefusedError(
-            f"{update.client} refused: it has no held-out loss, which the weighting loss needs; let it hold out some."
-        )
-    return max(update.loss_before - update.loss_after, 0.0)
 
 
 def _claimed_base(directory: Path) -> str | None:
@@ -330,6 +318,8 @@ def _check_continues(previous: Path, parent: AdapterManifest, settings: Aggregat
             f"{previous} asked its clients to train {parent.trains}; {name} expects {trains} in round {number}: go on "
             "with the aggregator that made it."
         )
+    if settings.scaffold != (CONTROL_WEIGHTS in parent.files):
+        raise ConfigError(f"{previous} was {'not ' if settings.scaffold else ''}made with scaffold; go on as it was.")
     if parent.carry_rank and name in ON_FACTORS:
         raise ConfigError(f"{previous} has a carry, which {name} would lose; go on with {parent.aggregator}.")
     if optimizer != "none" and parent.server_optimizer not in (None, optimizer):

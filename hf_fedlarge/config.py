@@ -226,6 +226,7 @@ class AggregationSettings(Record):
     earlier, where what is left is so small a share of the energy. `clip` bounds the norm of each client's change: a
     number, or `median`, that of the cohort. `byzantine` is how many of a cohort's clients may be hostile. The server's
     optimizer takes the aggregate's change for its gradient; `server_lr` None is 1, or 0.01 where it is adaptive.
+    `scaffold` corrects the clients' steps for how their data differ (`scaffold.py`).
     """
 
     aggregator: Literal[
@@ -241,6 +242,7 @@ class AggregationSettings(Record):
     server_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     server_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     server_eps: Annotated[float, Field(gt=0)] = 1e-3
+    scaffold: bool = False
 
     @property
     def fewest_updates(self) -> int:
@@ -288,6 +290,11 @@ class AggregationSettings(Record):
             raise ValueError(
                 f"{self.server_optimizer} scales each coordinate by its history, but {name} takes factors from an SVD, "
                 f"whose coordinates turn from round to round; use momentum, or one of {', '.join(ON_FACTORS)}"
+            )
+        if self.scaffold and name not in ("fedavg", "ffa"):
+            raise ValueError(
+                f"scaffold keeps mean gradients of factors, which {name} doesn't leave in place from round to round; "
+                "use fedavg or ffa"
             )
         return self
 
@@ -344,6 +351,11 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
         if self.late == "buffer" and (self.tiers or self.aggregator == "alternate"):
             what = "tiers" if self.tiers else "alternate"
             raise ValueError(f"late updates can't be kept with {what}: they started from another kind of adapter")
+        if self.scaffold and (self.codec != "fp32" or self.late == "buffer"):
+            what = "late updates" if self.late == "buffer" else f"the codec {self.codec}"
+            raise ValueError(
+                f"scaffold can't be used with {what}: what it sums up has to arrive whole and in its round"
+            )
         if self.tiers and (self.aggregator in ON_FACTORS or self.aggregator in ("krum", "multi_krum")):
             raise ValueError(
                 f"tiers have adapters of their own shapes, which {self.aggregator} can't compare; use exact"

@@ -20,8 +20,8 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 
 from hf_fedlarge.adapters import attach_lora, plug_in, read_factors, read_state, set_factors
 from hf_fedlarge.artifacts import (
-    OPTIMIZER_FILES,
     SERVER_FILES,
+    UNPUBLISHED_FILES,
     AdapterManifest,
     PackageManifest,
     manifest_kind,
@@ -98,7 +98,7 @@ def load_model(model_dir: Path, adapter: Path | None = None, *, verify: bool = T
     if adapter:
         manifest = read_manifest(adapter, AdapterManifest)
         if verify:
-            unneeded = SERVER_FILES if is_package else OPTIMIZER_FILES
+            unneeded = UNPUBLISHED_FILES | SERVER_FILES if is_package else UNPUBLISHED_FILES
             verify_files(adapter, manifest, published=True, unneeded=unneeded)
             base = read_manifest(model_dir, PackageManifest).base.digest if is_package else checkpoint_digest(model_dir)
             if manifest.base.digest != base:

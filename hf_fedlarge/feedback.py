@@ -9,25 +9,21 @@ with A and A' the client's last and the federation's new down-projection, the lo
 takes A to A', that of B by the one that takes A' to A, both in least squares; what lies outside is dropped. Where
 directions stay these are near the identity. Assumed is that the updates arrived. A client that skips rounds keeps its
 part until it takes part again. `scripts/bench/feedback.py` compares the ways; figures are in `docs/log.md`.
-
-One file a round, `lost-0000007.safetensors`, whose header says for which package. A round reads the newest file
-*before* it, so a client that was killed and does the round again gives the same update; the two newest are kept.
 """
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 
 from hf_fedlarge.adapters import factor_name
-from hf_fedlarge.errors import ArtifactError
-from hf_fedlarge.tensors import Factors, SafetensorsWriter, read_header
+from hf_fedlarge.client_state import read_newest, write_newest
+from hf_fedlarge.tensors import Factors
 from hf_fedlarge.wire import Wire
+
+KIND = "lost"
 
 
 class Lost(NamedTuple):
@@ -61,27 +57,16 @@ def read_lost(state: Path, package: str, round_number: int, wire: Wire) -> dict[
     Raises:
         ArtifactError: the newest file is of another package or adapter, or damaged.
     """
-    before = [path for number, path in _files(state) if number < round_number]
-    if not before:
-        return {}
-    newest = before[-1]
-    found = {name: info.shape for name, info in read_header(newest).items()}
-    expected = {
+    shapes = {
         name: shape
         for module, (a_shape, b_shape) in wire.shapes.items()
         for name, shape in zip(_names(module), (a_shape, b_shape, a_shape), strict=True)
     }
-    with safe_open(newest, framework="pt") as file:
-        of = (file.metadata() or {}).get("package", "none")
-        if of != package or found != expected:
-            raise ArtifactError(
-                f"{newest} is for an adapter of the package {of[:12]}…; expected one of {package[:12]}… with "
-                f"{wire.lora}: give each federation a --state of its own."
-            )
-        result = {}
-        for module in wire.shapes:
-            A_RI, B_OR, basis = (file.get_tensor(name) for name in _names(module))
-            result[module] = turn(Lost(Factors(A_RI, B_OR), basis), wire.parent_factors(module).A_RI)
+    found = read_newest(state, KIND, package, round_number, shapes)
+    result = {}
+    for module in wire.shapes if found else ():
+        A_RI, B_OR, basis = (found[name] for name in _names(module))
+        result[module] = turn(Lost(Factors(A_RI, B_OR), basis), wire.parent_factors(module).A_RI)
     return result
 
 
@@ -94,37 +79,15 @@ def with_lost(factors: dict[str, Factors], lost: dict[str, Factors]) -> dict[str
 
 
 def write_lost(state: Path, package: str, round_number: int, lost: dict[str, Lost]) -> None:
-    """Keep what the update of `round_number` lost, and of the files before it only the newest.
-
-    Files of later rounds, left by a run that was started over, go.
-    """
-    state.mkdir(parents=True, exist_ok=True)
+    """Keep what the update of `round_number` lost for the next round."""
     tensors = {
         name: tensor
         for module, (factors, basis) in lost.items()
         for name, tensor in zip(_names(module), (*factors, basis), strict=True)
     }
-    infos = {name: (torch.float32, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    partial = state / ".lost.partial"
-    with SafetensorsWriter(partial, infos, {"format": "pt", "package": package}) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(state / f"lost-{round_number:07d}.safetensors")
-    files = _files(state)
-    kept = [path for number, path in files if number <= round_number][-2:]
-    for _, path in files:
-        if path not in kept:
-            path.unlink()
+    write_newest(state, KIND, package, round_number, tensors)
 
 
 def _names(module: str) -> tuple[str, str, str]:
     """In a file: what was lost of A and of B, and the basis."""
     return factor_name(module, "A"), factor_name(module, "B"), f"{module}.basis"
-
-
-def _files(state: Path) -> list[tuple[int, Path]]:
-    """(round, file), oldest first."""
-    found = [(re.fullmatch(r"lost-(\d+)\.safetensors", path.name), path) for path in state.glob("lost-*.safetensors")]
-    return sorted((int(match[1]), path) for match, path in found if match)

@@ -30,7 +30,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from hf_fedlarge.artifacts import MANIFEST_NAME, OPTIMIZER_FILES, verify_files
+from hf_fedlarge.artifacts import MANIFEST_NAME, UNPUBLISHED_FILES, verify_files
 from hf_fedlarge.cards import MARKER, PublishedManifest, read_published, render_card
 from hf_fedlarge.errors import ArtifactError, ConfigError, FedLargeError, HubError
 
@@ -143,7 +143,7 @@ def push(
     if "/" not in repo_id:
         raise ConfigError(f"{repo_id!r} names no owner; write it as owner/{repo_id}.")
     manifest = read_published(directory)
-    verify_files(directory, manifest, published=True, unneeded=OPTIMIZER_FILES)
+    verify_files(directory, manifest, published=True, unneeded=UNPUBLISHED_FILES)
     card = render_card(directory, repo_id, _read_summary(summary))
     api = HfApi(token=token)
     with _explained(repo_id, writing=True):
@@ -182,7 +182,7 @@ def _plan(
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
     """What the commit adds and deletes; `readme` and `published` are the repository's README and manifest."""
     contents: dict[str, Path | bytes] = {
-        name: directory / name for name in [*manifest.files, MANIFEST_NAME] if name not in OPTIMIZER_FILES
+        name: directory / name for name in [*manifest.files, MANIFEST_NAME] if name not in UNPUBLISHED_FILES
     }
     theirs = readme is not None and MARKER not in readme
     if theirs:

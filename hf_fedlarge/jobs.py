@@ -130,7 +130,7 @@ class Jobs:
             proximal=self.config.proximal,
             eval_examples=self.config.client_eval_examples,
             codec=self.config.wire_codec,
-            state=None if self.config.codec == "fp32" else home / "state",
+            state=home / "state" if self.config.scaffold or self.config.codec != "fp32" else None,
         )
 
     def expected(self, client: str, number: int) -> Expected:
@@ -172,7 +172,8 @@ class Jobs:
         expected = self._of_tier(self.tier_of(client), number)
         codec = self.config.wire_codec
         tensors = update_bytes(expected.architecture, expected.package.kept_layers, expected.lora, codec)
-        return tensors + 2 * MAX_SMALL_BYTES
+        # A control variate is as large as an adapter in fp32, which it goes with.
+        return tensors * (2 if expected.control else 1) + 2 * MAX_SMALL_BYTES
 
 
 def make_tiers(

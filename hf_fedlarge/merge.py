@@ -29,7 +29,7 @@ from hf_fedlarge.architectures import Architecture, describe, load_config
 from hf_fedlarge.artifacts import (
     CARRY_WEIGHTS,
     MANIFEST_NAME,
-    OPTIMIZER_FILES,
+    UNPUBLISHED_FILES,
     AdapterManifest,
     BaseModelEntry,
     CheckpointManifest,
@@ -156,7 +156,7 @@ def plan_merge(checkpoint: Path, adapter: Path) -> MergePlan:
         ArchitectureError: the model is of a kind that can't be merged.
     """
     manifest = read_manifest(adapter, AdapterManifest)
-    verify_files(adapter, manifest, unneeded=OPTIMIZER_FILES)
+    verify_files(adapter, manifest, unneeded=UNPUBLISHED_FILES)
     architecture = describe(load_config(checkpoint))
     reader = CheckpointReader(checkpoint)
     names = architecture.tensor_names(reader.infos, checkpoint)

@@ -25,14 +25,17 @@ AGGREGATION: dict[str, tuple[Any, str]] = {
     "server_beta1": (float, "decay of the average of changes (0.9)"),
     "server_beta2": (float, "decay of the average of their squares (0.99)"),
     "server_eps": (float, "what is added to its root (0.001)"),
+    "scaffold": (bool, "go on with the control variates that clients corrected their steps by"),
 }
 
 
 def add_aggregation(parser: argparse.ArgumentParser) -> None:
     """An option for each setting."""
     for name, (kind, text) in AGGREGATION.items():
-        metavar = name.rpartition("_")[2].upper()
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+        how = {"type": kind, "metavar": name.rpartition("_")[2].upper()}
+        if kind is bool:
+            how = {"action": "store_true", "default": None}
+        parser.add_argument(f"--{name.replace('_', '-')}", help=text, **how)
 
 
 def chosen_aggregation(options: argparse.Namespace) -> dict[str, Any]:

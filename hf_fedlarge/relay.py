@@ -13,6 +13,7 @@ from pathlib import Path
 from hf_fedlarge.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from hf_fedlarge.artifacts import (
     CARRY_WEIGHTS,
+    CONTROL_WEIGHTS,
     AdapterManifest,
     UpdateManifest,
     describe_files,
@@ -40,8 +41,9 @@ def relay_update(adapter: Path, client: str, output: Path, *, overwrite: bool = 
     verify_files(adapter, made)
     if not made.contributions:
         raise ArtifactError(f"{adapter} was not made of updates; expected what `hf-fedlarge aggregate` made of some.")
-    if CARRY_WEIGHTS in made.files or made.server_optimizer:
-        what = "a carry" if CARRY_WEIGHTS in made.files else f"the averages of {made.server_optimizer}"
+    if made.server_optimizer or {CARRY_WEIGHTS, CONTROL_WEIGHTS} & set(made.files):
+        what = "a control variate" if CONTROL_WEIGHTS in made.files else f"the averages of {made.server_optimizer}"
+        what = "a carry" if CARRY_WEIGHTS in made.files else what
         raise ArtifactError(
             f"{adapter} has {what}, which stays with a server; aggregate with svd, ffa, alternate or fedavg and no "
             "server optimizer where the result goes on as an update."

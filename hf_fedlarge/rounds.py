@@ -119,8 +119,14 @@ class _Federation:
         package = read_manifest(self.package, PackageManifest)
         verify_files(self.package, package)
         if not self._adapter(0).exists():
-            aggregator = self.config.aggregator
-            start_adapter(self.package, self._adapter(0), self.config.lora, self.config.seed, aggregator=aggregator)
+            start_adapter(
+                self.package,
+                self._adapter(0),
+                self.config.lora,
+                self.config.seed,
+                aggregator=self.config.aggregator,
+                scaffold=self.config.scaffold,
+            )
         self._baseline()
         tiers = make_tiers(self.checkpoint, self.config, self.run, self.revision, self.report)
         self.jobs = Jobs(self.config, self.run, self._adapter, tiers)
@@ -203,6 +209,7 @@ class _Federation:
                 tiers=self.jobs.derived(number),
                 asked={update: self.jobs.asked(update.name) for update in updates},
                 codec=self.config.wire_codec,
+                population=len(check_ins),
             )
 
         def evaluate(adapter: Path) -> dict[str, float]:

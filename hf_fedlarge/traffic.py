@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from hf_fedlarge.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from hf_fedlarge.artifacts import MANIFEST_NAME, AdapterManifest, read_manifest
+from hf_fedlarge.artifacts import CONTROL_WEIGHTS, MANIFEST_NAME, SERVER_FILES, AdapterManifest, read_manifest
 from hf_fedlarge.errors import BudgetError
 from hf_fedlarge.tensors import file_bytes, read_header
 
@@ -22,8 +22,8 @@ from hf_fedlarge.tensors import file_bytes, read_header
 def changed_bytes(adapter: Path, previous: Path | None) -> int:
     """Bytes that a client needs to have `adapter` when it has `previous`.
 
-    That is the manifest, the adapter's config where it differs, and a safetensors file of the tensors whose bits do;
-    never what is the server's alone, such as a carry.
+    That is the manifest, the adapter's config where it differs, and a safetensors file of the tensors whose bits do,
+    of the weights and of SCAFFOLD's control variate; never what is the server's alone, such as a carry.
     One tensor of each is in memory at a time.
 
     Args:
@@ -36,19 +36,26 @@ def changed_bytes(adapter: Path, previous: Path | None) -> int:
     new = read_manifest(adapter, AdapterManifest)
     size = (adapter / MANIFEST_NAME).stat().st_size
     if previous is None:
-        return size + sum(new.files[name].size for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+        return size + sum(entry.size for name, entry in new.files.items() if name not in SERVER_FILES)
     old = read_manifest(previous, AdapterManifest)
     if new.files[ADAPTER_CONFIG] != old.files[ADAPTER_CONFIG]:
         size += new.files[ADAPTER_CONFIG].size
-    if new.files[ADAPTER_WEIGHTS] == old.files[ADAPTER_WEIGHTS]:
-        return size
-    infos, had = read_header(adapter / ADAPTER_WEIGHTS), read_header(previous / ADAPTER_WEIGHTS)
+    return size + sum(
+        _changed_in(adapter / name, previous / name)
+        for name in (ADAPTER_WEIGHTS, CONTROL_WEIGHTS)
+        if name in new.files and new.files[name] != old.files.get(name)
+    )
+
+
+def _changed_in(path: Path, before: Path) -> int:
+    """Bytes of a file of those tensors of `path` that are others in `before`."""
+    infos, had = read_header(path), read_header(before)
     changed = {}
     for name, info in infos.items():
         same_kind = name in had and (had[name].dtype, had[name].shape) == (info.dtype, info.shape)
-        if not (same_kind and torch.equal(*(_bits(directory, name) for directory in (adapter, previous)))):
+        if not (same_kind and torch.equal(*(_bits(each, name) for each in (path, before)))):
             changed[name] = (info.dtype, info.shape)
-    return size + file_bytes(changed)
+    return file_bytes(changed)
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,6 @@ class Budget:
         return Budget(self.allowed, self.spent + needed)
 
 
-def _bits(directory: Path, name: str) -> torch.Tensor:
-    with safe_open(directory / ADAPTER_WEIGHTS, framework="pt") as file:
+def _bits(path: Path, name: str) -> torch.Tensor:
+    with safe_open(path, framework="pt") as file:
         return file.get_tensor(name).view(torch.uint8)

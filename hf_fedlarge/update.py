@@ -30,6 +30,7 @@ from hf_fedlarge.adapters import (
 )
 from hf_fedlarge.architectures import Architecture
 from hf_fedlarge.artifacts import (
+    CONTROL_WEIGHTS,
     MANIFEST_NAME,
     PackageManifest,
     UpdateManifest,
@@ -43,6 +44,7 @@ from hf_fedlarge.codec import Layout, decode, encode
 from hf_fedlarge.config import Codec, LoraSettings
 from hf_fedlarge.errors import ArtifactError, ConfigError, UpdateRefusedError
 from hf_fedlarge.feedback import Lost, write_lost
+from hf_fedlarge.scaffold import write_control
 from hf_fedlarge.tensors import Factors, file_bytes, read_header
 from hf_fedlarge.wire import ENCODED_WEIGHTS, EncodedReader, Wire, rank_first, write_encoded
 
@@ -78,6 +80,7 @@ class Expected:
         asked: whose update it must be; None: anybody's, up to `MAX_EXAMPLES` and `MAX_TOKENS`.
         frozen: the factor that clients were not to train, and the adapter whose own it must be; None: they train both.
         wire: the codec that updates must have, and their parent; None: fp32, as plain adapters.
+        control: whether they bring what changed in their client's control variate (`scaffold.py`).
     """
 
     package: PackageManifest
@@ -88,6 +91,7 @@ class Expected:
     asked: Asked | None = None
     frozen: tuple[Literal["A", "B"], AdapterReader] | None = None
     wire: Wire | None = None
+    control: bool = False
 
 
 def write_update(
@@ -101,6 +105,7 @@ def write_update(
     wire: Wire | None = None,
     lost: dict[str, Factors] | None = None,
     state: Path | None = None,
+    control: dict[str, Factors] | None = None,
 ) -> UpdateManifest:
     """Write an update directory; `manifest.files` is filled in.
 
@@ -113,6 +118,7 @@ def write_update(
         wire: how to encode; None: fp32.
         lost: what training started with beyond `wire.parent`, as `feedback.read_lost` gave it.
         state: the client's directory for what the codec loses; None: it is forgotten.
+        control: what changed in its control variate, where it has one.
 
     Raises:
         OutputError: `output` exists or can't be written.
@@ -128,6 +134,8 @@ def write_update(
             write_encoded(staging / ENCODED_WEIGHTS, encoded, wire)
         else:
             write_adapter(staging, factors, manifest.lora, architecture, base_id)
+        if control:
+            write_control(staging, control)
         manifest = manifest.model_copy(update={"files": describe_files(staging)})
         write_manifest(staging, manifest)
     return manifest
@@ -216,14 +224,17 @@ def validate_update(directory: Path, expected: Expected) -> UpdateManifest:
     weights, names = ADAPTER_WEIGHTS, {ADAPTER_WEIGHTS, ADAPTER_CONFIG}
     if expected.wire:
         weights, names = ENCODED_WEIGHTS, {ENCODED_WEIGHTS}
+    large = [weights, CONTROL_WEIGHTS] if expected.control else [weights]
+    names = names | {*large}
     if set(manifest.files) != names:
         raise refuse(f"its files are {sorted(manifest.files)}; only {' and '.join(sorted(names))} may be sent.")
     bound = update_bytes(expected.architecture, package.kept_layers, expected.lora, codec)
-    small = manifest.total_bytes - manifest.files[weights].size
+    sizes = [manifest.files[name].size for name in large]
     # Another writer's header may be longer than ours.
-    if manifest.files[weights].size > bound + MAX_SMALL_BYTES or small > MAX_SMALL_BYTES:
+    if max(sizes) > bound + MAX_SMALL_BYTES or manifest.total_bytes - sum(sizes) > MAX_SMALL_BYTES:
         raise refuse(
-            f"its files have {manifest.total_bytes} bytes; this adapter in {_spell(codec)} needs at most {bound}."
+            f"its files have {manifest.total_bytes} bytes; this adapter in {_spell(codec)} needs at most "
+            f"{bound * len(large)}."
         )
     try:
         verify_files(directory, manifest)
@@ -231,24 +242,34 @@ def validate_update(directory: Path, expected: Expected) -> UpdateManifest:
         if not expected.wire:
             _check_plain(directory / weights, expected)
         reader = open_update(directory, expected)
-        for module in reader.modules:
-            for letter, factor in zip("AB", reader.read(module), strict=True):
-                norm = torch.linalg.vector_norm(factor, dtype=torch.float64).item()
-                if not math.isfinite(norm):
-                    raise ArtifactError(f"its {letter} of {module} holds NaN or infinity.")
-                if norm > MAX_NORM:
+        _check_values(reader)
+        if expected.frozen:
+            letter, before = expected.frozen
+            for module in reader.modules:
+                if not torch.equal(*(each.read(module)["AB".index(letter)] for each in (reader, before))):
                     raise ArtifactError(
-                        f"its {letter} of {module} has the norm {norm:.3g}; expected at most {MAX_NORM:g}."
+                        f"its {letter} of {module} is not its adapter's; this round freezes every {letter}."
                     )
-                if expected.frozen and expected.frozen[0] == letter:
-                    before = expected.frozen[1].read(module)["AB".index(letter)]
-                    if not torch.equal(factor, before):
-                        raise ArtifactError(
-                            f"its {letter} of {module} is not its adapter's; this round freezes every {letter}."
-                        )
+        if expected.control:
+            _check_header(directory / CONTROL_WEIGHTS)
+            _check_plain(directory / CONTROL_WEIGHTS, expected)
+            _check_values(AdapterReader(directory, CONTROL_WEIGHTS), "control variate's ")
     except (ArtifactError, OSError) as error:
         raise refuse(str(error)) from error
     return manifest
+
+
+def _check_values(reader: AdapterReader | EncodedReader, whose: str = "") -> None:
+    """That all factors are finite, and none so large that a sum of them may not be."""
+    for module in reader.modules:
+        for letter, factor in zip("AB", reader.read(module), strict=True):
+            norm = torch.linalg.vector_norm(factor, dtype=torch.float64).item()
+            if not math.isfinite(norm):
+                raise ArtifactError(f"its {whose}{letter} of {module} holds NaN or infinity.")
+            if norm > MAX_NORM:
+                raise ArtifactError(
+                    f"its {whose}{letter} of {module} has the norm {norm:.3g}; expected at most {MAX_NORM:g}."
+                )
 
 
 def update_bytes(architecture: Architecture, layers: list[int], lora: LoraSettings, codec: Codec) -> int:

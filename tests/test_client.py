@@ -459,13 +459,18 @@ def test_the_proximal_term_is_its_closed_form(home, tmp_path, options):
         torch.testing.assert_close(proximal[name] - plain[name], pull, rtol=1e-3, atol=1e-6)
 
 
-def test_a_resumed_client_is_still_drawn_to_the_round_s_adapter(home, tmp_path, monkeypatch):
-    options = {"max_steps": 4, "save_steps": 2}
-    whole = train(home, tmp_path / "whole", {"proximal": 5.0}, **options)
+@pytest.mark.parametrize("how", ["proximal", "scaffold"])
+def test_a_resumed_client_goes_on_with_what_draws_and_corrects_its_steps(home, tmp_path, monkeypatch, how):
+    options, arguments = {"max_steps": 4, "save_steps": 2}, {"proximal": 5.0}
+    if how == "scaffold":
+        adapter = tmp_path / "adapter"
+        start_adapter(home / "package", adapter, LORA, seed=1, aggregator="fedavg", scaffold=True)
+        arguments = {"adapter": str(adapter), "state": str(tmp_path / "state")}
+    whole = train(home, tmp_path / "whole", arguments, **options)
     calls = cut_in_the_fourth_step(monkeypatch)
     with pytest.raises(PowerCut):
-        train(home, tmp_path / "cut", {"proximal": 5.0}, **options)
-    assert train(home, tmp_path / "cut", {"proximal": 5.0}, **options).digest == whole.digest
+        train(home, tmp_path / "cut", arguments, **options)
+    assert train(home, tmp_path / "cut", arguments, **options).digest == whole.digest
     assert calls[4:] == [2, 3]
 
 

@@ -195,6 +195,22 @@ def test_a_run_in_another_codec_sends_less_and_learns_as_much(home, whole, tmp_p
     assert list((tmp_path / "run" / "clients").rglob("lost-*.safetensors"))
 
 
+def test_a_run_with_scaffold_corrects_from_the_second_round_on(home, tmp_path):
+    """By what the first round's clients report; a run without it goes the same way for a round."""
+    adapters, sent = [], []
+    for scaffold in (True, False):
+        output = tmp_path / f"{scaffold}"
+        rounds = run(home, output, aggregator="fedavg", cohort=None, scaffold=scaffold)["rounds"]
+        sent.append(rounds[1]["bytes_up"])
+        paths = [output / "rounds" / number / "adapter" / "adapter_model.safetensors" for number in ("0001", "0002")]
+        adapters.append([sha256_of(path) for path in paths])
+    assert adapters[0][0] == adapters[1][0]
+    assert adapters[0][1] != adapters[1][1]
+    assert 1.8 < sent[0] / sent[1] < 2
+    kept = sorted((tmp_path / "True" / "clients" / "team-red" / "state").iterdir())
+    assert [path.name for path in kept] == ["control-0000001.safetensors", "control-0000002.safetensors"]
+
+
 @pytest.mark.parametrize("aggregator", ["fedavg", "exact"])
 def test_one_client_and_one_round_are_central_training(home, whole, tmp_path, aggregator):
     """A Trainer on the same package, data and seed, with nothing federated about it."""

@@ -112,9 +112,10 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
     import torch
     from pydantic import ValidationError
 
-    from hf_fedlarge.adapters import AdapterReader, get_factors, initial_factors
+    from hf_fedlarge.adapters import AdapterReader, expected_shapes, get_factors, initial_factors, parameter_values
     from hf_fedlarge.architectures import describe
     from hf_fedlarge.artifacts import (
+        CONTROL_WEIGHTS,
         AdapterManifest,
         PackageManifest,
         UpdateManifest,
@@ -127,6 +128,8 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
     from hf_fedlarge.feedback import read_lost, with_lost
     from hf_fedlarge.package import package_architecture, package_config
     from hf_fedlarge.partition import hold_out
+    from hf_fedlarge.scaffold import difference, read_common, read_own, write_own
+    from hf_fedlarge.trainers.scaffold import Corrected
     from hf_fedlarge.trainers.streaming_trainer import StreamingLoraTrainer
     from hf_fedlarge.trainers.worker import Steps, Worker
     from hf_fedlarge.update import write_update
@@ -177,6 +180,13 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
             f"--codec {client.codec} encodes what changed since --adapter; give one, or leave it at fp32."
         )
 
+    scaffold = parent is not None and CONTROL_WEIGHTS in parent.files
+    if scaffold and not client.state:
+        raise ConfigError(
+            "This federation corrects its clients' steps (scaffold), for which each keeps a file from round to round; "
+            "give --state, a directory of this client's own."
+        )
+
     data = load_examples(client.data)
     if client.eval_data:
         held_out = load_examples(client.eval_data)
@@ -202,6 +212,10 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
         reader = AdapterReader(Path(client.adapter))
         wire = Wire(fresh.codec, reader, package_architecture(package_dir, package), layers, lora)
         lost = read_lost(Path(client.state), package.digest, client.round, wire) if client.state else {}
+    if scaffold:
+        shapes = expected_shapes(package_architecture(package_dir, package), layers, lora)
+        own = read_own(Path(client.state), package.digest, client.round, shapes)
+        correction = difference(read_common(Path(client.adapter), list(shapes)), own)
 
     def held_out_loss() -> float | None:
         nonlocal evaluation_seconds
@@ -233,14 +247,16 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
         device=config.device,
         verify=client.verify,
     ) as opened:
-        steps = Steps()
+        steps, callbacks = Steps(), []
+        if scaffold:
+            callbacks = [Corrected(parameter_values(opened.model, correction, opened.architecture, layers))]
         try:
             trainer = StreamingLoraTrainer(
                 opened.model,
                 config,
                 train_dataset=training_columns(data),
                 processing_class=opened.tokenizer,
-                callbacks=[steps],
+                callbacks=[steps, *callbacks],
                 proximal=client.proximal,
             )
         except (ValueError, RuntimeError) as error:
@@ -251,6 +267,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
         trainer.train(resume_from_checkpoint=checkpoint)
         after = held_out_loss()
         trained = get_factors(opened.model, opened.architecture, layers)
+        means = [get_factors(opened.model, opened.architecture, layers, of=each.mean) for each in callbacks]
     seconds = time.monotonic() - started
     manifest = fresh.model_copy(
         update={
@@ -277,6 +294,11 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
             trained = {
                 module: pair._replace(**{frozen: getattr(factors[module], frozen)}) for module, pair in trained.items()
             }
+        control = None
+        if scaffold:  # before the update, as `write_update` does with what a codec lost
+            [mean] = means
+            control = difference(mean, own)
+            write_own(Path(client.state), package.digest, client.round, mean)
         manifest = write_update(
             output,
             trained,
@@ -287,6 +309,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
             wire=wire,
             lost=lost,
             state=Path(client.state) if client.state else None,
+            control=control,
         )
         shutil.rmtree(work, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
