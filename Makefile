@@ -1,5 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# Processes that run tests, each some files of them; 2 is what the limit on the whole run's time assumes.
+WORKERS ?= 2
 
 .PHONY: demo test lint format bench clean
 
@@ -7,7 +9,7 @@ demo: .venv/demo  ## the whole chain on a real model and real data, in demo/run
 	$(BIN)/python scripts/demo.py
 
 test: .venv/dev  ## every test; no network
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -207,15 +207,16 @@ class StreamingEngine:
             laid = part.lay(call.arguments)
         held: dict[int, int] = {}
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
+        # Nothing is kept, and nothing asked for: an operation that keeps its own output would keep itself, and with it
+        # the whole model, in a circle that no garbage collector sees.
+        def pack(tensor: torch.Tensor) -> None:
             if not isinstance(tensor, nn.Parameter):
                 held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
 
         with (
             torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
             torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing),
         ):
             call.make(_Part(part, laid), part.take(hidden).detach().requires_grad_())
         return sum(held.values()) / part.tokens

@@ -1,5 +1,8 @@
 """What a memory budget becomes: sizes read, plans that fit, and refusals that say what is missing."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from families import make_package
@@ -110,3 +113,20 @@ def test_a_budget_too_small_for_anything_is_refused_with_what_is_needed(tmp_path
     model = adapted(tmp_path)
     with pytest.raises(ConfigError, match=r"too small: \d+ MB are in use .* give at least \d+ MB"):
         model.engine.set_memory_budget(10**6)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_model_that_was_used_leaves_no_memory_behind(tmp_path, trained):
+    """Its first batch is measured by what operations keep; some keep their own output."""
+    model = load_package(make_package(tmp_path / "package", "llama"))
+    matrix = weakref.ref(next(iter(model.engine.linear_of.values())))
+    tokens = torch.arange(6)[None]
+    if trained:
+        model = attach_lora(model, model.architecture, LoraSettings())
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    else:
+        with torch.no_grad():
+            model(input_ids=tokens, labels=tokens)
+    del model
+    gc.collect()
+    assert matrix() is None
