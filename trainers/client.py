@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from hf_fedlarge.artifacts import os_problem, write_json
-from hf_fedlarge.errors import ConfigError, DataError, FedLargeError
+from hf_fedlarge.artifacts import write_json
+from hf_fedlarge.errors import ConfigError, DataError, FedLargeError, os_problem
 from hf_fedlarge.memory import peak_memory_bytes
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class ClientArguments:
     state: str | None = field(
         default=None, metadata={"help": "This client's directory for what the codec loses; else it is forgotten."}
     )
+    key: str | None = field(default=None, metadata={"help": "Sign the update with this key of `hf-fedlarge keys new`."})
     overwrite: bool = field(default=False, metadata={"help": "Replace an update that is there already."})
     verify: bool = field(default=True, metadata={"help": "Check the package's digests before loading it."})
 
@@ -125,6 +126,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
     from hf_fedlarge.data import load_examples, training_columns
     from hf_fedlarge.evaluation import evaluate_model
     from hf_fedlarge.feedback import read_lost, with_lost
+    from hf_fedlarge.keys import read_key
     from hf_fedlarge.package import package_architecture, package_config
     from hf_fedlarge.partition import hold_out
     from hf_fedlarge.trainers.streaming_trainer import StreamingLoraTrainer
@@ -138,6 +140,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
     worker = worker or Worker()
     package_dir, output = Path(client.package), Path(client.output)
     check_output(output, client.overwrite)
+    key = read_key(Path(client.key)) if client.key else None
     package = read_manifest(package_dir, PackageManifest)
     parent = None
     if client.adapter:
@@ -287,6 +290,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
             wire=wire,
             lost=lost,
             state=Path(client.state) if client.state else None,
+            key=key,
         )
         shutil.rmtree(work, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
