@@ -111,6 +111,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
     """
     # Here, so that `--help` and argument errors come at once.
     import torch
+    from jinja2 import TemplateError
     from pydantic import ValidationError
 
     from hf_fedlarge.adapters import AdapterReader, get_factors, initial_factors
@@ -246,7 +247,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
                 callbacks=[steps],
                 proximal=client.proximal,
             )
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, ArithmeticError, TemplateError) as error:  # a chat template is a program
             raise DataError(f"{client.data} can't be trained on: {error}") from error
         if len(trainer.train_dataset) == 0:
             raise DataError(f"{client.data} has no example with a labelled token within {config.max_length} tokens.")
