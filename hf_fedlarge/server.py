@@ -32,7 +32,6 @@ from hf_fedlarge.artifacts import (
     UpdateManifest,
     commit_directory,
     read_manifest,
-    sha256_of,
     staged_directory,
     verify_files,
     write_json,
@@ -40,7 +39,7 @@ from hf_fedlarge.artifacts import (
 from hf_fedlarge.config import FederationConfig
 from hf_fedlarge.errors import ArtifactError, UpdateRefusedError
 from hf_fedlarge.journal import Journal
-from hf_fedlarge.keys import SIGNATURE_NAME
+from hf_fedlarge.keys import SIGNATURE_NAME, read_signature
 from hf_fedlarge.plan import CheckIn, sample_cohort
 from hf_fedlarge.update import read_update
 
@@ -168,12 +167,11 @@ class RoundServer:
     def _receive(self, order: Order, client: str, directory: Path) -> Receipt:
         home = self.work / client
         try:
-            digest = read_update(directory).digest
-        except ArtifactError:
-            digest = "unreadable"
+            digest, signed = read_update(directory).digest, read_signature(directory)
+        except (ArtifactError, OSError):
+            digest, signed = "unreadable", None
         # The digest leaves the signature out, and an update that was refused for want of one may come again with it.
-        file = directory / SIGNATURE_NAME
-        signature = sha256_of(file) if file.is_file() and not file.is_symlink() else None
+        signature = signed.signature if signed else None
         for entry in self._of("validated", client=client, digest=digest, signature=signature):
             if entry["accepted"] or entry["attempt"] == order.attempt:
                 return Receipt(client, digest, entry["accepted"], entry["reason"])

@@ -31,7 +31,7 @@ from hf_fedlarge.keys import (
 from hf_fedlarge.package import package_config
 from hf_fedlarge.relay import relay_update
 from hf_fedlarge.server import RoundServer
-from hf_fedlarge.update import Expected, validate_update
+from hf_fedlarge.update import Asked, Expected, validate_update
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +295,7 @@ def test_an_update_refused_for_want_of_a_signature_may_come_again_with_it(home, 
         1,
         Journal(tmp_path / "journal.jsonl"),
         config(cohort=None),
-        lambda number, client, update: validate_update(update, expected),
+        lambda number, client, update: validate_update(update, replace(expected, asked=Asked(client, 100, 1000))),
     )
     order = server.open(check_ins())
     shutil.copytree(home / "ann", tmp_path / "ann", ignore=shutil.ignore_patterns(SIGNATURE_NAME))
@@ -306,6 +306,10 @@ def test_an_update_refused_for_want_of_a_signature_may_come_again_with_it(home, 
     assert server.receive(order, "ann", home / "ann") == accepted
     assert "has no signature.json" in server.receive(order, "ann", tmp_path / "ann").reason
     assert server.journal.entries == entries
+    (tmp_path / "ann" / SIGNATURE_NAME).write_bytes(b"{")
+    assert "in the name of ann; expected ben" in server.receive(order, "ben", tmp_path / "ann").reason
+    assert "is not a directory" in server.receive(order, "cleo", tmp_path / "none").reason
+    assert server.accepted.keys() == {"ann"}
     assert (server.work / "ann" / SIGNATURE_NAME).exists()
 
 
