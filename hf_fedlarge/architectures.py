@@ -7,7 +7,6 @@ mixtures of experts, state-space and multimodal models, and remote code, which i
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,11 +22,15 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from hf_fedlarge.errors import ArchitectureError, ArtifactError
+from hf_fedlarge.untrusted import printable, read_json
 
+_MAX_CONFIG_BYTES = 2**20
+_MAX_LABELS = 10_000
 # Fields that make a layer's arithmetic depend on its number or on how many there are, which dropping layers changes.
 _LAYER_NUMBER_FIELDS = ("scale_attn_by_inverse_layer_idx", "attention_types", "lambda_std_dev", "scale_depth")
 
@@ -155,37 +158,62 @@ class Architecture:
         return stored
 
 
-def load_config(directory: Path) -> PretrainedConfig:
-    """The configuration of a checkpoint directory; custom code is refused, not run.
+def load_config(directory: Path, *, quantized: bool = False) -> PretrainedConfig:
+    """The configuration of a checkpoint or package directory; custom code is refused, not run.
+
+    Args:
+        directory: what `config.json` is in.
+        quantized: its weights may be, as a package's are.
 
     Raises:
         ArtifactError: no readable `config.json`.
-        ArchitectureError: the model wants custom code, or is of a family that transformers doesn't know.
+        ArchitectureError: the model wants custom code, or is none that transformers knows how to configure.
     """
     path = directory / "config.json"
     if not path.is_file():
         raise ArtifactError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint.")
-    try:
-        raw = json.loads(path.read_bytes())
-        model_type = raw.get("model_type")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not a JSON object: {error}.") from error
+    raw = read_json(path, _MAX_CONFIG_BYTES)
+    if not isinstance(raw, dict):
+        raise ArtifactError(f"{path} is not a JSON object; expected a model's configuration.")
     if "auto_map" in raw:
         raise ArchitectureError(f"{path} asks for custom code (auto_map), which is never run; use a stock model.")
-    if "quantization_config" in raw:
+    for key, value in raw.items():
+        if "implementation" in key and "/" in str(value):  # transformers would fetch and run a kernel of that name
+            raise ArchitectureError(f"{path} asks for code of the Hub ({key!r:.80}), which is never run; remove it.")
+    # transformers writes down a name for each.
+    labels = raw.get("num_labels") or 0
+    if not isinstance(labels, int) or labels > _MAX_LABELS:
+        raise ArchitectureError(f"{path} has {labels!r:.80} labels; a language model has none: remove num_labels.")
+    if "quantization_config" in raw and not quantized:
         method = raw["quantization_config"].get("quant_method") if isinstance(raw["quantization_config"], dict) else "?"
         raise ArchitectureError(f"{directory} is quantized already ({method}); shrink and merge need the full weights.")
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise ArchitectureError(f"{path} names the unknown architecture {model_type!r:.80}.")
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
-        raise ArchitectureError(f"{path} names the unknown architecture {model_type!r}.") from error
+    except Exception as error:  # each family's checks raise what they like
+        raise ArchitectureError(f"{path} is no configuration of {model_type}: {_line(error)}.") from error
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model whose parameters are on the meta device and whose buffers are real; takes no memory to speak of."""
-    with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    """A model whose parameters are on the meta device and whose buffers are real; takes no memory to speak of.
+
+    Raises:
+        ArchitectureError: transformers can't make a model of these figures.
+    """
+    try:
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # likewise
+        raise ArchitectureError(
+            f"No {config.model_type} model can be made of its config.json: {_line(error)}."
+        ) from error
     return model.eval().requires_grad_(False)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}, {printable(' '.join(str(error).split())):.200}"
 
 
 def describe(config: PretrainedConfig) -> Architecture:

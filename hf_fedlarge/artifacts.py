@@ -3,14 +3,11 @@
 Every stage takes directories and makes one. `fedlarge.json`, the manifest, says what the directory is, gives the size
 and SHA-256 of each of its files, and names its parents by digest. An artifact's digest is the SHA-256 of its manifest
 as canonical JSON without `measured`, the figures that differ from one machine to the next: the same inputs give the
-same digest wherever they were computed.
-
-Left out: signatures and encryption. A digest says that nothing changed, not who wrote it.
+same digest wherever they were computed. It says that nothing changed; who wrote it says a signature (`keys.py`).
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -18,12 +15,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from hf_fedlarge.config import Codec, LoraSettings, Record, first_problem
-from hf_fedlarge.errors import ArtifactError, OutputError
+from hf_fedlarge.errors import ArtifactError, OutputError, os_problem
+from hf_fedlarge.untrusted import read_json
 
 MANIFEST_NAME = "fedlarge.json"
 _HUB_FILES = {".gitattributes", ".cache", "README.md", "FEDLARGE.md"}
@@ -39,6 +37,7 @@ SERVER_FILES = frozenset({MOMENTUM_WEIGHTS, VARIANCE_WEIGHTS, CARRY_WEIGHTS})
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=2**53)]
+ClientName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=255)]
 
 
@@ -90,16 +89,22 @@ class SurrogateEntry(Record):
 class Manifest(Record):
     """What every manifest has. `measured` holds figures of one machine and one run; the digest leaves it out."""
 
+    max_bytes: ClassVar[int] = MAX_MANIFEST_BYTES
     kind: str
     format_version: Literal[1] = 1
     files: dict[FileName, FileEntry]
     measured: dict[str, float] = {}
 
     @property
-    def digest(self) -> str:
-        """SHA-256 of the canonical JSON of everything but `measured`."""
+    def canonical(self) -> bytes:
+        """The canonical JSON of everything but `measured`."""
         body = self.model_dump(mode="json", exclude={"measured"})
-        return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of `canonical`."""
+        return hashlib.sha256(self.canonical).hexdigest()
 
     @property
     def total_bytes(self) -> int:
@@ -110,6 +115,7 @@ class Manifest(Record):
 class PackageManifest(Manifest):
     """A shrunk model: which layers it kept, what stands for the others, and how each weight is stored."""
 
+    max_bytes: ClassVar[int] = 2**20
     kind: Literal["package"] = "package"
     base: BaseModelEntry
     model_type: str
@@ -128,8 +134,9 @@ class PackageManifest(Manifest):
 class UpdateManifest(Manifest):
     """What one client trained in one round, on which package, from which adapter."""
 
+    max_bytes: ClassVar[int] = 2**16
     kind: Literal["update"] = "update"
-    client: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    client: ClientName
     round: Count
     package: Digest
     adapter: Digest | None
@@ -208,12 +215,7 @@ def read_manifest(directory: Path, kind: type[ManifestT]) -> ManifestT:
     path = directory / MANIFEST_NAME
     if not path.is_file():
         raise ArtifactError(f"{directory} has no {MANIFEST_NAME}, so it is not {_article(wanted)} made by hf-fedlarge.")
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise ArtifactError(f"{path} has {path.stat().st_size} bytes; a manifest has at most {MAX_MANIFEST_BYTES}.")
-    try:
-        raw = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not JSON: {error}.") from error
+    raw = read_json(path, kind.max_bytes)
     found = raw.get("kind") if isinstance(raw, dict) else None
     if found != wanted:
         raise ArtifactError(f"{directory} is of kind {found!r:.80}; expected {_article(wanted)}.")
@@ -226,18 +228,21 @@ def read_manifest(directory: Path, kind: type[ManifestT]) -> ManifestT:
 def manifest_kind(directory: Path) -> str | None:
     """The kind the manifest of `directory` declares, or None where there is no readable manifest."""
     path = directory / MANIFEST_NAME
-    if not path.is_file() or path.stat().st_size > MAX_MANIFEST_BYTES:
-        return None
     try:
-        raw = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
+        raw = read_json(path, MAX_MANIFEST_BYTES) if path.is_file() else None
+    except ArtifactError:
         return None
     kind = raw.get("kind") if isinstance(raw, dict) else None
     return kind if isinstance(kind, str) and kind in KINDS else None
 
 
 def verify_files(
-    directory: Path, manifest: Manifest, *, published: bool = False, unneeded: frozenset[str] = frozenset()
+    directory: Path,
+    manifest: Manifest,
+    *,
+    published: bool = False,
+    unneeded: frozenset[str] = frozenset(),
+    beside: str | None = None,
 ) -> None:
     """Check that `directory` holds exactly the manifest's files, each with its size and SHA-256.
 
@@ -246,11 +251,12 @@ def verify_files(
         manifest: its manifest.
         published: it may have come from the Hub, which adds a card and keeps files as links into its cache.
         unneeded: files that may be missing.
+        beside: a file that may be there too; who allows it checks it.
 
     Raises:
         ArtifactError: a file is missing, extra, of another size or digest; the message names it.
     """
-    present = {path.name for path in directory.iterdir()} - {MANIFEST_NAME}
+    present = {path.name for path in directory.iterdir()} - {MANIFEST_NAME, beside}
     if published:
         present -= _HUB_FILES - set(manifest.files)
     for name in sorted(set(manifest.files) - present - unneeded):
@@ -353,11 +359,6 @@ def writing(output: Path) -> Iterator[None]:
         raise OutputError(f"{output} could not be written: {reason}.") from error
 
 
-def os_problem(error: OSError) -> str | None:
-    """What a user can mend of an operating system's error, in words; None for any other."""
-    return _REASONS.get(error.errno)
-
-
 def commit_directory(staging: Path, output: Path) -> None:
     """Flush `staging` to disk and rename it to `output`, replacing what was there."""
     for path in staging.iterdir():
@@ -386,15 +387,3 @@ def _sync(path: Path) -> None:
 
 def _article(kind: str) -> str:
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
-
-
-_REASONS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "a file may not become so large",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "permission denied",
-    errno.EPERM: "not permitted",
-    errno.ENOTDIR: "a parent of it is a file, not a directory",
-    errno.EEXIST: "a file is where a directory has to be",
-}

@@ -15,8 +15,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from hf_fedlarge.errors import ConfigError, FedLargeError
-from hf_fedlarge.options import add_aggregation, chosen_aggregation
+from hf_fedlarge.errors import ConfigError, FedLargeError, os_problem
+from hf_fedlarge.options import add_aggregation, add_keys, chosen_aggregation
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,8 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        from hf_fedlarge.artifacts import os_problem
-
         reason = os_problem(error)
         if reason is None:
             raise
@@ -99,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--round", type=int, help="the round they must be for (that of the first)")
     one.add_argument("--min-updates", type=int, default=1, help="fewer valid ones make no adapter (1)")
     one.add_argument("--population", type=int, metavar="N", help="clients there are, for --scaffold (the updates)")
+    one.add_argument("--keys", type=Path, metavar="LIST", help="the keys that must have signed them (none)")
     add_aggregation(one)
     _overwrite(one)
 
@@ -106,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("adapter", type=Path, help="what `aggregate` made of one round's updates")
     one.add_argument("-o", "--output", type=Path, required=True, help="the update directory to make")
     one.add_argument("--client", required=True, help="the edge's name")
+    one.add_argument("--key", type=Path, help="sign the update with this key of `keys new`")
     _overwrite(one)
 
     one = command("merge", _merge, "Fold an adapter into the full checkpoint.")
@@ -141,6 +141,8 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--no-stop", action="store_true", help="go on where the full model with the adapter stays worse than the base"
     )
+
+    add_keys(command("keys", _keys, "Keys that clients sign their updates with, and a server's list of them."))
 
     one = command("push", _push, "Publish a checkpoint, an adapter or a package on the Hub.")
     one.add_argument("directory", type=Path, help="a merged checkpoint, an adapter or a package")
@@ -198,6 +200,7 @@ def _aggregate(options: argparse.Namespace) -> None:
         min_updates=options.min_updates,
         population=options.population,
         codec=make_codec(options.codec, options.topk_share),
+        keys=options.keys,
         overwrite=options.overwrite,
         **chosen_aggregation(options),
     )
@@ -212,7 +215,9 @@ def _aggregate(options: argparse.Namespace) -> None:
 def _relay(options: argparse.Namespace) -> None:
     from hf_fedlarge.relay import relay_update
 
-    manifest = relay_update(options.adapter, options.client, options.output, overwrite=options.overwrite)
+    manifest = relay_update(
+        options.adapter, options.client, options.output, key=options.key, overwrite=options.overwrite
+    )
     print(f"{options.output}: {manifest.examples} examples, {manifest.tokens} tokens, digest {manifest.digest[:12]}")
 
 
@@ -309,6 +314,23 @@ def _push(options: argparse.Namespace) -> None:
             commit_message=options.message,
         )
     )
+
+
+def _keys(options: argparse.Namespace) -> None:
+    from hf_fedlarge import keys
+
+    if options.action == "new":
+        print(keys.new_key(options.output / f"{options.name}.pem", options.name))
+    elif options.action == "allow":
+        key = keys.allow(options.list, " ".join(options.line))
+        print(f"{options.list}: the key {key.fingerprint} is allowed")
+    elif options.action == "revoke":
+        for key in keys.revoke(options.list, options.name, options.key):
+            print(f"{options.list}: the key {key.fingerprint} of {options.name} is revoked")
+    else:
+        for client, listed in sorted(keys.read_allowed(options.list).clients.items()):
+            for key in listed:
+                print(f"{client} {key.fingerprint} {key.state} since {key.since}")
 
 
 def _evaluation(parser: argparse.ArgumentParser) -> None:

@@ -30,6 +30,7 @@ from hf_fedlarge.artifacts import (
 from hf_fedlarge.combine import Part, combine
 from hf_fedlarge.config import ON_FACTORS, AggregationSettings, Codec, LoraSettings, first_problem
 from hf_fedlarge.errors import ArtifactError, ConfigError, UpdateRefusedError
+from hf_fedlarge.keys import AllowedKeys, read_allowed, read_signature
 from hf_fedlarge.package import package_architecture, package_config
 from hf_fedlarge.scaffold import difference, write_common, write_control
 from hf_fedlarge.update import Asked, Expected, client_name, open_update, read_update, validate_update
@@ -109,6 +110,7 @@ def aggregate_updates(
     asked: Mapping[Path, Asked] | None = None,
     codec: Codec | None = None,
     population: int | None = None,
+    keys: Path | None = None,
     overwrite: bool = False,
     **choices: Any,
 ) -> Collected:
@@ -130,13 +132,14 @@ def aggregate_updates(
         asked: for each of `updates`, whose it must be and the most that client can have trained on; None: not known.
         codec: how the updates must be encoded; None: fp32. Any other needs `previous`, which their changes are from.
         population: how many clients the federation has, for `scaffold`; None: those that sent these updates.
+        keys: the list of keys that must have signed the updates; None: they need not be signed, or were checked before.
         overwrite: replace an adapter that is there already.
         choices: fields of `AggregationSettings`, such as `aggregator` and `weighting`.
 
     Raises:
         UpdateRefusedError: too few were valid; each refusal is in the message, and nothing is written.
         ConfigError: settings that don't fit together or to the previous adapter, or no update given, or a codec without
-            `previous`.
+            `previous`, or `keys` is no list.
         ArtifactError: the package or an adapter is not what it should be.
         OutputError: `output` exists or can't be written.
     """
@@ -152,6 +155,7 @@ def aggregate_updates(
     if older and settings.aggregator == "alternate":
         raise ConfigError("alternate can't take late updates: they trained beside another factor than the newest's.")
     check_output(output, overwrite)
+    allowed = read_allowed(keys) if keys else None
     small = read_manifest(package, PackageManifest)
     architecture = describe(package_config(package))
     parent = _read_previous(previous, small) if previous else None
@@ -159,7 +163,7 @@ def aggregate_updates(
         lora, number = parent.lora, parent.round + 1 if round_number is None else round_number
         _check_continues(previous, parent, settings, number)
     else:
-        lora, number = _majority(updates, small, architecture, round_number)
+        lora, number = _majority(updates, small, architecture, round_number, allowed)
     bases: dict[str | None, _Base] = {}
     for directory, manifest, trained in _started_from(previous, parent, older, tiers or {}, package, small):
         its_round = number + manifest.round - parent.round
@@ -172,7 +176,7 @@ def aggregate_updates(
     for directory in updates:
         whose = asked[directory] if asked else None
         base = bases.get(_claimed_base(directory)) or bases.get(parent.digest if parent else None)
-        expected = replace(base.expected if base else started_by_themselves, asked=whose)
+        expected = replace(base.expected if base else started_by_themselves, asked=whose, keys=allowed)
         try:
             manifest = validate_update(directory, expected)
             if manifest.client in {other.client for _, other, _ in accepted}:
@@ -327,11 +331,16 @@ def _check_continues(previous: Path, parent: AdapterManifest, settings: Aggregat
 
 
 def _majority(
-    updates: list[Path], package: PackageManifest, architecture: Architecture, round_number: int | None
+    updates: list[Path],
+    package: PackageManifest,
+    architecture: Architecture,
+    round_number: int | None,
+    allowed: AllowedKeys | None,
 ) -> tuple[LoraSettings, int | None]:
     """The LoRA settings and the round, together, of most clients whose manifest fits what is known.
 
-    Votes for another package, for another round than `round_number`, or for targets that the model lacks don't count.
+    Votes for another package, for another round than `round_number`, for targets that the model lacks, or without a
+    signature where `allowed` wants one, don't count.
     A tie goes to what comes first as canonical JSON, whatever the order of `updates`. Without a vote every update
     will be refused before its settings are looked at.
     """
@@ -341,6 +350,8 @@ def _majority(
         try:
             manifest = read_update(directory)
             target_linears(architecture, manifest.lora)
+            if allowed:
+                allowed.check(manifest, read_signature(directory))
         except (ArtifactError, ConfigError):
             continue  # `validate_update` will name it
         if manifest.package == package.digest and manifest.adapter is None and round_number in (None, manifest.round):

@@ -317,8 +317,9 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
     `base_id` is what manifests and cards call the base model where `checkpoint` is a local copy of it; `training`
     takes any argument of trl's `SFTConfig`; `proximal` is FedProx's μ; `client_eval_examples` is how many held-out
     examples a client evaluates at most, before and after training, 0 being none.
-    `codec` is how updates are encoded, `topk_share` what share of the entries `topk` sends; `budget` is the most that
-    the run may send, both ways together (`500MB`): a round that could overstep it is not begun.
+    `keys` is the list of keys that must have signed clients' updates (`keys.py`), or `auto`: the run makes keys for its
+    simulated clients. `codec` is how updates are encoded, `topk_share` what share of the entries `topk` sends; `budget`
+    is the most that the run may send, both ways together (`500MB`): a round that could overstep it is not begun.
     """
 
     checkpoint: str
@@ -330,6 +331,7 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
     codec: CodecName = "fp32"
     topk_share: TopkShare = 0.05
     budget: str | None = None
+    keys: str | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     tiers: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,40}$")], TierSettings] = {}
     training: dict[str, Any] = {}

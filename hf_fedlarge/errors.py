@@ -5,6 +5,8 @@ found, what was expected, what to do. The command line prints that sentence and 
 standard exception that callers of a library would expect. Our own bugs are `assert`s, not one of these.
 """
 
+import errno
+
 
 class FedLargeError(Exception):
     """Root of every error that a user or a client can cause."""
@@ -40,3 +42,20 @@ class OutputError(FedLargeError, OSError):
 
 class HubError(FedLargeError, RuntimeError):
     """The Hugging Face Hub refused, or can't be reached."""
+
+
+def os_problem(error: OSError) -> str | None:
+    """What a user can mend of an operating system's error, in words; None for any other."""
+    return _REASONS.get(error.errno)
+
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file may not become so large",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "not permitted",
+    errno.ENOTDIR: "a parent of it is a file, not a directory",
+    errno.EEXIST: "a file is where a directory has to be",
+}

@@ -22,6 +22,7 @@ from hf_fedlarge.clients import read_check_ins
 from hf_fedlarge.collect import expected_from
 from hf_fedlarge.config import Codec, FederationConfig, LoraSettings, PackageSettings
 from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.keys import MAX_SIGNATURE_BYTES, AllowedKeys, make_allowed, read_allowed
 from hf_fedlarge.plan import CheckIn
 from hf_fedlarge.tiers import client_bytes, derive_adapter, describe_fit, fit_memory
 from hf_fedlarge.traffic import changed_bytes
@@ -46,6 +47,7 @@ class ClientJob:
     eval_examples: int = 64
     codec: Codec = field(default_factory=Codec)
     state: Path | None = None
+    key: Path | None = None
 
 
 Train = Callable[[ClientJob], None]
@@ -131,11 +133,25 @@ class Jobs:
             eval_examples=self.config.client_eval_examples,
             codec=self.config.wire_codec,
             state=home / "state" if self.config.scaffold or self.config.codec != "fp32" else None,
+            key=home / "key.pem" if self.config.keys else None,
         )
 
     def expected(self, client: str, number: int) -> Expected:
-        """What its update must agree with."""
-        return replace(self._of_tier(self.tier_of(client), number), asked=self.asked(client))
+        """What its update must agree with, by the list of keys as it is now."""
+        expected = self._of_tier(self.tier_of(client), number)
+        return replace(expected, asked=self.asked(client), keys=self._allowed_keys())
+
+    def make_keys(self) -> None:
+        """With `keys: auto`, make a key for each simulated client, once."""
+        if self.config.keys == "auto":
+            make_allowed(self._key_list, {name: self.run / "clients" / name / "key.pem" for name in self.check_ins})
+
+    @property
+    def _key_list(self) -> Path:
+        return self.run / "allowed_keys.json" if self.config.keys == "auto" else Path(self.config.keys)
+
+    def _allowed_keys(self) -> AllowedKeys | None:
+        return read_allowed(self._key_list) if self.config.keys else None
 
     def _of_tier(self, tier: Tier, number: int) -> Expected:
         directory = self.adapter(tier, number)
@@ -173,7 +189,8 @@ class Jobs:
         codec = self.config.wire_codec
         tensors = update_bytes(expected.architecture, expected.package.kept_layers, expected.lora, codec)
         # A control variate is as large as an adapter in fp32, which it goes with.
-        return tensors * (2 if expected.control else 1) + 2 * MAX_SMALL_BYTES
+        tensors *= 2 if expected.control else 1
+        return tensors + 2 * MAX_SMALL_BYTES + (MAX_SIGNATURE_BYTES if self.config.keys else 0)
 
 
 def make_tiers(

@@ -13,8 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hf_fedlarge.artifacts import os_problem
-from hf_fedlarge.errors import ArtifactError, OutputError
+from hf_fedlarge.errors import ArtifactError, OutputError, os_problem
 
 
 class Journal:

@@ -1,8 +1,9 @@
-"""The command line's words for `config.AggregationSettings`, which takes too long to load for a `--help`."""
+"""The command line's words for what takes too long to load for a `--help`: `config.AggregationSettings`, `keys.py`."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 
@@ -42,3 +43,24 @@ def chosen_aggregation(options: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given."""
     given = {name: getattr(options, name) for name in AGGREGATION}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def add_keys(parser: argparse.ArgumentParser) -> None:
+    """The subcommands of `keys`; the one chosen is `action`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+
+    one = action("new", "Make a client's key and print the line that the server's operator adds.")
+    one.add_argument("name", help="the client's name")
+    one.add_argument("-o", "--output", type=Path, required=True, help="the directory for NAME.pem, which stays secret")
+    one = action("allow", "Add a key to a server's list, which is made if it isn't there.")
+    one.add_argument("list", type=Path, metavar="LIST", help="the list of keys")
+    one.add_argument("line", nargs="+", metavar="KEYLINE", help="what `keys new` printed")
+    one = action("revoke", "Refuse updates signed with a client's keys from now on.")
+    one.add_argument("list", type=Path, metavar="LIST", help="the list of keys")
+    one.add_argument("name", help="the client's name")
+    one.add_argument("--key", metavar="FINGERPRINT", help="only this one (all of the client's)")
+    one = action("list", "Print a list of keys.")
+    one.add_argument("list", type=Path, metavar="LIST", help="the list of keys")

@@ -10,7 +10,6 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -256,8 +255,13 @@ def _narrow(model: nn.Module, architecture: Architecture) -> None:
 
 
 def package_config(directory: Path) -> PretrainedConfig:
-    """The transformers configuration of a package, without its note on quantization, which stock loaders read."""
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    """The transformers configuration of a package, without its note on quantization, which stock loaders read.
+
+    Raises:
+        ArtifactError: no readable `config.json`.
+        ArchitectureError: the model wants custom code, or is none that transformers knows how to configure.
+    """
+    config = load_config(directory, quantized=True)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config

@@ -23,20 +23,27 @@ from hf_fedlarge.artifacts import (
     write_manifest,
 )
 from hf_fedlarge.errors import ArtifactError
+from hf_fedlarge.keys import read_key, sign_update
 
 
-def relay_update(adapter: Path, client: str, output: Path, *, overwrite: bool = False) -> UpdateManifest:
+def relay_update(
+    adapter: Path, client: str, output: Path, *, key: Path | None = None, overwrite: bool = False
+) -> UpdateManifest:
     """Make an update of an aggregate, as if one client had all the examples and tokens of those behind it.
 
     Args:
         adapter: made of one round's updates by `aggregate_updates`, without carry or server optimizer.
         client: the edge's name.
         output: the update directory to make.
+        key: the edge's private key, which signs the update; None: it is not signed.
+        overwrite: replace an update that is there already.
 
     Raises:
+        ConfigError: `key` is no key.
         ArtifactError: not an aggregate of updates, or it has what an update can't hold.
         OutputError: `output` exists or can't be written.
     """
+    private = read_key(key) if key else None
     made = read_manifest(adapter, AdapterManifest)
     verify_files(adapter, made)
     if not made.contributions:
@@ -62,4 +69,6 @@ def relay_update(adapter: Path, client: str, output: Path, *, overwrite: bool = 
             tokens=sum(entry.tokens for entry in made.contributions),
         )
         write_manifest(staging, manifest)
+        if private:
+            sign_update(staging, manifest, private)
     return manifest

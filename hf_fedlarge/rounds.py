@@ -6,7 +6,8 @@ any point goes on from what is whole and ends with the same bytes:
     run/
       federation.json    the settings; a rerun must have the same
       check_ins.json     who is there, with how many examples
-      clients/NAME/      train.jsonl and held_out.jsonl of a simulated client; state/, what its codec lost
+      clients/NAME/      train.jsonl and held_out.jsonl of a simulated client; state/, what its codec lost; its key.pem
+      allowed_keys.json  the keys that clients sign with, where `keys` is `auto`
       held_out.jsonl     the clients' held-out examples together
       package/           the shrunk model, with its download counted in every client's first round
       rounds/0000/       the adapter that changes nothing
@@ -51,6 +52,7 @@ from hf_fedlarge.evaluation import as_record, evaluate, generate_text, load_mode
 from hf_fedlarge.hub import resolve_checkpoint
 from hf_fedlarge.jobs import DEFAULT_MAX_LENGTH, Jobs, Train, make_tiers
 from hf_fedlarge.journal import Journal
+from hf_fedlarge.keys import read_allowed
 from hf_fedlarge.merge import merge
 from hf_fedlarge.package import load_tokenizer
 from hf_fedlarge.report import peaks, traffic
@@ -130,6 +132,7 @@ class _Federation:
         self._baseline()
         tiers = make_tiers(self.checkpoint, self.config, self.run, self.revision, self.report)
         self.jobs = Jobs(self.config, self.run, self._adapter, tiers)
+        self.jobs.make_keys()
         for number in range(1, self.config.rounds + 1):
             server = RoundServer(self.run / "rounds", number, self.journal, self.config, self._validate)
             if server.committed.exists():
@@ -141,6 +144,8 @@ class _Federation:
 
     def _check_settings(self) -> None:
         """A rerun must have the settings of the run, and goes on with the revision that the run began with."""
+        if self.config.keys not in (None, "auto"):
+            read_allowed(Path(self.config.keys))
         path = self.run / "federation.json"
         found = json.loads(path.read_text()) if path.exists() else None
         if found is not None:

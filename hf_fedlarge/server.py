@@ -19,6 +19,7 @@ comes and with `fail` what doesn't, and then calls `close`.
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ from hf_fedlarge.artifacts import (
 from hf_fedlarge.config import FederationConfig
 from hf_fedlarge.errors import ArtifactError, UpdateRefusedError
 from hf_fedlarge.journal import Journal
+from hf_fedlarge.keys import SIGNATURE_NAME, read_signature
 from hf_fedlarge.plan import CheckIn, sample_cohort
 from hf_fedlarge.update import read_update
 
@@ -88,6 +90,8 @@ class RoundServer:
         self.work = rounds / f".{number:04d}.work"
         self._late = rounds / ".late"
         self._since = time.monotonic()
+        # Whoever reaches the clients may have a thread for each: what is looked up and then written is one step.
+        self._lock = threading.Lock()
 
     # Selected
 
@@ -140,8 +144,9 @@ class RoundServer:
 
     def asked(self, client: str, down: int) -> None:
         """Write down that a client is sent `down` bytes; a client that is asked again has them already."""
-        if not self._of("asked", client=client):
-            self._write("asked", client=client, bytes=down)
+        with self._lock:
+            if not self._of("asked", client=client):
+                self._write("asked", client=client, bytes=down)
 
     # Received and validated
 
@@ -154,14 +159,20 @@ class RoundServer:
         """Take a client's update and check it; what `directory` holds may be removed when this returns.
 
         Handing the same update over again changes nothing. A client's first valid update counts; another one from it
-        is refused, and so is one that comes after the round was closed.
+        is refused, and so is one that comes after the round was closed. Threads may call it, and take turns.
         """
+        with self._lock:
+            return self._receive(order, client, directory)
+
+    def _receive(self, order: Order, client: str, directory: Path) -> Receipt:
         home = self.work / client
         try:
-            digest = read_update(directory).digest
-        except ArtifactError:
-            digest = "unreadable"
-        for entry in self._of("validated", client=client, digest=digest):
+            digest, signed = read_update(directory).digest, read_signature(directory)
+        except (ArtifactError, OSError):
+            digest, signed = "unreadable", None
+        # The digest leaves the signature out, and an update that was refused for want of one may come again with it.
+        signature = signed.signature if signed else None
+        for entry in self._of("validated", client=client, digest=digest, signature=signature):
             if entry["accepted"] or entry["attempt"] == order.attempt:
                 return Receipt(client, digest, entry["accepted"], entry["reason"])
         reason, late = self._refusal(order, client), self._is_closed(order)
@@ -175,12 +186,14 @@ class RoundServer:
                     # From here on it is our own copy that counts, and it is the one that was looked at.
                     with staged_directory(kept, overwrite=True) as staging:
                         shutil.copytree(directory, staging, dirs_exist_ok=True)
-                        verify_files(staging, manifest)
+                        verify_files(staging, manifest, beside=SIGNATURE_NAME)
+                        if read_update(staging).digest != manifest.digest:
+                            raise ArtifactError("its manifest changed while it was looked at; send it again.")
             except UpdateRefusedError as error:
                 reason = str(error)
             except ArtifactError as error:
                 reason = f"{client} refused: {error}"
-        size = sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
+        size = sum(path.stat().st_size for path in directory.glob("*") if path.is_file())
         measured = {} if reason else {"tokens": manifest.tokens, "seconds": manifest.measured.get("seconds")}
         if not self._of("received", client=client, digest=digest):
             self._write("received", client=client, digest=digest, bytes=size, **measured)
@@ -194,6 +207,7 @@ class RoundServer:
             digest=digest,
             accepted=reason is None,
             reason=reason,
+            **({"signature": signature} if signature else {}),
         )
         if reason is not None and directory == home:
             shutil.rmtree(home)  # so that the client can be asked again in another attempt
@@ -201,7 +215,8 @@ class RoundServer:
 
     def fail(self, order: Order, client: str, reason: str) -> None:
         """Write down that a client gave no update."""
-        self._write("failed", attempt=order.attempt, client=client, reason=reason)
+        with self._lock:
+            self._write("failed", attempt=order.attempt, client=client, reason=reason)
 
     @property
     def refused(self) -> list[dict[str, str]]:
@@ -305,7 +320,7 @@ def seen(check_ins: Sequence[CheckIn], journal: Journal) -> list[CheckIn]:
     speed = {
         entry["client"]: entry["tokens"] / entry["seconds"]
         for entry in journal.find("received")
-        if entry.get("tokens") and entry.get("seconds")
+        if entry.get("tokens") and 1e-3 <= (entry.get("seconds") or 0) <= 1e9  # the client's word: no speed overflows
     }
     return [
         replace(

@@ -130,7 +130,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 view = file.get_slice(name)
                 code = view.get_dtype()
                 if code not in _DTYPES:
-                    raise ArtifactError(f"{path} holds {name} in {code}; supported are {', '.join(_DTYPES)}.")
+                    raise ArtifactError(f"{path} holds {name!r:.200} in {code}; supported are {', '.join(_DTYPES)}.")
                 infos[name] = TensorInfo(name, path.name, _DTYPES[code], tuple(view.get_shape()))
         return infos
     except FileNotFoundError as error:
@@ -143,6 +143,11 @@ def file_bytes(infos: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
     """Size of the file that `SafetensorsWriter` makes of these, with its usual metadata."""
     head, places = _plan_file(infos, None)
     return len(head) + max((end for _, end in places.values()), default=0)
+
+
+def header_bytes(infos: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
+    """What of that comes before the tensors."""
+    return len(_plan_file(infos, None)[0])
 
 
 def _plan_file(

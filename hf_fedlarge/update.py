@@ -1,16 +1,15 @@
 """A client's update: written by the client, trusted by nobody.
 
 Validation happens here and nowhere else, before any arithmetic, in the order of what it costs: the manifest, its
-parents, the set of files, their sizes and digests, the header of the one safetensors file (bounded, its exact names,
-shapes and dtypes), and only then the numbers. `adapter_config.json` is one of the two files a client may send, but it
-is never parsed: what the adapter is stands in the manifest that the server checks against its own.
+signature and its parents, the set of files, their sizes and digests, the header of the one safetensors file (bounded,
+its exact names, shapes and dtypes), and only then the numbers. `adapter_config.json` is one of the two files a client
+may send, but it is never parsed: what the adapter is stands in the manifest that the server checks against its own.
 
 An update in fp32 is an ordinary PEFT adapter; in any other codec it is one file that holds what changed (`wire.py`).
 """
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +43,15 @@ from hf_fedlarge.codec import Layout, decode, encode
 from hf_fedlarge.config import Codec, LoraSettings
 from hf_fedlarge.errors import ArtifactError, ConfigError, UpdateRefusedError
 from hf_fedlarge.feedback import Lost, write_lost
+from hf_fedlarge.keys import SIGNATURE_NAME, AllowedKeys, PrivateKey, read_signature, sign_update
+from hf_fedlarge.quantize import Infos
 from hf_fedlarge.scaffold import write_control
-from hf_fedlarge.tensors import Factors, file_bytes, read_header
+from hf_fedlarge.tensors import Factors, file_bytes, header_bytes, read_header
+from hf_fedlarge.untrusted import parse_json, printable
 from hf_fedlarge.wire import ENCODED_WEIGHTS, EncodedReader, Wire, rank_first, write_encoded
 
-MAX_HEADER_BYTES = 8 * 2**20
 # What comes on top of `update_bytes`: the manifest, adapter_config.json, and a longer header than ours; each.
-MAX_SMALL_BYTES = 2**16
+MAX_SMALL_BYTES = UpdateManifest.max_bytes
 # What one round of one client can't exceed; beyond it a weight is a mistake or an attack. `Asked` knows better.
 MAX_EXAMPLES = 10**9
 MAX_TOKENS = 10**12
@@ -81,6 +82,7 @@ class Expected:
         frozen: the factor that clients were not to train, and the adapter whose own it must be; None: they train both.
         wire: the codec that updates must have, and their parent; None: fp32, as plain adapters.
         control: whether they bring what changed in their client's control variate (`scaffold.py`).
+        keys: one of which must have signed it; None: nobody need have.
     """
 
     package: PackageManifest
@@ -92,6 +94,7 @@ class Expected:
     frozen: tuple[Literal["A", "B"], AdapterReader] | None = None
     wire: Wire | None = None
     control: bool = False
+    keys: AllowedKeys | None = None
 
 
 def write_update(
@@ -106,6 +109,7 @@ def write_update(
     lost: dict[str, Factors] | None = None,
     state: Path | None = None,
     control: dict[str, Factors] | None = None,
+    key: PrivateKey | None = None,
 ) -> UpdateManifest:
     """Write an update directory; `manifest.files` is filled in.
 
@@ -119,6 +123,7 @@ def write_update(
         lost: what training started with beyond `wire.parent`, as `feedback.read_lost` gave it.
         state: the client's directory for what the codec loses; None: it is forgotten.
         control: what changed in its control variate, where it has one.
+        key: signs the update; None: it is not signed.
 
     Raises:
         OutputError: `output` exists or can't be written.
@@ -138,6 +143,8 @@ def write_update(
             write_control(staging, control)
         manifest = manifest.model_copy(update={"files": describe_files(staging)})
         write_manifest(staging, manifest)
+        if key:
+            sign_update(staging, manifest, key)
     return manifest
 
 
@@ -180,21 +187,24 @@ def validate_update(directory: Path, expected: Expected) -> UpdateManifest:
         UpdateRefusedError: with the cause, and whom it concerns: the client asked, else the client that the manifest
             names, else the directory.
     """
-    try:
-        manifest = read_update(directory)
-    except ArtifactError as error:
-        name = expected.asked.client if expected.asked else directory.name
-        raise UpdateRefusedError(f"{name} refused: {error}") from error
-    asked = expected.asked or Asked(manifest.client, MAX_EXAMPLES, MAX_TOKENS)
+    name = expected.asked.client if expected.asked else directory.name
 
     def refuse(cause: str) -> UpdateRefusedError:
-        return UpdateRefusedError(f"{asked.client} refused: {cause:.1000}")
+        return UpdateRefusedError(printable(f"{name} refused: {cause:.1000}"))
 
-    size = (directory / MANIFEST_NAME).stat().st_size
-    if size > MAX_SMALL_BYTES:
-        raise refuse(f"its {MANIFEST_NAME} has {size} bytes; expected at most {MAX_SMALL_BYTES}.")
-    if manifest.client != asked.client:
-        raise refuse(f"its update is signed {manifest.client}; expected {asked.client}, the client that was asked.")
+    try:
+        manifest = read_update(directory)
+        asked = expected.asked or Asked(manifest.client, MAX_EXAMPLES, MAX_TOKENS)
+        name = asked.client
+        if manifest.client != asked.client:
+            raise ArtifactError(
+                f"its update is in the name of {manifest.client}; expected {asked.client}, the client that was asked."
+            )
+        signature = read_signature(directory)
+        if expected.keys:
+            expected.keys.check(manifest, signature)
+    except (ArtifactError, OSError) as error:
+        raise refuse(str(error)) from error
     package = expected.package
     if manifest.package != package.digest:
         raise refuse(
@@ -228,7 +238,8 @@ def validate_update(directory: Path, expected: Expected) -> UpdateManifest:
     names = names | {*large}
     if set(manifest.files) != names:
         raise refuse(f"its files are {sorted(manifest.files)}; only {' and '.join(sorted(names))} may be sent.")
-    bound = update_bytes(expected.architecture, package.kept_layers, expected.lora, codec)
+    infos = _largest(expected.architecture, package.kept_layers, expected.lora, codec)
+    bound = file_bytes(infos)
     sizes = [manifest.files[name].size for name in large]
     # Another writer's header may be longer than ours.
     if max(sizes) > bound + MAX_SMALL_BYTES or manifest.total_bytes - sum(sizes) > MAX_SMALL_BYTES:
@@ -237,8 +248,8 @@ def validate_update(directory: Path, expected: Expected) -> UpdateManifest:
             f"{bound * len(large)}."
         )
     try:
-        verify_files(directory, manifest)
-        _check_header(directory / weights)
+        verify_files(directory, manifest, beside=SIGNATURE_NAME)
+        _check_header(directory / weights, header_bytes(infos) + MAX_SMALL_BYTES)
         if not expected.wire:
             _check_plain(directory / weights, expected)
         reader = open_update(directory, expected)
@@ -251,7 +262,7 @@ def validate_update(directory: Path, expected: Expected) -> UpdateManifest:
                         f"its {letter} of {module} is not its adapter's; this round freezes every {letter}."
                     )
         if expected.control:
-            _check_header(directory / CONTROL_WEIGHTS)
+            _check_header(directory / CONTROL_WEIGHTS, header_bytes(infos) + MAX_SMALL_BYTES)
             _check_plain(directory / CONTROL_WEIGHTS, expected)
             _check_values(AdapterReader(directory, CONTROL_WEIGHTS), "control variate's ")
     except (ArtifactError, OSError) as error:
@@ -275,14 +286,19 @@ def _check_values(reader: AdapterReader | EncodedReader, whose: str = "") -> Non
 def update_bytes(architecture: Architecture, layers: list[int], lora: LoraSettings, codec: Codec) -> int:
     """Bytes of an update's tensors in which every factor changed, known before anything is trained.
 
-    One in which some did not is smaller. The manifest, and in fp32 `adapter_config.json`, come on top.
+    One in which some did not is smaller. The manifest, in fp32 `adapter_config.json`, and a signature come on top.
     """
+    return file_bytes(_largest(architecture, layers, lora, codec))
+
+
+def _largest(architecture: Architecture, layers: list[int], lora: LoraSettings, codec: Codec) -> Infos:
+    """The tensors of an update in which every factor changed."""
     shapes = expected_shapes(architecture, layers, lora)
     if codec.name == "fp32":  # in the order of `write_adapter`, which shows in the digits of the header
         plain = tensor_shapes(dict(sorted(shapes.items())))
-        return file_bytes({name: (torch.float32, shape) for name, shape in plain.items()})
+        return {name: (torch.float32, shape) for name, shape in plain.items()}
     names = rank_first(shapes)
-    return file_bytes(Layout(names, dict.fromkeys(names, True), codec).infos)
+    return Layout(names, dict.fromkeys(names, True), codec).infos
 
 
 def _check_plain(path: Path, expected: Expected) -> None:
@@ -308,6 +324,8 @@ def read_update(directory: Path) -> UpdateManifest:
     Raises:
         ArtifactError: not an update, or the system can't read it.
     """
+    if (directory / MANIFEST_NAME).is_symlink():
+        raise ArtifactError(f"{directory / MANIFEST_NAME} is not a regular file.")
     try:
         return read_manifest(directory, UpdateManifest)
     except OSError as error:
@@ -317,7 +335,7 @@ def read_update(directory: Path) -> UpdateManifest:
 def measured(update: Path) -> dict[str, float]:
     """What a client's process measured; nothing where its manifest can't be read, which validation will say."""
     try:
-        return read_manifest(update, UpdateManifest).measured
+        return read_update(update).measured
     except ArtifactError:
         return {}
 
@@ -325,9 +343,9 @@ def measured(update: Path) -> dict[str, float]:
 def outcome(update: Path) -> str:
     """A trained client in a few words."""
     try:
-        manifest = read_manifest(update, UpdateManifest)
+        manifest = read_update(update)
     except ArtifactError as error:
-        return str(error)
+        return printable(str(error))
     if manifest.loss_before is None or manifest.loss_after is None:
         loss = "loss not evaluated"
     else:
@@ -344,26 +362,13 @@ def client_name(directory: Path) -> str:
         return directory.name
 
 
-def _check_header(path: Path) -> None:
-    """What safetensors lets pass: a huge header, a key that stands twice in it, a number of thousands of digits."""
+def _check_header(path: Path, limit: int) -> None:
+    """What safetensors lets pass or takes long over: a huge header, thousands of tensors, a key that stands twice."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > min(MAX_HEADER_BYTES, path.stat().st_size):
-            raise ArtifactError(f"{path.name} announces a header of {length} bytes; at most {MAX_HEADER_BYTES}.")
-        raw = file.read(length)
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) != len(names):
-            raise ArtifactError(f"{path.name} holds a key twice in its header.")
-        return dict(pairs)
-
-    try:
-        json.loads(raw, object_pairs_hook=unique)
-    except ArtifactError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path.name} has a header that can't be read as JSON; expected safetensors.") from error
+        if length > limit:
+            raise ArtifactError(f"{path.name} announces a header of {length} bytes; expected at most {limit}.")
+        parse_json(file.read(length), f"The header of {path.name}")
 
 
 def _short(digest: str | None) -> str:

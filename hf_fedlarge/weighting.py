@@ -26,8 +26,8 @@ def weighing(weighting: str) -> Weigh:
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"The weighting {weighting} can't be imported: {error}.") from error
 
-    def weigh(update: UpdateManifest) -> float:
-        weight = function(update)
+    def weigh(update: UpdateManifest) -> float:  # of what its digest covers, nothing else
+        weight = function(update.model_copy(update={"measured": {}}))
         if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
             raise ConfigError(f"The weighting {weighting} gave {weight!r} for {update.client}; expected 0 or more.")
         return weight

@@ -10,6 +10,7 @@ from hf_fedlarge.architectures import describe
 from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, UpdateManifest, read_manifest
 from hf_fedlarge.config import Codec, LoraSettings
 from hf_fedlarge.data import from_rows, write_jsonl
+from hf_fedlarge.keys import read_key
 from hf_fedlarge.package import package_architecture, package_config
 from hf_fedlarge.shrink import plan_shrink, shrink
 from hf_fedlarge.tensors import Factors
@@ -63,10 +64,12 @@ def make_update(
     tokens: int = 100,
     codec: Codec | None = None,
     frozen: str = "",
+    key: Path | None = None,
 ) -> dict[str, Factors]:
     """Write an update with random factors, as a client would; returns the factors.
 
-    A `codec` other than fp32 needs `adapter`; `frozen` names the letters of the factors that stay as they are there.
+    A `codec` other than fp32 needs `adapter`; `frozen` names the letters of the factors that stay as they are there;
+    `key` is the private key that signs it.
     """
     small = read_manifest(package, PackageManifest)
     architecture = describe(package_config(package))
@@ -92,5 +95,6 @@ def make_update(
         examples=examples,
         tokens=tokens,
     )
-    write_update(output, factors, manifest, architecture, small.base.id, wire=wire)
+    private = read_key(key) if key else None
+    write_update(output, factors, manifest, architecture, small.base.id, wire=wire, key=private)
     return factors

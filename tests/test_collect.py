@@ -278,9 +278,9 @@ def symlink(update):
         (pickle, "announces a header of"),
         (huge_header, "announces a header of"),
         (repeated_key, "holds a key twice"),
-        (number_too_long_for_python, "header that can't be read as JSON"),
+        (number_too_long_for_python, "The header of adapter_model.safetensors is not JSON"),
         (sizes_too_long_to_add, "size: Input should be less than or equal"),
-        (unreadable, "can't be read|has no fedlarge.json"),
+        (unreadable, "fedlarge.json is not a regular file|has no fedlarge.json"),
         (too_large, r"its A of model\.layers\.0\.\S+ has the norm \S+e\+39; expected at most 1e\+06"),
         (other_lora(targets=["nope"]), "bob refused: The LoRA target 'nope' is no matrix"),
         (other_lora(targets=[]), "targets"),
@@ -401,7 +401,7 @@ def test_an_update_is_held_to_what_its_client_was_asked_for(federation, updates,
     assert [entry.client for entry in collected.manifest.contributions] == ["ann"]
     refused = dict(collected.refused)
     assert list(refused) == ["dan", "eve", "bob", "cyd"]
-    assert refused["dan"] == "dan refused: its update is signed cyd; expected dan, the client that was asked."
+    assert refused["dan"] == "dan refused: its update is in the name of cyd; expected dan, the client that was asked."
     assert refused["eve"].startswith("eve refused: ")
     assert refused["bob"] == "bob refused: it claims 20 examples and 300 tokens; expected 1 to 20 and 1 to 299."
     assert refused["cyd"] == "cyd refused: it claims 30 examples and 600 tokens; expected 1 to 29 and 1 to 600."

@@ -38,6 +38,7 @@ from hf_fedlarge.errors import (
     UpdateRefusedError,
 )
 from hf_fedlarge.journal import Journal
+from hf_fedlarge.keys import SIGNATURE_NAME
 from hf_fedlarge.package import load_package, load_tokenizer
 from hf_fedlarge.plan import CheckIn, sample_cohort
 from hf_fedlarge.rounds import run_federation
@@ -209,6 +210,26 @@ def test_a_run_with_scaffold_corrects_from_the_second_round_on(home, tmp_path):
     assert 1.8 < sent[0] / sent[1] < 2
     kept = sorted((tmp_path / "True" / "clients" / "team-red" / "state").iterdir())
     assert [path.name for path in kept] == ["control-0000001.safetensors", "control-0000002.safetensors"]
+
+
+def test_a_run_whose_clients_sign_makes_the_same_and_refuses_who_does_not(home, whole, tmp_path):
+    def train(job):
+        IN_PROCESS(job)
+        if job.round == 2:
+            (job.output / SIGNATURE_NAME).unlink()
+
+    output = tmp_path / "run"
+    [one] = run(home, output, keys="auto", rounds=1, train=train)["rounds"]
+    assert fingerprint(output)[0] == fingerprint(whole[0])[0][:2]
+    assert whole[1]["rounds"][0]["bytes_up"] < one["bytes_up"] < whole[1]["rounds"][0]["bytes_up"] + 3 * 1024
+    secrets = sorted(output.glob("clients/*/key.pem"))
+    assert [path.stat().st_mode & 0o777 for path in secrets] == [0o600] * 4
+    with pytest.raises(
+        UpdateRefusedError, match=r"Round 2 is abandoned: 0 valid .* team-\w+ refused: it has no signature"
+    ):
+        run(home, output, keys="auto", rounds=2, train=train)
+    with pytest.raises(ConfigError, match=r"none\.json is not a file; expected a list of keys"):
+        run(home, tmp_path / "other", keys=str(tmp_path / "none.json"))
 
 
 @pytest.mark.parametrize("aggregator", ["fedavg", "exact"])

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from hf_fedlarge.artifacts import os_problem, write_json
-from hf_fedlarge.errors import ConfigError, DataError, FedLargeError
+from hf_fedlarge.artifacts import write_json
+from hf_fedlarge.errors import ConfigError, DataError, FedLargeError, os_problem
 from hf_fedlarge.memory import peak_memory_bytes
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class ClientArguments:
     state: str | None = field(
         default=None, metadata={"help": "This client's directory for what the codec loses; else it is forgotten."}
     )
+    key: str | None = field(default=None, metadata={"help": "Sign the update with this key of `hf-fedlarge keys new`."})
     overwrite: bool = field(default=False, metadata={"help": "Replace an update that is there already."})
     verify: bool = field(default=True, metadata={"help": "Check the package's digests before loading it."})
 
@@ -110,6 +111,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
     """
     # Here, so that `--help` and argument errors come at once.
     import torch
+    from jinja2 import TemplateError
     from pydantic import ValidationError
 
     from hf_fedlarge.adapters import AdapterReader, expected_shapes, get_factors, initial_factors, parameter_values
@@ -126,6 +128,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
     from hf_fedlarge.data import load_examples, training_columns
     from hf_fedlarge.evaluation import evaluate_model
     from hf_fedlarge.feedback import read_lost, with_lost
+    from hf_fedlarge.keys import read_key
     from hf_fedlarge.package import package_architecture, package_config
     from hf_fedlarge.partition import hold_out
     from hf_fedlarge.scaffold import difference, read_common, read_own, write_own
@@ -141,6 +144,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
     worker = worker or Worker()
     package_dir, output = Path(client.package), Path(client.output)
     check_output(output, client.overwrite)
+    key = read_key(Path(client.key)) if client.key else None
     package = read_manifest(package_dir, PackageManifest)
     parent = None
     if client.adapter:
@@ -259,7 +263,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
                 callbacks=[steps, *callbacks],
                 proximal=client.proximal,
             )
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, ArithmeticError, TemplateError) as error:  # a chat template is a program
             raise DataError(f"{client.data} can't be trained on: {error}") from error
         if len(trainer.train_dataset) == 0:
             raise DataError(f"{client.data} has no example with a labelled token within {config.max_length} tokens.")
@@ -310,6 +314,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
             lost=lost,
             state=Path(client.state) if client.state else None,
             control=control,
+            key=key,
         )
         shutil.rmtree(work, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()

@@ -89,6 +89,7 @@ def _arguments(job: ClientJob) -> dict[str, Any]:
         "codec": job.codec.name,
         "topk_share": job.codec.topk_share,
         "state": str(job.state) if job.state else None,
+        "key": str(job.key) if job.key else None,
         # The server checked the package when it made it or took up the run.
         "verify": False,
     }

@@ -1,0 +1,52 @@
+"""JSON that others wrote: its size is bounded before it is read, and no key may stand in it twice.
+
+Of a key that stands twice Python takes the last, other parsers the first: two programs would check different things.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hf_fedlarge.errors import ArtifactError
+
+
+def read_json(path: Path, limit: int) -> Any:
+    """What a file of at most `limit` bytes holds.
+
+    Raises:
+        ArtifactError: it has more bytes, or is not JSON, or has a key twice.
+        OSError: the system can't read it.
+    """
+    with path.open("rb") as file:
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise ArtifactError(f"{path} has {path.stat().st_size} bytes; expected at most {limit}.")
+    return parse_json(raw, str(path))
+
+
+def parse_json(raw: bytes, what: str) -> Any:
+    """What `raw`, which errors call `what`, says; the caller has bounded its length.
+
+    Raises:
+        ArtifactError: not JSON, nested too deeply, a number too long, or a key that stands twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ArtifactError(f"{what} holds a key twice; expected each once.")
+        return found
+
+    try:
+        return json.loads(raw, object_pairs_hook=unique)
+    except ArtifactError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{what} is not JSON: {error}.") from error
+
+
+def printable(text: str) -> str:
+    """`text` with a question mark for all that a terminal or a log would not show as it is, such as escapes."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
