@@ -40,3 +40,7 @@ class OutputError(FedLargeError, OSError):
 
 class HubError(FedLargeError, RuntimeError):
     """The Hugging Face Hub refused, or can't be reached."""
+
+
+class StoreError(FedLargeError, RuntimeError):
+    """A store can't be reached, refuses, or lacks what it should have by now; trying again later may help."""

@@ -13,7 +13,7 @@ LEVELS = [
     {"errors", "memory", "options"},
     {"config", "stdlib_corpus", "blocks"},
     {"artifacts"},
-    {"tensors", "architectures", "quantize", "data", "partition", "cards", "plan", "journal"},
+    {"tensors", "architectures", "quantize", "data", "partition", "cards", "plan", "journal", "store"},
     {
         "linear",
         "norm",
@@ -45,6 +45,7 @@ ONE_IMPORTER = {
     "bitsandbytes": {"quantize"},
     "peft": {"adapters"},
     "datasets": {"data"},
+    "fsspec": {"store"},
     "huggingface_hub": {"hub"},
     "pyarrow": {"data"},
 }
