@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
-from hf_fedlarge.config import Codec, LoraSettings, Record, first_problem
+from hf_fedlarge.config import ClientName, Codec, LoraSettings, Record, first_problem
 from hf_fedlarge.errors import ArtifactError, OutputError
 
 MANIFEST_NAME = "fedlarge.json"
@@ -128,7 +128,7 @@ class UpdateManifest(Manifest):
     """What one client trained in one round, on which package, from which adapter."""
 
     kind: Literal["update"] = "update"
-    client: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    client: ClientName
     round: Count
     package: Digest
     adapter: Digest | None

@@ -17,6 +17,7 @@ SurrogateCodec = Literal["nf4", "int8", "bf16"]
 LayerChoice = Literal["uniform", "influence", "loss", "gradient"]
 CodecName = Literal["fp32", "bf16", "int8", "nf4", "topk"]
 TopkShare = Annotated[float, Field(gt=0, le=1)]
+ClientName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 _NEURONS = 2 / 3
 
 
@@ -312,12 +313,17 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
     examples a client evaluates at most, before and after training, 0 being none.
     `codec` is how updates are encoded, `topk_share` what share of the entries `topk` sends; `budget` is the most that
     the run may send, both ways together (`500MB`): a round that could overstep it is not begun.
+    `data` is what simulated clients are made of, and `clients` are real ones that may check in (None: whoever does),
+    each with the most examples that it is believed to have. `eval_data` is public, and what the server evaluates on
+    (None: what simulated clients hold out).
     """
 
     checkpoint: str
     revision: str | None = None
     base_id: str | None = None
-    data: DataConfig
+    data: DataConfig | None = None
+    clients: dict[ClientName, Annotated[int, Field(ge=1)]] | None = None
+    eval_data: str | None = None
     lora: LoraSettings = LoraSettings()
     rounds: Annotated[int, Field(ge=1)] = 3
     codec: CodecName = "fp32"

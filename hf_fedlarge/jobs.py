@@ -89,6 +89,10 @@ class Jobs:
         """The clients by name."""
         return {check_in.client: check_in for check_in in read_check_ins(self.run)}
 
+    def read_check_ins(self) -> None:
+        """Look again who is there."""
+        self.__dict__.pop("check_ins", None)
+
     @property
     def least_bytes(self) -> int:
         """The memory below which a client can't take part."""
@@ -114,10 +118,9 @@ class Jobs:
         return {self.adapter(tier, number): tier.package for tier in self.tiers[1:]}
 
     def job(self, client: str, number: int, output: Path) -> ClientJob:
-        """What a client is asked to do; its seed is the same whenever it is asked for this round."""
+        """What a client is asked to do."""
         home, tier = self.run / "clients" / client, self.tier_of(client)
         held_out = home / "held_out.jsonl"
-        seed = zlib.crc32(f"{self.config.seed}/{number}/{client}".encode())
         return ClientJob(
             client=client,
             round=number,
@@ -126,7 +129,7 @@ class Jobs:
             data=home / "train.jsonl",
             eval_data=held_out if held_out.exists() else None,
             output=output,
-            training={"seed": seed % 2**31} | self.config.training,
+            training=training_of(client, number, self.config.seed, self.config.training),
             proximal=self.config.proximal,
             eval_examples=self.config.client_eval_examples,
             codec=self.config.wire_codec,
@@ -153,19 +156,20 @@ class Jobs:
         sequences = steps * _batch(training) if steps > 0 else passes * examples
         return Asked(client=client, examples=examples, tokens=sequences * _max_length(training))
 
-    def download_bytes(self, client: str, number: int, has: int | None) -> int:
+    def download_bytes(self, client: str, number: int, has: int | None, whole: bool = False) -> int:
         """What a client downloads for a round: what changed in its adapter, and the package if it lacks it.
 
         Args:
             client: its name.
             number: the round.
             has: the last round that it was asked in; None: it has nothing yet.
+            whole: adapters go down as they are.
         """
         tier = self.tier_of(client)
         adapter = self.adapter(tier, number)
         if has is None:
             return tier.manifest.total_bytes + self._changed_bytes(adapter, None)
-        return self._changed_bytes(adapter, self.adapter(tier, has))
+        return self._changed_bytes(adapter, None if whole else self.adapter(tier, has))
 
     def upload_bytes(self, client: str, number: int) -> int:
         """The most that its update may have; a larger one is refused."""
@@ -173,6 +177,11 @@ class Jobs:
         codec = self.config.wire_codec
         tensors = update_bytes(expected.architecture, expected.package.kept_layers, expected.lora, codec)
         return tensors + 2 * MAX_SMALL_BYTES
+
+
+def training_of(client: str, number: int, seed: int, training: dict[str, Any]) -> dict[str, Any]:
+    """A client's training arguments; its seed is the same whenever, and wherever, it trains for this round."""
+    return {"seed": zlib.crc32(f"{seed}/{number}/{client}".encode()) % 2**31} | training
 
 
 def make_tiers(

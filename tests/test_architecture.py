@@ -27,7 +27,7 @@ LEVELS = [
         "walk",
         "codec",
     },
-    {"adapters", "aggregate", "arena", "surrogate", "neurons"},
+    {"adapters", "aggregate", "arena", "surrogate", "neurons", "orders"},
     {"engine", "fit", "gradients", "robust", "wire"},
     {"shrink", "streaming", "feedback"},
     {"update"},
@@ -36,6 +36,7 @@ LEVELS = [
     {"calibrate", "transfer", "report", "clients", "relay", "tables"},
     {"jobs"},
     {"rounds"},
+    {"serve"},
     {"api", "cli"},
 ]
 LEVEL = {module: number for number, modules in enumerate(LEVELS) for module in modules}
