@@ -13,10 +13,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_fedlarge.errors import ConfigError, FedLargeError
-from hf_fedlarge.options import add_aggregation, chosen_aggregation
+from hf_fedlarge.options import add_aggregation, add_joining, add_serving, chosen_aggregation
+
+if TYPE_CHECKING:
+    from hf_fedlarge.config import FederationConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,6 +143,9 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--no-stop", action="store_true", help="go on where the full model with the adapter stays worse than the base"
     )
+
+    add_serving(command("serve", _serve, "Run a federation of clients that join over a store; again, to go on."))
+    add_joining(command("join", _join, "Take part in a federation that is served over a store, until it is over."))
 
     one = command("push", _push, "Publish a checkpoint, an adapter or a package on the Hub.")
     one.add_argument("directory", type=Path, help="a merged checkpoint, an adapter or a package")
@@ -273,24 +279,60 @@ def _evaluated(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from transformers.utils import logging
-
-    from hf_fedlarge.config import load_federation
-    from hf_fedlarge.data import hide_progress
     from hf_fedlarge.rounds import run_federation
-    from hf_fedlarge.tables import print_summary
-    from hf_fedlarge.trainers.launch import LAUNCHERS, check_training
+    from hf_fedlarge.trainers.launch import LAUNCHERS
+
+    config, output = _federation(options)
+    given = {name: getattr(options, name) for name in ("launcher", "budget") if getattr(options, name)}
+    config = config.model_copy(update=given)
+    train = LAUNCHERS[config.launcher]()
+    _print_run(run_federation(config, output, train, _report, stop=not options.no_stop), output)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from hf_fedlarge.serve import serve_federation
+
+    config, output = _federation(options)
+    how = {"stop": not options.no_stop, "poll": options.poll}
+    _print_run(serve_federation(config, output, options.store, _report, **how), output)
+
+
+def _join(options: argparse.Namespace) -> None:
+    from hf_fedlarge.trainers.join import join
+
+    _quietly()
+    given = {name: getattr(options, name) for name in ("eval_data", "cache", "once", "poll")}
+    join(options.store, options.client, options.data, report=_report, **given)
+
+
+def _federation(options: argparse.Namespace) -> tuple[FederationConfig, Path]:
+    """A federation's file, whose training arguments are found good, and its run directory."""
+    from hf_fedlarge.config import load_federation
+    from hf_fedlarge.trainers.launch import check_training
 
     config = load_federation(options.federation)
     check_training(config.training)
-    given = {name: getattr(options, name) for name in ("launcher", "budget") if getattr(options, name)}
-    config = config.model_copy(update=given)
-    output = options.output or options.federation.parent / "run"
-    # Of all the bars of all the clients, those of the training steps tell enough.
+    _quietly()
+    return config, options.output or options.federation.parent / "run"
+
+
+def _report(line: str) -> None:
+    print(line, flush=True)
+
+
+def _quietly() -> None:
+    """Of all the bars of all the clients, those of the training steps tell enough."""
+    from transformers.utils import logging
+
+    from hf_fedlarge.data import hide_progress
+
     hide_progress()
     logging.disable_progress_bar()
-    train = LAUNCHERS[config.launcher]()
-    summary = run_federation(config, output, train, lambda line: print(line, flush=True), stop=not options.no_stop)
+
+
+def _print_run(summary: dict[str, Any], output: Path) -> None:
+    from hf_fedlarge.tables import print_summary
+
     print_summary(summary)
     print(f"\n{output / 'merged'} is the merged checkpoint; {output / 'summary.json'} has all figures.")
 

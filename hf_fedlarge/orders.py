@@ -131,7 +131,7 @@ class CheckInDocument(Record):
 class FailureDocument(Record):
     """Why a client gives no update."""
 
-    reason: Annotated[str, Field(max_length=2000)]
+    reason: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,2000}$")]
 
 
 DocumentT = TypeVar("DocumentT", OrderDocument, CheckInDocument, FailureDocument)
@@ -149,7 +149,7 @@ def write_document(store: Store, path: str, document: Record) -> None:
     Raises:
         StoreError: the store can't be written.
     """
-    store.write(path, (json.dumps(document.model_dump(mode="json", exclude_unset=True), indent=1) + "\n").encode())
+    store.write(path, (json.dumps(document.model_dump(mode="json", exclude_none=True), indent=1) + "\n").encode())
 
 
 def read_document(store: Store, path: str, kind: type[DocumentT]) -> DocumentT | None:

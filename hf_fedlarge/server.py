@@ -84,6 +84,7 @@ class RoundServer:
         validate: Callable[[int, str, Path], UpdateManifest],
     ) -> None:
         self.number, self.journal, self.config, self._validate = number, journal, config, validate
+        self._rounds = rounds
         self.committed = rounds / f"{number:04d}"
         self.work = rounds / f".{number:04d}.work"
         self._late = rounds / ".late"
@@ -129,6 +130,10 @@ class RoundServer:
         last = self._of("selected")[-1]
         return Order(self.number, last["attempt"], tuple(last["clients"]), last["goal"])
 
+    def earlier(self, number: int) -> RoundServer:
+        """An earlier round of the same run, for updates that come late."""
+        return RoundServer(self._rounds, number, self.journal, self.config, self._validate)
+
     @property
     def is_open(self) -> bool:
         """Whether there is an order already, which was not abandoned."""
@@ -136,9 +141,13 @@ class RoundServer:
         return bool(entries) and not self._of("abandoned", attempt=entries[-1]["attempt"])
 
     def waiting(self, order: Order) -> list[str]:
-        """The clients that have been neither heard of nor given up; none once the goal or the deadline is reached."""
+        """The clients to wait for: `unheard`, or none once the goal or the deadline is reached."""
         if len(self.accepted) >= order.goal or self._is_closed(order):
             return []
+        return self.unheard(order)
+
+    def unheard(self, order: Order) -> list[str]:
+        """The clients of an order that neither sent an update nor were given up."""
         heard = {entry["client"] for entry in self._of("validated", "failed", attempt=order.attempt)}
         return [client for client in order.clients if client not in heard | self.accepted.keys()]
 
