@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import uuid
+from pathlib import Path
 
 import pytest
 
@@ -44,8 +45,27 @@ def make_package(path, **files):
     return path
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(scope="module")
+def bucket():
+    """An S3 server on this machine, where one is installed."""
+    reason = "needs `pip install s3fs 'moto[s3,server]'`"
+    pytest.importorskip("s3fs", reason=reason)
+    server = pytest.importorskip("moto.server", reason=reason).ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.get_host_and_port()[1]}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patched.setenv(name, "x")
+        patched.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        Store("s3://bucket").fs.mkdir("bucket")
+        yield "s3://bucket"
+    server.stop()
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
 def store(request, tmp_path):
+    if request.param == "s3":
+        return Store(f"{request.getfixturevalue('bucket')}/{uuid.uuid4().hex}")
     return Store(str(tmp_path / "store") if request.param == "local" else f"memory://{uuid.uuid4().hex}")
 
 
@@ -140,6 +160,28 @@ def test_a_put_that_is_interrupted_shows_nothing(store, package, tmp_path, monke
         store.get(digest, tmp_path / "here", PackageManifest)
     store.put(package)
     store.get(digest, tmp_path / "here", PackageManifest)
+
+
+def test_a_file_that_was_cut_short_in_the_store_is_put_again(store, package, tmp_path):
+    digest = store.put(package)
+    [model, _] = objects(store)
+    store.fs.pipe_file(model, b"m" * 10)
+    store.put(package)
+    store.get(digest, tmp_path / "here", PackageManifest)
+
+
+def test_a_file_is_seen_in_a_directory_when_it_is_whole(package, tmp_path, monkeypatch):
+    store = Store(str(tmp_path / "store"))
+
+    def cut(source, target):
+        Path(target).write_bytes(Path(source).read_bytes()[:10])
+        raise OSError("the power is gone")
+
+    monkeypatch.setattr(store.fs, "put_file", cut)
+    with pytest.raises(StoreError, match="the power is gone"):
+        store.send(package, "inbox/ann")
+    assert store.names("inbox/ann") == []
+    assert len(list((tmp_path / "store" / "inbox" / "ann").iterdir())) == 1
 
 
 def test_a_damaged_artifact_is_not_put(store, package):

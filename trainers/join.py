@@ -115,8 +115,10 @@ def _alone(home: Path, client: str) -> Iterator[None]:
         raise OutputError(
             f"{client} takes part in another process already; end that one, or choose another --cache."
         ) from error
-    with lock:
+    try:
         yield
+    finally:
+        lock.release()
 
 
 class _Member:
