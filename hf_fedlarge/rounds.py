@@ -178,10 +178,11 @@ class _Federation:
         path = self.run / "federation.json"
         found = json.loads(path.read_text()) if path.exists() else None
         if found is not None:
-            # More rounds, another budget or another way to start clients don't change what was committed.
+            # More rounds, another budget, other clients or another way to start them don't change what was committed.
             changed = sorted(
                 key
-                for key in (self.settings.keys() | found["settings"].keys()) - {"rounds", "launcher", "budget"}
+                for key in (self.settings.keys() | found["settings"].keys())
+                - {"rounds", "launcher", "budget", "clients"}
                 if self.settings.get(key) != found["settings"].get(key)
             )
             if changed:

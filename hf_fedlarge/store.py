@@ -18,6 +18,7 @@ removing what no federation needs any more.
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +39,7 @@ from hf_fedlarge.artifacts import (
     staged_directory,
     verify_files,
 )
-from hf_fedlarge.errors import ArtifactError, ConfigError, StoreError
+from hf_fedlarge.errors import ArtifactError, ConfigError, OutputError, StoreError
 
 # What comes in one request; a download that breaks off loses at most so much.
 CHUNK_BYTES = 16 * 2**20
@@ -251,6 +252,11 @@ class Store:
             except ArtifactError:
                 (staging / MANIFEST_NAME).unlink()
                 raise
+            free = shutil.disk_usage(staging).free + sum(path.stat().st_size for path in staging.iterdir())
+            if total > free:
+                raise OutputError(
+                    f"{destination} takes {total} bytes, but {free} are free; make room or choose elsewhere."
+                )
             for path in staging.iterdir():
                 if path.name not in {MANIFEST_NAME, *wanted, *map(_partial, wanted.values())}:
                     path.unlink()

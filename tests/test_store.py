@@ -249,6 +249,15 @@ def test_more_than_was_announced_is_not_fetched(store, package, tmp_path, calls)
     store.get(digest, tmp_path / "here", PackageManifest, most_bytes=1002)
 
 
+def test_what_does_not_fit_on_the_disk_is_not_begun(store, package, tmp_path, monkeypatch, calls):
+    digest = store.put(package)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100}))
+    calls.clear()
+    with pytest.raises(OutputError, match=r"takes 1002 bytes, but \d+ are free"):
+        store.get(digest, tmp_path / "here", PackageManifest)
+    assert len([read for operation, read in calls if operation == "cat_file"]) == 1
+
+
 def test_a_download_that_broke_off_goes_on_with_what_is_missing(store, package, tmp_path, monkeypatch, calls):
     digest = store.put(package)
     manifest = (package / MANIFEST_NAME).stat().st_size
