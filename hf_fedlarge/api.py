@@ -20,12 +20,15 @@ from hf_fedlarge.merge import merge, plan_merge
 from hf_fedlarge.package import load_package, load_tokenizer
 from hf_fedlarge.relay import relay_update as relay
 from hf_fedlarge.rounds import run_federation as run
+from hf_fedlarge.serve import serve_federation as serve
 from hf_fedlarge.trainers.client import train_client as train
+from hf_fedlarge.trainers.join import join
 from hf_fedlarge.transfer import transfer_report as transfer
 
 __all__ = [
     "aggregate",
     "evaluate",
+    "join",
     "load_package",
     "load_tokenizer",
     "merge",
@@ -34,6 +37,7 @@ __all__ = [
     "push",
     "relay",
     "run",
+    "serve",
     "shrink",
     "start_adapter",
     "train",

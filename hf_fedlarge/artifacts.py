@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
-from hf_fedlarge.config import Codec, LoraSettings, Record, first_problem
+from hf_fedlarge.config import ClientName, Codec, LoraSettings, Record, first_problem
 from hf_fedlarge.errors import ArtifactError, OutputError, os_problem
 from hf_fedlarge.untrusted import read_json
 
@@ -37,7 +37,6 @@ SERVER_FILES = frozenset({MOMENTUM_WEIGHTS, VARIANCE_WEIGHTS, CARRY_WEIGHTS})
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=2**53)]
-ClientName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=255)]
 
 

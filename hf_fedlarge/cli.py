@@ -13,10 +13,22 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_fedlarge.errors import ConfigError, FedLargeError, os_problem
-from hf_fedlarge.options import add_aggregation, add_keys, chosen_aggregation
+from hf_fedlarge.options import (
+    add_aggregation,
+    add_evaluation,
+    add_joining,
+    add_keys,
+    add_overwrite,
+    add_push,
+    add_serving,
+    chosen_aggregation,
+)
+
+if TYPE_CHECKING:
+    from hf_fedlarge.config import FederationConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--calibration", metavar="DATA", help="public text to fit on (Python's documentation)")
     one.add_argument("--embeddings", choices=("int8", "nf4", "bf16"), default="int8", help="embedding and head (int8)")
     one.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
-    _overwrite(one)
+    add_overwrite(one)
 
     commands.add_parser("train", help="Train adapters on a package with a client's data (train --help).")
 
@@ -99,14 +111,14 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--population", type=int, metavar="N", help="clients there are, for --scaffold (the updates)")
     one.add_argument("--keys", type=Path, metavar="LIST", help="the keys that must have signed them (none)")
     add_aggregation(one)
-    _overwrite(one)
+    add_overwrite(one)
 
     one = command("relay", _relay, "Make an update of an aggregate: an edge's, for the server above it.")
     one.add_argument("adapter", type=Path, help="what `aggregate` made of one round's updates")
     one.add_argument("-o", "--output", type=Path, required=True, help="the update directory to make")
     one.add_argument("--client", required=True, help="the edge's name")
     one.add_argument("--key", type=Path, help="sign the update with this key of `keys new`")
-    _overwrite(one)
+    add_overwrite(one)
 
     one = command("merge", _merge, "Fold an adapter into the full checkpoint.")
     one.add_argument("checkpoint", help="the full model: a directory, or a Hub id")
@@ -114,13 +126,13 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("-o", "--output", type=Path, required=True, help="the checkpoint directory to make")
     one.add_argument("--revision", help="the Hub revision")
     one.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
-    _overwrite(one)
+    add_overwrite(one)
 
     one = command("evaluate", _evaluate, "Print the held-out loss of a checkpoint or package, as JSON.")
     one.add_argument("model", help="a checkpoint (directory or Hub id) or a package directory")
     one.add_argument("--adapter", type=Path, help="an adapter to plug in")
     one.add_argument("--data", required=True, help="examples: a file, a Hub data set, or stdlib")
-    _evaluation(one)
+    add_evaluation(one)
 
     one = command("transfer", _transfer, "Compare what an adapter is worth on the package and on the full model.")
     one.add_argument("checkpoint", help="the full model: a directory, or a Hub id")
@@ -130,7 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--reference", type=Path, metavar="ADAPTER", help="one that was trained on the full model")
     one.add_argument("--gradients", action="store_true", help="how far both models' gradients agree, a layer at a time")
     one.add_argument("--revision", help="the Hub revision")
-    _evaluation(one)
+    add_evaluation(one)
     one.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
 
     one = command("run", _run, "Run a whole federation from a file; run it again to go on after an interruption.")
@@ -142,14 +154,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--no-stop", action="store_true", help="go on where the full model with the adapter stays worse than the base"
     )
 
+    add_serving(command("serve", _serve, "Run a federation of clients that join over a store; again, to go on."))
+    add_joining(command("join", _join, "Take part in a federation that is served over a store, until it is over."))
     add_keys(command("keys", _keys, "Keys that clients sign their updates with, and a server's list of them."))
 
-    one = command("push", _push, "Publish a checkpoint, an adapter or a package on the Hub.")
-    one.add_argument("directory", type=Path, help="a merged checkpoint, an adapter or a package")
-    one.add_argument("repo_id", help="owner/name on the Hub")
-    one.add_argument("--public", action="store_true", help="make the repository public (private)")
-    one.add_argument("--summary", type=Path, help="a run's summary.json, for the card's figures")
-    one.add_argument("--message", help="the commit message")
+    add_push(command("push", _push, "Publish a checkpoint, an adapter or a package on the Hub."))
     return parser
 
 
@@ -280,24 +289,60 @@ def _evaluated(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from transformers.utils import logging
-
-    from hf_fedlarge.config import load_federation
-    from hf_fedlarge.data import hide_progress
     from hf_fedlarge.rounds import run_federation
-    from hf_fedlarge.tables import print_summary
-    from hf_fedlarge.trainers.launch import LAUNCHERS, check_training
+    from hf_fedlarge.trainers.launch import LAUNCHERS
+
+    config, output = _federation(options)
+    given = {name: getattr(options, name) for name in ("launcher", "budget") if getattr(options, name)}
+    config = config.model_copy(update=given)
+    train = LAUNCHERS[config.launcher]()
+    _print_run(run_federation(config, output, train, _report, stop=not options.no_stop), output)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from hf_fedlarge.serve import serve_federation
+
+    config, output = _federation(options)
+    how = {"stop": not options.no_stop, "poll": options.poll}
+    _print_run(serve_federation(config, output, options.store, _report, **how), output)
+
+
+def _join(options: argparse.Namespace) -> None:
+    from hf_fedlarge.trainers.join import join
+
+    _quietly()
+    given = {name: getattr(options, name) for name in ("eval_data", "cache", "once", "poll", "key")}
+    join(options.store, options.client, options.data, report=_report, **given)
+
+
+def _federation(options: argparse.Namespace) -> tuple[FederationConfig, Path]:
+    """A federation's file, whose training arguments are found good, and its run directory."""
+    from hf_fedlarge.config import load_federation
+    from hf_fedlarge.trainers.launch import check_training
 
     config = load_federation(options.federation)
     check_training(config.training)
-    given = {name: getattr(options, name) for name in ("launcher", "budget") if getattr(options, name)}
-    config = config.model_copy(update=given)
-    output = options.output or options.federation.parent / "run"
-    # Of all the bars of all the clients, those of the training steps tell enough.
+    _quietly()
+    return config, options.output or options.federation.parent / "run"
+
+
+def _report(line: str) -> None:
+    print(line, flush=True)
+
+
+def _quietly() -> None:
+    """Of all the bars of all the clients, those of the training steps tell enough."""
+    from transformers.utils import logging
+
+    from hf_fedlarge.data import hide_progress
+
     hide_progress()
     logging.disable_progress_bar()
-    train = LAUNCHERS[config.launcher]()
-    summary = run_federation(config, output, train, lambda line: print(line, flush=True), stop=not options.no_stop)
+
+
+def _print_run(summary: dict[str, Any], output: Path) -> None:
+    from hf_fedlarge.tables import print_summary
+
     print_summary(summary)
     print(f"\n{output / 'merged'} is the merged checkpoint; {output / 'summary.json'} has all figures.")
 
@@ -331,17 +376,6 @@ def _keys(options: argparse.Namespace) -> None:
         for client, listed in sorted(keys.read_allowed(options.list).clients.items()):
             for key in listed:
                 print(f"{client} {key.fingerprint} {key.state} since {key.since}")
-
-
-def _evaluation(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-length", type=int, default=1024, help="tokens an example is cut at (1024)")
-    parser.add_argument("--batch-size", type=int, default=8, help="examples computed together (8)")
-    parser.add_argument("--examples", type=int, help="evaluate the first so many (all)")
-    parser.add_argument("--assistant-only", action="store_true", help="count only what the assistant says")
-
-
-def _overwrite(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that hf-fedlarge made")
 
 
 @contextmanager

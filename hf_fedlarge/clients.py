@@ -8,6 +8,7 @@ run/held_out.jsonl              the clients' held-out examples together
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import cycle
 from pathlib import Path
@@ -19,24 +20,30 @@ from hf_fedlarge.artifacts import write_json
 from hf_fedlarge.budget import parse_bytes
 from hf_fedlarge.config import FederationConfig
 from hf_fedlarge.data import STDLIB, concatenate, load_examples, training_columns, write_jsonl
-from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.errors import ConfigError, FedLargeError
 from hf_fedlarge.partition import hold_out, split_by_config
 from hf_fedlarge.plan import CheckIn
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from hf_fedlarge.jobs import Jobs, Train
+    from hf_fedlarge.server import Order, RoundServer
+
 CHECK_INS = "check_ins.json"
+HELD_OUT = "held_out.jsonl"
 
 
 def split_clients(config: FederationConfig) -> dict[str, Dataset]:
     """The data as each client has it; nothing is written.
 
     Raises:
-        ConfigError: fewer clients than a round wants.
+        ConfigError: no data, or fewer clients than a round wants.
         DataError: the data can't be read or split.
     """
     settings = config.data
+    if settings is None:
+        raise ConfigError("The federation has no data, which simulated clients are made of; add it, or serve a store.")
     local = settings.source == STDLIB or Path(settings.source).exists()
     hub = {} if local else {"split": settings.hub_split, "revision": settings.hub_revision}
     clients = split_by_config(load_examples(settings.source, **hub), settings, config.seed)
@@ -66,13 +73,63 @@ def check_in(clients: dict[str, Dataset], config: FederationConfig, run: Path) -
             together.append(held_out)
         memory = parse_bytes(next(memories)) if memories else psutil.virtual_memory().total
         check_ins.append(CheckIn(name, examples=len(kept), memory_bytes=memory))
-    if not together:
+    if not together and config.eval_data is None:
         raise ConfigError("No client has an example to hold out; give each at least two.")
-    write_jsonl(concatenate(together), run / "held_out.jsonl")
-    write_json(run / CHECK_INS, [asdict(known) for known in check_ins])
+    write_jsonl(load_examples(config.eval_data) if config.eval_data else concatenate(together), run / HELD_OUT)
+    write_check_ins(run, check_ins)
     return check_ins
+
+
+def write_check_ins(run: Path, check_ins: list[CheckIn]) -> None:
+    """Write down who is there."""
+    write_json(run / CHECK_INS, [asdict(known) for known in check_ins])
 
 
 def read_check_ins(run: Path) -> list[CheckIn]:
     """Who checked in to a run."""
     return [CheckIn(**entry) for entry in json.loads((run / CHECK_INS).read_text())]
+
+
+class SimulatedClients:
+    """A run's clients, trained one after the other by a function (`rounds.Clients` says what each method is for).
+
+    Args:
+        train: trains one client and writes its update; what it raises of ours is reported, and the client is left out.
+    """
+
+    whole_adapters = False
+
+    def __init__(self, train: Train) -> None:
+        self._train = train
+
+    def prepare(self, config: FederationConfig, run: Path, begin: Callable[[], None]) -> str | None:
+        """Split the data among them, once."""
+        if (run / CHECK_INS).exists():
+            return None
+        clients = split_clients(config)
+        begin()
+        check_ins = check_in(clients, config, run)
+        return f"{len(check_ins)} clients checked in with {sum(entry.examples for entry in check_ins)} examples"
+
+    def check_in(self, jobs: Jobs, server: RoundServer) -> None:
+        """They are all there from the beginning."""
+
+    def answers(
+        self, jobs: Jobs, server: RoundServer, order: Order, asked: Callable[[str], None]
+    ) -> Iterator[tuple[str, str | None]]:
+        """Train whom the round still waits for."""
+        while waiting := server.waiting(order):
+            client = waiting[0]
+            asked(client)
+            update = server.work / client
+            problem = None
+            # Trained before the server was killed: an update appears whole or not at all.
+            if not update.exists():
+                try:
+                    self._train(jobs.job(client, order.round, update))
+                except FedLargeError as error:
+                    problem = str(error)
+            yield client, problem
+
+    def end(self, adapter: Path) -> None:
+        """Nobody has to be told."""

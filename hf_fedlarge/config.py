@@ -17,6 +17,7 @@ SurrogateCodec = Literal["nf4", "int8", "bf16"]
 LayerChoice = Literal["uniform", "influence", "loss", "gradient"]
 CodecName = Literal["fp32", "bf16", "int8", "nf4", "topk"]
 TopkShare = Annotated[float, Field(gt=0, le=1)]
+ClientName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 _NEURONS = 2 / 3
 
 
@@ -317,6 +318,9 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
     `base_id` is what manifests and cards call the base model where `checkpoint` is a local copy of it; `training`
     takes any argument of trl's `SFTConfig`; `proximal` is FedProx's μ; `client_eval_examples` is how many held-out
     examples a client evaluates at most, before and after training, 0 being none.
+    `data` is what simulated clients are made of, and `clients` are real ones that may check in (None: whoever does),
+    each with the most examples that it is believed to have. `eval_data` is public, and what the server evaluates on
+    (None: what simulated clients hold out).
     `keys` is the list of keys that must have signed clients' updates (`keys.py`), or `auto`: the run makes keys for its
     simulated clients. `codec` is how updates are encoded, `topk_share` what share of the entries `topk` sends; `budget`
     is the most that the run may send, both ways together (`500MB`): a round that could overstep it is not begun.
@@ -325,7 +329,9 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
     checkpoint: str
     revision: str | None = None
     base_id: str | None = None
-    data: DataConfig
+    data: DataConfig | None = None
+    clients: dict[ClientName, Annotated[int, Field(ge=1)]] | None = None
+    eval_data: str | None = None
     lora: LoraSettings = LoraSettings()
     rounds: Annotated[int, Field(ge=1)] = 3
     codec: CodecName = "fp32"

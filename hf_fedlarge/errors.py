@@ -44,6 +44,10 @@ class HubError(FedLargeError, RuntimeError):
     """The Hugging Face Hub refused, or can't be reached."""
 
 
+class StoreError(FedLargeError, RuntimeError):
+    """A store can't be reached, refuses, or lacks what it should have by now; trying again later may help."""
+
+
 def os_problem(error: OSError) -> str | None:
     """What a user can mend of an operating system's error, in words; None for any other."""
     return _REASONS.get(error.errno)

@@ -91,6 +91,10 @@ class Jobs:
         """The clients by name."""
         return {check_in.client: check_in for check_in in read_check_ins(self.run)}
 
+    def read_check_ins(self) -> None:
+        """Look again who is there."""
+        self.__dict__.pop("check_ins", None)
+
     @property
     def least_bytes(self) -> int:
         """The memory below which a client can't take part."""
@@ -116,10 +120,9 @@ class Jobs:
         return {self.adapter(tier, number): tier.package for tier in self.tiers[1:]}
 
     def job(self, client: str, number: int, output: Path) -> ClientJob:
-        """What a client is asked to do; its seed is the same whenever it is asked for this round."""
+        """What a client is asked to do."""
         home, tier = self.run / "clients" / client, self.tier_of(client)
         held_out = home / "held_out.jsonl"
-        seed = zlib.crc32(f"{self.config.seed}/{number}/{client}".encode())
         return ClientJob(
             client=client,
             round=number,
@@ -128,7 +131,7 @@ class Jobs:
             data=home / "train.jsonl",
             eval_data=held_out if held_out.exists() else None,
             output=output,
-            training={"seed": seed % 2**31} | self.config.training,
+            training=training_of(client, number, self.config.seed, self.config.training),
             proximal=self.config.proximal,
             eval_examples=self.config.client_eval_examples,
             codec=self.config.wire_codec,
@@ -169,19 +172,20 @@ class Jobs:
         sequences = steps * _batch(training) if steps > 0 else passes * examples
         return Asked(client=client, examples=examples, tokens=sequences * _max_length(training))
 
-    def download_bytes(self, client: str, number: int, has: int | None) -> int:
+    def download_bytes(self, client: str, number: int, has: int | None, whole: bool = False) -> int:
         """What a client downloads for a round: what changed in its adapter, and the package if it lacks it.
 
         Args:
             client: its name.
             number: the round.
             has: the last round that it was asked in; None: it has nothing yet.
+            whole: adapters go down as they are.
         """
         tier = self.tier_of(client)
         adapter = self.adapter(tier, number)
         if has is None:
             return tier.manifest.total_bytes + self._changed_bytes(adapter, None)
-        return self._changed_bytes(adapter, self.adapter(tier, has))
+        return self._changed_bytes(adapter, None if whole else self.adapter(tier, has))
 
     def upload_bytes(self, client: str, number: int) -> int:
         """The most that its update may have; a larger one is refused."""
@@ -191,6 +195,11 @@ class Jobs:
         # A control variate is as large as an adapter in fp32, which it goes with.
         tensors *= 2 if expected.control else 1
         return tensors + 2 * MAX_SMALL_BYTES + (MAX_SIGNATURE_BYTES if self.config.keys else 0)
+
+
+def training_of(client: str, number: int, seed: int, training: dict[str, Any]) -> dict[str, Any]:
+    """A client's training arguments; its seed is the same whenever, and wherever, it trains for this round."""
+    return {"seed": zlib.crc32(f"{seed}/{number}/{client}".encode()) % 2**31} | training
 
 
 def make_tiers(

@@ -1,4 +1,7 @@
-"""The command line's words for what takes too long to load for a `--help`: `config.AggregationSettings`, `keys.py`."""
+"""The command line's words that several commands share, or that would make `cli.py` too long.
+
+Those for `config.AggregationSettings` and `keys.py` are here because these take too long to load for a `--help`.
+"""
 
 from __future__ import annotations
 
@@ -64,3 +67,57 @@ def add_keys(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--key", metavar="FINGERPRINT", help="only this one (all of the client's)")
     one = action("list", "Print a list of keys.")
     one.add_argument("list", type=Path, metavar="LIST", help="the list of keys")
+
+
+def add_serving(parser: argparse.ArgumentParser) -> None:
+    """What `serve` takes."""
+    parser.add_argument("federation", type=Path, help="the federation in YAML, with eval_data")
+    parser.add_argument("--output", type=Path, help="the server's run directory (run, beside the file)")
+    parser.add_argument("--store", required=True, metavar="URL", help="where it meets its clients: any fsspec URL")
+    parser.add_argument(
+        "--no-stop", action="store_true", help="go on where the full model with the adapter stays worse than the base"
+    )
+    _poll(parser)
+
+
+def add_joining(parser: argparse.ArgumentParser) -> None:
+    """What `join` takes."""
+    parser.add_argument("store", metavar="URL", help="where the server is met: any fsspec URL")
+    parser.add_argument("--client", required=True, help="this client's name")
+    parser.add_argument("--data", required=True, help="its examples: a file, or a Hub data set")
+    parser.add_argument("--eval-data", help="its held-out examples (a tenth of --data)")
+    parser.add_argument("--cache", type=Path, help="for packages and unfinished work (~/.cache/hf_fedlarge)")
+    parser.add_argument("--key", type=Path, metavar="PEM", help="its private key, to sign updates with (none)")
+    parser.add_argument("--once", action="store_true", help="leave after one round")
+    _poll(parser)
+
+
+def _poll(parser: argparse.ArgumentParser) -> None:
+    def seconds(text: str) -> float:
+        if not 0 < float(text) < float("inf"):
+            raise ValueError
+        return float(text)
+
+    parser.add_argument("--poll", type=seconds, default=5.0, help="seconds between two looks into the store (5)")
+
+
+def add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """How examples are evaluated."""
+    parser.add_argument("--max-length", type=int, default=1024, help="tokens an example is cut at (1024)")
+    parser.add_argument("--batch-size", type=int, default=8, help="examples computed together (8)")
+    parser.add_argument("--examples", type=int, help="evaluate the first so many (all)")
+    parser.add_argument("--assistant-only", action="store_true", help="count only what the assistant says")
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """What every command that makes a directory takes."""
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that hf-fedlarge made")
+
+
+def add_push(parser: argparse.ArgumentParser) -> None:
+    """What `push` takes."""
+    parser.add_argument("directory", type=Path, help="a merged checkpoint, an adapter or a package")
+    parser.add_argument("repo_id", help="owner/name on the Hub")
+    parser.add_argument("--public", action="store_true", help="make the repository public (private)")
+    parser.add_argument("--summary", type=Path, help="a run's summary.json, for the card's figures")
+    parser.add_argument("--message", help="the commit message")

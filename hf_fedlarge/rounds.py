@@ -6,9 +6,9 @@ any point goes on from what is whole and ends with the same bytes:
     run/
       federation.json    the settings; a rerun must have the same
       check_ins.json     who is there, with how many examples
-      clients/NAME/      train.jsonl and held_out.jsonl of a simulated client; state/, what its codec lost; its key.pem
+      clients/NAME/      train.jsonl and held_out.jsonl of a simulated client; state/, what it keeps; its key.pem
       allowed_keys.json  the keys that clients sign with, where `keys` is `auto`
-      held_out.jsonl     the clients' held-out examples together
+      held_out.jsonl     `eval_data`, or the simulated clients' held-out examples together
       package/           the shrunk model, with its download counted in every client's first round
       rounds/0000/       the adapter that changes nothing
       rounds/0001/       adapter/ and round.json; a round is committed by the rename of this directory (`server.py`)
@@ -16,7 +16,7 @@ any point goes on from what is whole and ends with the same bytes:
       merged/            the checkpoint with the last adapter folded in
       summary.json
 
-How a client trains is given as a function, so that nothing here knows whether it runs in this process or elsewhere.
+How the clients are reached is given (`Clients`): nothing here knows whether they train in this process or elsewhere.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
@@ -43,7 +43,7 @@ from hf_fedlarge.artifacts import (
 )
 from hf_fedlarge.budget import parse_bytes
 from hf_fedlarge.calibrate import make_package, plan_package
-from hf_fedlarge.clients import CHECK_INS, check_in, split_clients
+from hf_fedlarge.clients import HELD_OUT, SimulatedClients
 from hf_fedlarge.collect import aggregate_updates, start_adapter
 from hf_fedlarge.config import FederationConfig
 from hf_fedlarge.data import load_examples
@@ -69,10 +69,40 @@ _NAMED = 20  # clients, in a line
 Report = Callable[[str], None]
 
 
+class Clients(Protocol):
+    """How a run's clients are reached; `clients.SimulatedClients` and `serve.StoreClients` are two ways.
+
+    `whole_adapters` says that adapters go down as they are, rather than as what changed in them.
+    """
+
+    whole_adapters: bool
+
+    def prepare(self, config: FederationConfig, run: Path, begin: Callable[[], None]) -> str | None:
+        """Make the run's held-out examples, once: `begin` is called when all is found good, before anything is written.
+
+        Returns what is to be reported.
+        """
+
+    def check_in(self, jobs: Jobs, server: RoundServer) -> None:
+        """Have the run's check-ins say who is there for the round, before its clients are drawn."""
+
+    def answers(
+        self, jobs: Jobs, server: RoundServer, order: Order, asked: Callable[[str], None]
+    ) -> Iterator[tuple[str, str | None]]:
+        """Ask whom the round waits for, calling `asked`, and yield who answered, until nobody is waited for.
+
+        With a client comes why there is no update; None: it lies at `server.work / client`. Whoever takes it hands it
+        to `server` before the next one is asked for.
+        """
+
+    def end(self, adapter: Path) -> None:
+        """The last round is committed, and this is what came of it."""
+
+
 def run_federation(
     config: FederationConfig, run: Path, train: Train, report: Report = logger.info, *, stop: bool = True
 ) -> dict[str, Any]:
-    """Run a federation to its end, or go on with one that was interrupted.
+    """Run a federation of simulated clients to its end, or go on with one that was interrupted.
 
     Args:
         config: the federation.
@@ -87,6 +117,13 @@ def run_federation(
     Raises:
         FedLargeError: settings that differ from the run's, another server on the run directory, no valid update, …
     """
+    return drive(config, run, SimulatedClients(train), report, stop=stop)
+
+
+def drive(
+    config: FederationConfig, run: Path, clients: Clients, report: Report = logger.info, *, stop: bool = True
+) -> dict[str, Any]:
+    """`run_federation` with clients that are reached in any way."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = FileLock(run / ".lock")
@@ -96,14 +133,14 @@ def run_federation(
     except OSError as error:
         raise OutputError(f"{run} can't be written: {error.strerror}.") from error
     with lock:
-        return _Federation(config, run, train, report, stop).run_to_end()
+        return _Federation(config, run, clients, report, stop).run_to_end()
 
 
 class _Federation:
     """One run directory and the steps on it. Every step is skipped where its result is there already."""
 
-    def __init__(self, config: FederationConfig, run: Path, train: Train, report: Report, stop: bool) -> None:
-        self.config, self.run, self.train, self.report, self.stop = config, run, train, report, stop
+    def __init__(self, config: FederationConfig, run: Path, clients: Clients, report: Report, stop: bool) -> None:
+        self.config, self.run, self.clients, self.report, self.stop = config, run, clients, report, stop
         self.settings = config.model_dump(mode="json")
         self.package = run / "package"
         self.journal = Journal(run / "journal.jsonl")
@@ -113,7 +150,9 @@ class _Federation:
         if not self.package.exists():
             plan = plan_package(self.checkpoint, self.config)
         target_linears(describe(load_config(self.checkpoint)), self.config.lora)
-        self._check_in()
+        prepared = self.clients.prepare(self.config, self.run, self._begin)
+        if prepared:
+            self.report(prepared)
         if not self.package.exists():
             self.report(plan.describe())
             base_id = self.config.base_id or (self.config.checkpoint if self.revision else None)
@@ -140,6 +179,7 @@ class _Federation:
             else:
                 self._check_that_it_helps(number)
                 self._run_round(server)
+        self.clients.end(self._adapter(self.config.rounds))
         return self._finish(package)
 
     def _check_settings(self) -> None:
@@ -149,10 +189,11 @@ class _Federation:
         path = self.run / "federation.json"
         found = json.loads(path.read_text()) if path.exists() else None
         if found is not None:
-            # More rounds, another budget or another way to start clients don't change what was committed.
+            # More rounds, another budget, other clients or another way to start them don't change what was committed.
             changed = sorted(
                 key
-                for key in (self.settings.keys() | found["settings"].keys()) - {"rounds", "launcher", "budget"}
+                for key in (self.settings.keys() | found["settings"].keys())
+                - {"rounds", "launcher", "budget", "clients"}
                 if self.settings.get(key) != found["settings"].get(key)
             )
             if changed:
@@ -162,14 +203,9 @@ class _Federation:
         revision = found["revision"] if found else self.config.revision
         self.checkpoint, self.revision = resolve_checkpoint(self.config.checkpoint, revision)
 
-    def _check_in(self) -> None:
-        """Split the data among simulated clients, once; the settings, all found good by now, become the run's."""
-        if (self.run / CHECK_INS).exists():
-            return
-        clients = split_clients(self.config)
+    def _begin(self) -> None:
+        """The settings, all found good by now, become the run's."""
         write_json(self.run / "federation.json", {"settings": self.settings, "revision": self.revision})
-        check_ins = check_in(clients, self.config, self.run)
-        self.report(f"{len(check_ins)} clients checked in with {sum(entry.examples for entry in check_ins)} examples")
 
     def _baseline(self) -> None:
         """The losses that everything is compared with: the base's and the untrained package's."""
@@ -198,7 +234,6 @@ class _Federation:
 
     def _run_round(self, server: RoundServer) -> None:
         started, number = time.monotonic(), server.number
-        check_ins = list(self.jobs.check_ins.values())
 
         def aggregate(updates: list[Path], late: dict[Path, int], adapter: Path) -> None:
             updates = [*updates, *late]
@@ -214,7 +249,7 @@ class _Federation:
                 tiers=self.jobs.derived(number),
                 asked={update: self.jobs.asked(update.name) for update in updates},
                 codec=self.config.wire_codec,
-                population=len(check_ins),
+                population=len(self.jobs.check_ins),
             )
 
         def evaluate(adapter: Path) -> dict[str, float]:
@@ -234,7 +269,8 @@ class _Federation:
             }
 
         for attempt in range(1, _ATTEMPTS + 1):
-            order = server.open(check_ins, self.jobs.least_bytes)
+            self.clients.check_in(self.jobs, server)
+            order = server.open(list(self.jobs.check_ins.values()), self.jobs.least_bytes)
             few = len(order.clients) <= _NAMED
             self.report(f"round {number}: {', '.join(order.clients) if few else f'{len(order.clients)} clients'}")
             self._ask(server, order)
@@ -252,28 +288,25 @@ class _Federation:
         )
 
     def _ask(self, server: RoundServer, order: Order) -> None:
-        """Train the order's clients one after the other, until the round has what it wants."""
+        """Hand what the order's clients answer to the round, until it has what it wants."""
         self._check_budget(server.waiting(order), order.round)
-        while waiting := server.waiting(order):
-            client = waiting[0]
+
+        def asked(client: str) -> None:
             server.asked(client, self._download_bytes(client, order.round))
-            update = server.work / client
-            # Trained before the server was killed: an update appears whole or not at all.
-            if not update.exists():
-                try:
-                    self.train(self.jobs.job(client, order.round, update))
-                except FedLargeError as error:
-                    server.fail(order, client, str(error))
-                    self.report(f"  {client} did not train: {error}")
-                    continue
-            self.report(f"  {client}: {outcome(update)}")
-            receipt = server.receive(order, client, update)
+
+        for client, problem in self.clients.answers(self.jobs, server, order, asked):
+            if problem is not None:
+                server.fail(order, client, problem)
+                self.report(f"  {client} did not train: {problem}")
+                continue
+            self.report(f"  {client}: {outcome(server.work / client)}")
+            receipt = server.receive(order, client, server.work / client)
             if not receipt.accepted:
                 self.report(f"  {receipt.reason}")
 
     def _download_bytes(self, client: str, number: int) -> int:
         had = [entry["round"] for entry in self.journal.find("asked", client=client) if entry["round"] < number]
-        return self.jobs.download_bytes(client, number, had[-1] if had else None)
+        return self.jobs.download_bytes(client, number, had[-1] if had else None, self.clients.whole_adapters)
 
     def _check_budget(self, clients: list[str], number: int) -> None:
         """Refuse a round that could overstep the budget, before anything of it is sent."""
@@ -311,7 +344,7 @@ class _Federation:
             "peak_memory_bytes": max(entry["peak_memory_bytes"] for entry in rounds),
             "client_peak_memory_bytes": max(entry["client_peak_memory_bytes"] for entry in rounds),
             "aggregator": self.config.aggregator,
-            "data": self.config.data.source,
+            "data": self.config.eval_data or self.config.data.source,
             "held_out_examples": len(self._held_out()),
             "adapter": digest,
             "sample": {
@@ -324,7 +357,7 @@ class _Federation:
         return summary
 
     def _held_out(self) -> Any:
-        held_out = load_examples(str(self.run / "held_out.jsonl"))
+        held_out = load_examples(str(self.run / HELD_OUT))
         limit = self.config.eval_examples
         if limit is None or limit >= len(held_out):
             return held_out

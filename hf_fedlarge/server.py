@@ -86,6 +86,7 @@ class RoundServer:
         validate: Callable[[int, str, Path], UpdateManifest],
     ) -> None:
         self.number, self.journal, self.config, self._validate = number, journal, config, validate
+        self._rounds = rounds
         self.committed = rounds / f"{number:04d}"
         self.work = rounds / f".{number:04d}.work"
         self._late = rounds / ".late"
@@ -110,9 +111,8 @@ class RoundServer:
                 "or begin again with another --output."
             )
         self.work.mkdir(parents=True, exist_ok=True)
-        entries = self.journal.find("selected", round=self.number)
-        if not entries or self.journal.find("abandoned", round=self.number, attempt=entries[-1]["attempt"]):
-            attempt, config = len(entries) + 1, self.config
+        if not self.is_open:
+            attempt, config = len(self._of("selected")) + 1, self.config
             cohort = sample_cohort(
                 seen(check_ins, self.journal),
                 config.cohort,
@@ -125,22 +125,46 @@ class RoundServer:
             )
             goal = config.cohort or len(cohort)
             self._write("selected", attempt=attempt, clients=cohort, goal=goal)
-            entries = self.journal.find("selected", round=self.number)
-        last = entries[-1]
+            self._since = time.monotonic()
+        return self.last_order
+
+    @property
+    def last_order(self) -> Order:
+        """The round's last attempt, open or not."""
+        last = self._of("selected")[-1]
         return Order(self.number, last["attempt"], tuple(last["clients"]), last["goal"])
 
+    def earlier(self, number: int) -> RoundServer:
+        """An earlier round of the same run, for updates that come late."""
+        return RoundServer(self._rounds, number, self.journal, self.config, self._validate)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is an order already, which was not abandoned."""
+        entries = self._of("selected")
+        return bool(entries) and not self._of("abandoned", attempt=entries[-1]["attempt"])
+
     def waiting(self, order: Order) -> list[str]:
-        """The clients that have been neither heard of nor given up; none once the goal or the deadline is reached."""
+        """The clients to wait for: `unheard`, or none once the goal or the deadline is reached."""
         if len(self.accepted) >= order.goal or self._is_closed(order):
             return []
+        return self.unheard(order)
+
+    def unheard(self, order: Order) -> list[str]:
+        """The clients of an order that neither sent an update nor were given up."""
         heard = {entry["client"] for entry in self._of("validated", "failed", attempt=order.attempt)}
         return [client for client in order.clients if client not in heard | self.accepted.keys()]
 
     @property
-    def is_late(self) -> bool:
-        """Whether the deadline, counted from when this server took the round up, has passed."""
+    def seconds_left(self) -> float | None:
+        """Until the deadline, which is counted from when this server took up the attempt; None: there is none."""
         deadline = self.config.deadline_seconds
-        return deadline is not None and time.monotonic() - self._since > deadline
+        return None if deadline is None else deadline - (time.monotonic() - self._since)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.seconds_left is not None and self.seconds_left < 0
 
     def asked(self, client: str, down: int) -> None:
         """Write down that a client is sent `down` bytes; a client that is asked again has them already."""

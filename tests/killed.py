@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 
-from hf_fedlarge import rounds, server
+from hf_fedlarge import clients, rounds, server
 from hf_fedlarge.config import load_federation
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.trainers.launch import LAUNCHERS
 
 STEPS = {
-    rounds: ("write_json", "check_in", "make_package", "start_adapter", "aggregate_updates", "merge"),
+    rounds: ("write_json", "make_package", "start_adapter", "aggregate_updates", "merge"),
+    clients: ("check_in",),
     server: ("write_json", "commit_directory"),
 }
 

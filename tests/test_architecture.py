@@ -13,7 +13,7 @@ LEVELS = [
     {"errors", "memory", "options"},
     {"config", "stdlib_corpus", "blocks", "untrusted"},
     {"artifacts"},
-    {"tensors", "architectures", "quantize", "data", "partition", "cards", "plan", "journal", "keys"},
+    {"tensors", "architectures", "quantize", "data", "partition", "cards", "plan", "journal", "keys", "store"},
     {
         "linear",
         "norm",
@@ -27,7 +27,7 @@ LEVELS = [
         "walk",
         "codec",
     },
-    {"weighting", "adapters", "aggregate", "arena", "surrogate", "neurons"},
+    {"weighting", "adapters", "aggregate", "arena", "surrogate", "neurons", "orders"},
     {"engine", "fit", "gradients", "robust", "wire"},
     {"shrink", "streaming", "client_state"},
     {"feedback", "scaffold"},
@@ -37,6 +37,7 @@ LEVELS = [
     {"calibrate", "transfer", "report", "clients", "relay", "tables"},
     {"jobs"},
     {"rounds"},
+    {"serve"},
     {"api", "cli"},
 ]
 LEVEL = {module: number for number, modules in enumerate(LEVELS) for module in modules}
@@ -46,6 +47,7 @@ ONE_IMPORTER = {
     "bitsandbytes": {"quantize"},
     "peft": {"adapters"},
     "datasets": {"data"},
+    "fsspec": {"store"},
     "huggingface_hub": {"hub"},
     "pyarrow": {"data"},
     "cryptography": {"keys"},

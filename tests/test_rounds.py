@@ -447,6 +447,7 @@ def test_the_command_runs_it_and_prints_the_figures(home, whole, tmp_path, capsy
         ({"aggregator": "mean"}, "aggregator: Input should be 'exact', "),
         ({"colour": "red"}, "colour: Extra inputs are not permitted"),
         ({"data": {"source": "nowhere.jsonl"}}, "nowhere.jsonl"),
+        ({"data": None}, "has no data, which simulated clients are made of"),
         ({"lora": {"rank": 0}}, "lora.rank: Input should be greater"),
         ({"lora": {"targets": ["no_proj"]}}, "LoRA target 'no_proj' is no matrix"),
         ({"training": {"speed": 9}}, "speed"),

@@ -203,6 +203,16 @@ def test_after_the_deadline_nobody_is_waited_for_and_what_comes_is_late(home, tm
     assert not server.committed.exists()
 
 
+def test_another_attempt_at_a_round_has_its_own_deadline(home, tmp_path):
+    server, order = opened(home, tmp_path, deadline_seconds=0.2)
+    time.sleep(0.25)
+    with pytest.raises(UpdateRefusedError, match="abandoned"):
+        close(server, order, home)
+    again = server.open(check_ins())
+    assert again.attempt == 2
+    assert len(server.waiting(again)) == 3
+
+
 def test_what_comes_late_may_be_kept_for_the_next_round(home, tmp_path):
     server, order = opened(home, tmp_path, cohort=2, min_updates=1, deadline_seconds=0.2, late="buffer")
     first, second = order.clients

@@ -1,0 +1,185 @@
+"""What a server and its clients tell each other through a store: small JSON documents, bounded before they are parsed.
+
+    order.json                              what the federation asks for now; only the server writes it
+    check_ins/CLIENT.json                   a client that is there
+    inbox/0001/CLIENT/1/                    its update for an attempt at a round, or failed.json
+
+An order says how to train, and a client does what it says on its own machine: so it may hold these training arguments
+and no others, within these bounds. What names files, loads code, reports or pushes somewhere isn't among them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError
+
+from hf_fedlarge.artifacts import Count, Digest
+from hf_fedlarge.config import ClientName, Codec, Record, first_problem
+from hf_fedlarge.errors import ArtifactError, ConfigError
+from hf_fedlarge.store import Store
+from hf_fedlarge.untrusted import parse_json
+
+ORDER = "order.json"
+CHECK_INS = "check_ins"
+INBOX = "inbox"
+FAILED = "failed.json"
+MAX_ORDER_BYTES = 4 * 2**20  # some ten thousand names
+MAX_NOTE_BYTES = 4096
+
+_Steps = Annotated[int, Field(ge=1, le=10**6)]
+_Batch = Annotated[int, Field(ge=1, le=4096)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class TrainingOrder(Record):
+    """The training arguments that a client takes from an order: trl's, with bounds."""
+
+    learning_rate: _Share | None = None
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] | None = None
+    warmup_steps: Annotated[float, Field(ge=0, le=10**6)] | None = None
+    max_steps: _Steps | None = None
+    num_train_epochs: Annotated[float, Field(gt=0, le=1000)] | None = None
+    per_device_train_batch_size: _Batch | None = None
+    per_device_eval_batch_size: _Batch | None = None
+    gradient_accumulation_steps: _Batch | None = None
+    max_length: Annotated[int, Field(ge=1, le=2**20)] | None = None
+    packing: bool | None = None
+    assistant_only_loss: bool | None = None
+    completion_only_loss: bool | None = None
+    optim: (
+        Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adafactor", "adagrad", "rmsprop", "sgd"] | None
+    ) = None
+    adam_beta1: _Share | None = None
+    adam_beta2: _Share | None = None
+    adam_epsilon: _Share | None = None
+    weight_decay: _Share | None = None
+    max_grad_norm: Annotated[float, Field(ge=0, le=10**6)] | None = None
+    neftune_noise_alpha: Annotated[float, Field(ge=0, le=100)] | None = None
+    bf16: bool | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    data_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    save_strategy: Literal["no", "steps"] | None = None
+    save_steps: _Steps | None = None
+    logging_strategy: Literal["no", "steps", "epoch"] | None = None
+    logging_steps: _Steps | None = None
+    disable_tqdm: bool | None = None
+
+
+class Work(Record):
+    """What clients of one tier are given, and what they may send back.
+
+    `package_bytes` and `adapter_bytes` are what will be downloaded at the most, `update_bytes` what will be taken.
+    """
+
+    clients: list[ClientName]
+    package: Digest
+    package_bytes: Count
+    adapter: Digest
+    adapter_bytes: Count
+    update_bytes: Count
+
+
+class OrderDocument(Record):
+    """What a federation asks for now.
+
+    `run` tells one federation's orders from another's in the same store. A round is `open` until `closes_at`, in
+    seconds since 1970 by the server's clock (None: until it is closed); `over` says that there are no more rounds, and
+    `adapter` what came of them. `late` is what becomes of updates that come after the round was closed.
+    """
+
+    format_version: Literal[1] = 1
+    run: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+    state: Literal["open", "closed", "over"]
+    round: Count
+    attempt: Count
+    work: list[Work] = []
+    training: TrainingOrder = TrainingOrder()
+    seed: Count = 0
+    proximal: Annotated[float, Field(ge=0, le=10**6)] = 0.0
+    eval_examples: Count = 0
+    codec: Codec = Codec()
+    late: Literal["refuse", "buffer"] = "refuse"
+    closes_at: float | None = None
+    adapter: Digest | None = None
+
+    @property
+    def attempt_id(self) -> tuple[str, int, int]:
+        """Which attempt at which round of which federation it is about."""
+        return self.run, self.round, self.attempt
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an update would still be in time, by this machine's clock."""
+        return self.state == "open" and time.time() < (math.inf if self.closes_at is None else self.closes_at)
+
+    def work_of(self, client: str) -> Work | None:
+        """What a client is asked for; None: nothing."""
+        return next((work for work in self.work if client in work.clients), None)
+
+
+class CheckInDocument(Record):
+    """What a client says of itself: how many examples it has at most, and this much memory, in bytes."""
+
+    client: ClientName
+    examples: Annotated[int, Field(ge=1, le=10**9)]
+    memory_bytes: Count | None = None
+
+
+class FailureDocument(Record):
+    """Why a client gives no update."""
+
+    reason: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,2000}$")]
+
+
+DocumentT = TypeVar("DocumentT", OrderDocument, CheckInDocument, FailureDocument)
+
+
+def inbox(round_number: int, client: str | None = None, attempt: int | None = None) -> str:
+    """Where the updates of a round go, or one client's for an attempt at it."""
+    home = f"{INBOX}/{round_number:04d}"
+    return home if client is None else f"{home}/{client}/{attempt}"
+
+
+def write_document(store: Store, path: str, document: Record) -> None:
+    """Write a document.
+
+    Raises:
+        StoreError: the store can't be written.
+    """
+    store.write(path, (json.dumps(document.model_dump(mode="json", exclude_none=True), indent=1) + "\n").encode())
+
+
+def read_document(store: Store, path: str, kind: type[DocumentT]) -> DocumentT | None:
+    """A document that somebody else wrote; None if there is none.
+
+    Raises:
+        ArtifactError: it is too long, or isn't a document of this kind; the message names the key.
+        StoreError: the store can't be read.
+    """
+    raw = store.read(path, MAX_ORDER_BYTES if kind is OrderDocument else MAX_NOTE_BYTES)
+    if raw is None:
+        return None
+    where = f"{store.url}/{path}"
+    try:
+        return kind.model_validate(parse_json(raw, where))
+    except ValidationError as error:
+        raise ArtifactError(f"{where} is refused: {first_problem(error)}.") from error
+
+
+def training_order(training: dict[str, Any]) -> TrainingOrder:
+    """A federation's training arguments as an order's.
+
+    Raises:
+        ConfigError: one that clients don't take from an order, or beyond its bounds.
+    """
+    try:
+        return TrainingOrder.model_validate(training)
+    except ValidationError as error:
+        raise ConfigError(
+            f"The federation's training arguments can't be ordered of clients: {first_problem(error)}; clients take "
+            f"{', '.join(TrainingOrder.model_fields)}."
+        ) from error

@@ -1,0 +1,287 @@
+"""A federation served over a store: nothing runs between the server and its clients but files that both can reach.
+
+The rounds, their journal and their bytes are those of `rounds.py`; here is how clients on other machines are reached.
+A round's order is published, updates are looked for in the inbox until the round has what it wants, and then the order
+is closed. A server that was killed publishes the order again and goes on; what clients sent meanwhile is in the inbox.
+`trainers/join.py` is the other side, and `docs/deployment.md` says who has to be able to write where.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hf_fedlarge.artifacts import SERVER_FILES, AdapterManifest, UpdateManifest, read_manifest, write_json
+from hf_fedlarge.clients import HELD_OUT, write_check_ins
+from hf_fedlarge.config import FederationConfig
+from hf_fedlarge.data import load_examples, write_jsonl
+from hf_fedlarge.errors import ArtifactError, ConfigError, StoreError
+from hf_fedlarge.jobs import Jobs
+from hf_fedlarge.keys import MAX_SIGNATURE_BYTES, SIGNATURE_NAME
+from hf_fedlarge.orders import (
+    CHECK_INS,
+    FAILED,
+    INBOX,
+    ORDER,
+    CheckInDocument,
+    FailureDocument,
+    OrderDocument,
+    Work,
+    inbox,
+    read_document,
+    training_order,
+    write_document,
+)
+from hf_fedlarge.plan import CheckIn
+from hf_fedlarge.rounds import Report, drive
+from hf_fedlarge.server import Order, RoundServer
+from hf_fedlarge.store import Store
+from hf_fedlarge.update import MAX_SMALL_BYTES
+
+logger = logging.getLogger(__name__)
+_IDENTITY = "store.json"
+
+
+def serve_federation(
+    config: FederationConfig, run: Path, url: str, report: Report = logger.info, *, stop: bool = True, poll: float = 5.0
+) -> dict[str, Any]:
+    """Run a federation of clients that join over a store, or go on with one that was interrupted.
+
+    Args:
+        config: the federation; `eval_data` is what it is evaluated on, and `clients`, if given, who may join.
+        run: the server's own directory, as `run_federation` makes it.
+        url: the store's.
+        report: told of each step in a line.
+        stop: end with an error where two rounds in a row made the full model worse than the base.
+        poll: seconds between two looks into the store.
+
+    Returns:
+        The summary, as `summary.json` has it.
+
+    Raises:
+        FedLargeError: as `run_federation`, or a store that can't be written, or holds another federation.
+    """
+    return drive(config, run, StoreClients(Store(url), report, poll), report, stop=stop)
+
+
+class StoreClients:
+    """A run's clients, reached over a store (`rounds.Clients` says what each method is for).
+
+    Args:
+        store: where orders are published and updates come in.
+        report: told what is wrong with a check-in or the store, and who is waited for.
+        poll: seconds between two looks into the store.
+    """
+
+    whole_adapters = True
+
+    def __init__(self, store: Store, report: Report, poll: float) -> None:
+        self._store, self._report, self._poll = store, report, poll
+        self._said: set[str] = set()
+        self._packages: dict[Path, str] = {}
+
+    def prepare(self, config: FederationConfig, run: Path, begin: Callable[[], None]) -> str | None:
+        """Take the public examples, and the store for this run."""
+        if config.eval_data is None:
+            raise ConfigError("The federation has no eval_data; give it public examples that the server evaluates on.")
+        if config.keys == "auto":
+            raise ConfigError("keys: auto makes the keys of simulated clients; give the list that real ones are in.")
+        self._config, self._run = config, run
+        self._training = training_order(config.training)
+        identity = run / _IDENTITY
+        if not identity.exists():
+            if (run / HELD_OUT).exists():
+                raise ConfigError(f"{run} was begun with simulated clients; choose another --output.")
+            self._check_that_it_is_free("")
+            examples = load_examples(config.eval_data)
+            begin()
+            self._store.remove(INBOX)
+            write_jsonl(examples, run / HELD_OUT)
+            write_json(identity, {"run": uuid.uuid4().hex})
+        self._id = json.loads(identity.read_text())["run"]
+        found = self._check_that_it_is_free(self._id)
+        if found is None or found.state == "over":
+            self._close(0, 0)
+        return None
+
+    def _check_that_it_is_free(self, own: str) -> OrderDocument | None:
+        found = read_document(self._store, ORDER, OrderDocument)
+        if found is not None and found.run != own and found.state != "over":
+            raise ConfigError(
+                f"{self._store.url} serves another federation, whose {ORDER} is for its round {found.round}; choose "
+                f"another --store, or remove {ORDER} there if that federation was given up."
+            )
+        return found
+
+    def _close(self, number: int, attempt: int) -> None:
+        closed = OrderDocument(run=self._id, state="closed", round=number, attempt=attempt)
+        write_document(self._store, ORDER, closed)
+
+    def check_in(self, jobs: Jobs, server: RoundServer) -> None:
+        """Wait for as many as are wanted, but no longer than for updates if there are enough for a round."""
+        if server.is_open:
+            return  # what its clients said of themselves when they were drawn goes on to hold
+        least = max(self._config.cohort or 1, self._config.min_updates)
+        wanted = max(least, len(self._config.clients or ()) if self._config.cohort is None else 0)
+        until = time.monotonic() + (self._config.deadline_seconds or math.inf)
+        while True:
+            known = self._patiently(self._checked_in) or []
+            able = [one for one in known if one.memory_bytes is None or one.memory_bytes >= jobs.least_bytes]
+            if len(able) >= (wanted if time.monotonic() < until else least):
+                break
+            self._say(f"waiting at {self._store.url} for {wanted} clients to check in")
+            time.sleep(self._poll)
+        write_check_ins(self._run, known)
+        jobs.read_check_ins()
+
+    def _checked_in(self) -> list[CheckIn]:
+        known, declared = [], self._config.clients
+        for name in self._store.names(CHECK_INS):
+            client = name.removesuffix(".json")
+            try:
+                if declared is not None and client not in declared:
+                    raise ArtifactError("it is not among the federation's clients")
+                said = read_document(self._store, f"{CHECK_INS}/{name}", CheckInDocument)
+                if said is None:
+                    continue
+                if name != f"{said.client}.json":
+                    raise ArtifactError(f"it says that it is {said.client}")
+                if declared is not None and said.examples > declared[client]:
+                    raise ArtifactError(f"it says {said.examples} examples; expected {declared[client]} at most")
+            except ArtifactError as error:
+                self._say(f"{client!a:.140} can't take part: {error}")
+                continue
+            known.append(CheckIn(client, said.examples, said.memory_bytes))
+        return known
+
+    def answers(
+        self, jobs: Jobs, server: RoundServer, order: Order, asked: Callable[[str], None]
+    ) -> Iterator[tuple[str, str | None]]:
+        """Publish the order, and look into the inbox until the round has what it wants."""
+        self._patiently(self._clear, order.round - (self._config.late == "buffer"))
+        if waiting := server.waiting(order):
+            for client in waiting:
+                asked(client)
+            write_document(self._store, ORDER, self._order(jobs, server, order, waiting))
+        while waiting := server.waiting(order):
+            heard = False
+            for client in self._patiently(self._present, order, waiting) or []:
+                if client not in server.waiting(order):
+                    continue
+                update = server.work / client
+                came = self._patiently(self._answer, jobs, order, client, update)
+                if came is not None:
+                    heard = True
+                    yield client, came or None
+            if self._config.late == "buffer" and order.round > 1:
+                self._take_late(jobs, server.earlier(order.round - 1), server.work / ".late")
+            if not heard:
+                left = server.seconds_left
+                time.sleep(self._poll if left is None else max(0.0, min(self._poll, left + 0.01)))
+        self._close(order.round, order.attempt)
+
+    def end(self, adapter: Path) -> None:
+        """Tell the clients, and leave them what came of it."""
+        digest = self._store.put(adapter, leave_out=SERVER_FILES)
+        number = read_manifest(adapter, AdapterManifest).round
+        over = OrderDocument(run=self._id, state="over", round=number, attempt=0, adapter=digest)
+        write_document(self._store, ORDER, over)
+        self._patiently(self._clear, number + 1)
+
+    def _order(self, jobs: Jobs, server: RoundServer, order: Order, waiting: list[str]) -> OrderDocument:
+        work = []
+        for tier in jobs.tiers:
+            clients = [client for client in waiting if jobs.tier_of(client) is tier]
+            if not clients:
+                continue
+            if tier.package not in self._packages:  # read and checked once
+                self._packages[tier.package] = self._store.put(tier.package)
+            adapter = jobs.adapter(tier, order.round)
+            files = read_manifest(adapter, AdapterManifest).files
+            work.append(
+                Work(
+                    clients=clients,
+                    package=self._packages[tier.package],
+                    package_bytes=tier.manifest.total_bytes,
+                    adapter=self._store.put(adapter, leave_out=SERVER_FILES),
+                    adapter_bytes=sum(entry.size for name, entry in files.items() if name not in SERVER_FILES),
+                    update_bytes=jobs.upload_bytes(clients[0], order.round),
+                )
+            )
+        left = server.seconds_left
+        return OrderDocument(
+            run=self._id,
+            state="open",
+            round=order.round,
+            attempt=order.attempt,
+            work=work,
+            training=self._training,
+            seed=self._config.seed,
+            proximal=self._config.proximal,
+            eval_examples=self._config.client_eval_examples,
+            codec=self._config.wire_codec,
+            late=self._config.late,
+            closes_at=None if left is None else time.time() + left,
+        )
+
+    def _present(self, order: Order, clients: list[str]) -> list[str]:
+        """Those of the clients of whom there is something in the inbox."""
+        there = set(self._store.names(inbox(order.round)))
+        return [client for client in clients if client in there]
+
+    def _answer(self, jobs: Jobs, order: Order, client: str, update: Path) -> str | None:
+        """Fetch an update to `update`; None: it isn't there yet, or why there is none, or an empty string."""
+        if update.exists():
+            return ""  # fetched before the server was killed
+        place = inbox(order.round, client, order.attempt)
+        try:
+            failure = read_document(self._store, f"{place}/{FAILED}", FailureDocument)
+            if failure is not None:
+                return (
+                    "".join(letter if letter.isprintable() else " " for letter in failure.reason) or "no reason given"
+                )
+            most = jobs.upload_bytes(client, order.round)
+            bounds = {"most_bytes": most, "manifest_bytes": MAX_SMALL_BYTES}
+            bounds["beside"] = (SIGNATURE_NAME, MAX_SIGNATURE_BYTES)
+            found = self._store.fetch(place, update, UpdateManifest, **bounds)
+        except ArtifactError as error:
+            return f"{client} refused: {error}"
+        return None if found is None else ""
+
+    def _take_late(self, jobs: Jobs, server: RoundServer, home: Path) -> None:
+        """Hand updates for the round before to it, which keeps them."""
+        order = server.last_order
+        for client in self._patiently(self._present, order, server.unheard(order)) or []:
+            came = self._patiently(self._answer, jobs, order, client, home / client)
+            if came:
+                server.fail(order, client, came)
+            elif came is not None:
+                self._report(f"  {server.receive(order, client, home / client).reason}")
+                shutil.rmtree(home / client)
+
+    def _clear(self, before: int) -> None:
+        """Remove what came for rounds before one, and counts or not."""
+        for name in self._store.names(INBOX):
+            if name.isdecimal() and int(name) < before:
+                self._store.remove(f"{INBOX}/{name}")
+
+    def _patiently(self, look: Callable[..., Any], *arguments: Any) -> Any:
+        """What `look` gives; None where the store can't be reached just now, which the next look may mend."""
+        try:
+            return look(*arguments)
+        except StoreError as error:
+            self._report(f"{error}")
+            return None
+
+    def _say(self, line: str) -> None:
+        """Report something once."""
+        if line not in self._said:
+            self._said.add(line)
+            self._report(line)

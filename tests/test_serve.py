@@ -1,0 +1,614 @@
+"""A federation over a store: the bytes of a federation in one process, whoever is killed and whatever is sent."""
+
+import json
+import multiprocessing
+import os
+import re
+import sys
+import threading
+import time
+import uuid
+
+import pytest
+import torch
+import yaml
+from families import make_checkpoint
+from federation import LORA, make_examples, make_federation, make_update
+from round_driver import config
+
+from hf_fedlarge.artifacts import (
+    MANIFEST_NAME,
+    SERVER_FILES,
+    AdapterManifest,
+    PackageManifest,
+    UpdateManifest,
+    read_manifest,
+)
+from hf_fedlarge.cli import main
+from hf_fedlarge.clients import write_check_ins
+from hf_fedlarge.collect import aggregate_updates, start_adapter
+from hf_fedlarge.config import load_federation
+from hf_fedlarge.data import from_rows, write_jsonl
+from hf_fedlarge.errors import ArtifactError, ConfigError, DataError, OutputError, StoreError
+from hf_fedlarge.jobs import Jobs, Tier
+from hf_fedlarge.journal import Journal
+from hf_fedlarge.keys import allow, new_key
+from hf_fedlarge.orders import (
+    CHECK_INS,
+    FAILED,
+    ORDER,
+    CheckInDocument,
+    FailureDocument,
+    OrderDocument,
+    TrainingOrder,
+    Work,
+    inbox,
+    read_document,
+    write_document,
+)
+from hf_fedlarge.plan import CheckIn
+from hf_fedlarge.rounds import run_federation
+from hf_fedlarge.serve import StoreClients, serve_federation
+from hf_fedlarge.server import RoundServer
+from hf_fedlarge.store import Store
+from hf_fedlarge.trainers.join import join
+from hf_fedlarge.trainers.launch import LAUNCHERS
+from hf_fedlarge.update import validate_update
+
+TEAMS = ("blue", "green", "red")
+CLIENTS = ("ann", "ben", "cleo", "dan")
+
+
+# A whole federation, in processes
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A federation's file, and its run with simulated clients."""
+    home = tmp_path_factory.mktemp("whole")
+    make_checkpoint(home / "checkpoint", layers=2, tokenizer=True)
+    rows = [{"text": f"{TEAMS[index % 3]} {index}", "team": TEAMS[index % 3]} for index in range(18)]
+    write_jsonl(from_rows(rows), home / "data.jsonl")
+    write_jsonl(from_rows([{"text": f"{team} 100"} for team in TEAMS]), home / "public.jsonl")
+    federation = {
+        "checkpoint": str(home / "checkpoint"),
+        "data": {"source": str(home / "data.jsonl"), "split": "column", "column": "team", "held_out": 0.2},
+        "eval_data": str(home / "public.jsonl"),
+        "clients": dict.fromkeys(TEAMS, 6),
+        "keep_layers": 1.0,
+        "lora": {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]},
+        "rounds": 2,
+        "codec": "int8",
+        "training": {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "disable_tqdm": True},
+    }
+    (home / "federation.yaml").write_text(yaml.safe_dump(federation))
+    run_federation(load_federation(home / "federation.yaml"), home / "run", LAUNCHERS["inprocess"](), stop=False)
+    return home
+
+
+def digests(run):
+    return [read_manifest(path, AdapterManifest).digest for path in sorted(run.glob("rounds/0*/adapter"))]
+
+
+def command(words, log):
+    """In a process of its own: one command, with its output in a file."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    os.dup2(1, 2)
+    torch.set_num_threads(1)
+    sys.exit(main([str(word) for word in words]))
+
+
+class Processes:
+    """Commands in processes that don't import everything anew, ended with the test."""
+
+    def __init__(self, home):
+        self.home, self.started = home, []
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["hf_fedlarge.serve", "hf_fedlarge.trainers.join"])
+
+    def start(self, name, *words):
+        process = self.context.Process(target=command, args=(words, self.home / f"{name}.log"))
+        process.start()
+        self.started.append(process)
+        return process
+
+    def end(self):
+        for process in self.started:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+    def logs(self):
+        return "\n".join(f"{path.name}: {path.read_text()}" for path in sorted(self.home.glob("*.log")))
+
+
+@pytest.fixture
+def processes(tmp_path):
+    made = Processes(tmp_path)
+    yield made
+    made.end()
+
+
+def until(true, processes, seconds=240):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, processes.logs()
+        time.sleep(0.05)
+
+
+def events(run, *names):
+    """What a journal that is being written says so far."""
+    path = run / "journal.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [entry for entry in map(json.loads, lines) if entry["event"] in names]
+
+
+def test_processes_that_share_a_directory_end_with_the_bytes_of_one_process_whoever_is_killed(
+    whole, tmp_path, processes
+):
+    """The clients sign, which changes no bytes of an adapter."""
+    run, store, cache, allowed = (tmp_path / name for name in ("run", "store", "cache", "allowed.json"))
+    for team in TEAMS:
+        allow(allowed, new_key(tmp_path / f"{team}.pem", team))
+    federation = yaml.safe_load((whole / "federation.yaml").read_text()) | {"keys": str(allowed)}
+    (tmp_path / "signed.yaml").write_text(yaml.safe_dump(federation))
+
+    def serve():
+        words = ["serve", tmp_path / "signed.yaml", "--output", run, "--store", store, "--poll", 0.1, "--no-stop"]
+        return processes.start("server", *words)
+
+    def joins(team):
+        own = whole / "run" / "clients" / team
+        words = ["--data", own / "train.jsonl", "--eval-data", own / "held_out.jsonl", "--cache", cache, "--poll", 0.1]
+        return processes.start(team, "join", store, "--client", team, "--key", tmp_path / f"{team}.pem", *words)
+
+    server, blue, green = serve(), joins("blue"), joins("green")
+    # Someone who is only there, so that the round can't end before the server is killed.
+    write_document(Store(str(store)), f"{CHECK_INS}/red.json", CheckInDocument(client="red", examples=6))
+    until(lambda: list(cache.glob("clients/*/green/0001/adapter")), processes)
+    green.kill()
+    green.join()
+    until(lambda: events(run, "validated"), processes)
+    server.kill()
+    server.join()
+    assert not events(run, "committed")
+    green, red, server = joins("green"), joins("red"), serve()
+    for process in (server, blue, green, red):
+        process.join(240)
+        assert process.exitcode == 0, processes.logs()
+    assert digests(run) == digests(whole / "run")
+    assert len(digests(run)) == 3
+    assert not [entry for entry in events(run, "validated") if not entry["accepted"]]
+    assert len(list((cache / "packages").glob("[0-9a-f]*"))) == 1
+    assert {path.name for path in store.iterdir()} == {"artifacts", "check_ins", "inbox", "objects", "order.json"}
+    assert not list((store / "inbox").iterdir())
+    over = read_document(Store(str(store)), ORDER, OrderDocument)
+    assert (over.state, over.adapter) == ("over", digests(run)[-1])
+
+
+def test_serving_needs_public_examples_and_a_store_of_its_own(whole, tmp_path, capsys):
+    raw = yaml.safe_load((whole / "federation.yaml").read_text())
+
+    def serve(**changes):
+        (tmp_path / "federation.yaml").write_text(yaml.safe_dump(raw | changes))
+        store = ["--store", tmp_path / "store"]
+        assert main([str(word) for word in ("serve", tmp_path / "federation.yaml", *store)]) == 2
+        return capsys.readouterr().err
+
+    assert "has no eval_data" in serve(eval_data=None)
+    assert "can't be ordered of clients: hub_token" in serve(training={"hub_token": "x"})
+    assert "can't be ordered of clients: max_steps" in serve(training={"max_steps": 10**7})
+    write_document(Store(str(tmp_path / "store")), ORDER, OrderDocument(run="0" * 32, state="open", round=3, attempt=1))
+    assert "serves another federation, whose order.json is for its round 3" in serve()
+    with pytest.raises(ConfigError, match="was begun with simulated clients"):
+        serve_federation(load_federation(whole / "federation.yaml"), whole / "run", str(tmp_path / "other"))
+    assert not (tmp_path / "run" / "federation.json").exists()
+
+
+# The server's side, with updates that were made beforehand
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A package, the adapter to start from, and the updates of four clients."""
+    path = tmp_path_factory.mktemp("serve")
+    make_federation(path)
+    start_adapter(path / "package", path / "start", LORA, seed=0)
+    make_examples(path / "data.jsonl")
+    for number, client in enumerate(CLIENTS):
+        make_update(path / client, path / "package", client, seed=number, adapter=path / "start")
+    return path
+
+
+class Server:
+    """The server's side of rounds over a store, without a checkpoint to evaluate."""
+
+    def __init__(self, home, run, store, **changes):
+        self.home, self.store, self.said = home, store, []
+        run.mkdir(exist_ok=True)
+        changes = {"eval_data": str(home / "data.jsonl"), "clients": dict.fromkeys(CLIENTS, 10)} | changes
+        self.config = config(**{"cohort": None, "min_updates": 1} | changes)
+        self.run, self.journal = run, Journal(run / "journal.jsonl")
+        self.clients = StoreClients(store, self.said.append, poll=0.02)
+        self.clients.prepare(self.config, run, lambda: None)
+        size = read_manifest(home / "package", PackageManifest).total_bytes
+        self.jobs = Jobs(self.config, run, self.adapter, [Tier("", home / "package", LORA, size)])
+
+    def adapter(self, number):
+        return self.run / "rounds" / f"{number:04d}" / "adapter" if number else self.home / "start"
+
+    def validate(self, number, client, update):
+        return validate_update(update, self.jobs.expected(client, number))
+
+    def open(self, number=1):
+        self.round = RoundServer(self.run / "rounds", number, self.journal, self.config, self.validate)
+        if not (self.run / "check_ins.json").exists():
+            write_check_ins(self.run, [CheckIn(client, 10) for client in CLIENTS])
+        self.order = self.round.open(list(self.jobs.check_ins.values()))
+        return self.order
+
+    def ask(self):
+        """Until nobody is waited for."""
+        asked = lambda client: self.round.asked(client, 1)  # noqa: E731
+        for client, problem in self.clients.answers(self.jobs, self.round, self.order, asked):
+            if problem is None:
+                self.round.receive(self.order, client, self.round.work / client)
+            else:
+                self.round.fail(self.order, client, problem)
+
+    def close(self):
+        def aggregate(updates, late, adapter):
+            settings = {"round_number": self.order.round, "older": [self.adapter(n - 1) for n in set(late.values())]}
+            previous = self.adapter(self.order.round - 1)
+            aggregate_updates([*updates, *late], self.home / "package", adapter, previous=previous, **settings)
+
+        return self.round.close(self.order, aggregate, lambda _: {}, lambda *_: {})
+
+
+@pytest.fixture
+def store():
+    return Store(f"memory://{uuid.uuid4().hex}")
+
+
+def send(home, store, client, attempt=1):
+    store.send(home / client, inbox(1, client, attempt))
+
+
+def test_an_order_names_what_is_asked_and_is_closed_afterwards(home, store, tmp_path):
+    server = Server(home, tmp_path / "run", store, training={"max_steps": 3}, codec="int8", deadline_seconds=60)
+    order = server.open()
+    seen = []
+
+    def asked(client):
+        seen.append(client)
+
+    answers = server.clients.answers(server.jobs, server.round, order, asked)
+    send(home, store, "ann")
+    next(answers)
+    assert seen == list(CLIENTS)
+    document = read_document(store, ORDER, OrderDocument)
+    work = document.work_of("ben")
+    assert document.is_open
+    assert document.training == TrainingOrder(max_steps=3)
+    assert 50 < document.closes_at - time.time() < 60
+    assert work.adapter == read_manifest(home / "start", AdapterManifest).digest
+    store.get(work.package, tmp_path / "package", PackageManifest, most_bytes=work.package_bytes)
+    store.get(work.adapter, tmp_path / "adapter", AdapterManifest, most_bytes=work.adapter_bytes)
+    assert document.work_of("eve") is None
+
+
+def test_who_never_answers_is_waited_for_until_the_deadline(home, store, tmp_path):
+    server = Server(home, tmp_path / "run", store, deadline_seconds=1.0, min_updates=2)
+    server.open()
+    for client in ("ann", "cleo"):
+        send(home, store, client)
+    server.ask()
+    assert read_document(store, ORDER, OrderDocument).state == "closed"
+    record = server.close()
+    assert record["refused"] == []
+    contributions = read_manifest(server.adapter(1), AdapterManifest).contributions
+    assert [entry.client for entry in contributions] == ["ann", "cleo"]
+
+
+def test_a_round_ends_with_as_many_as_it_wants(home, store, tmp_path):
+    server = Server(home, tmp_path / "run", store, cohort=2, over_select=1.0)
+    server.open()
+    for client in CLIENTS[:3]:
+        send(home, store, client)
+    server.ask()
+    assert len(server.round.accepted) == 2
+
+
+def test_what_is_malformed_is_refused_by_name_and_the_others_count(home, store, tmp_path):
+    server = Server(home, tmp_path / "run", store, deadline_seconds=30)
+    server.open()
+    place = {client: inbox(1, client, 1) for client in CLIENTS}
+    send(home, store, "ann")
+    # A file that is not what the manifest says, one too large, an update that is somebody else's, and a failure.
+    weights = "adapter_model.safetensors"
+    content = bytearray((home / "ben" / weights).read_bytes())
+    content[-1] ^= 1
+    for name in ("adapter_config.json", MANIFEST_NAME):
+        store.write(f"{place['ben']}/{name}", (home / "ben" / name).read_bytes())
+    store.write(f"{place['ben']}/{weights}", bytes(content))
+    manifest = json.loads((home / "cleo" / MANIFEST_NAME).read_text())
+    manifest["files"][weights]["size"] = 10**9
+    store.write(f"{place['cleo']}/{MANIFEST_NAME}", json.dumps(manifest).encode())
+    write_document(store, f"{place['dan']}/{FAILED}", FailureDocument(reason="the battery is empty"))
+    server.ask()
+    reasons = {refused["client"]: refused["reason"] for refused in server.round.refused}
+    assert set(server.round.accepted) == {"ann"}
+    assert "has the SHA-256" in reasons["ben"]
+    assert "lists 10000" in reasons["cleo"]
+    assert reasons["dan"] == "the battery is empty"
+    assert {path.name for path in server.round.work.iterdir() if not path.name.startswith(".")} == {"ann"}
+
+
+def test_an_update_signed_by_another_does_not_count(home, store, tmp_path):
+    server = Server(home, tmp_path / "run", store, clients={"ann": 10, "ben": 10}, deadline_seconds=30)
+    write_check_ins(server.run, [CheckIn("ann", 10), CheckIn("ben", 10)])
+    server.open()
+    send(home, store, "ann")
+    store.send(home / "ann", inbox(1, "ben", 1))
+    server.ask()
+    assert "in the name of ann; expected ben" in server.round.refused[0]["reason"]
+
+
+def test_a_store_that_fails_for_a_while_is_tried_again(home, store, tmp_path, monkeypatch):
+    server = Server(home, tmp_path / "run", store, clients={"ann": 10}, deadline_seconds=30)
+    write_check_ins(server.run, [CheckIn("ann", 10)])
+    server.open()
+    send(home, store, "ann")
+    names, fetch, failures = Store.names, Store.fetch, []
+
+    def failing(plain):
+        def wrapper(self, *arguments, **options):
+            if failures.count(plain) < 2:
+                failures.append(plain)
+                raise StoreError("the line is dead")
+            return plain(self, *arguments, **options)
+
+        return wrapper
+
+    monkeypatch.setattr(Store, "names", failing(names))
+    monkeypatch.setattr(Store, "fetch", failing(fetch))
+    server.ask()
+    assert set(server.round.accepted) == {"ann"}
+    assert server.said.count("the line is dead") == 4
+
+
+def test_a_late_update_is_kept_for_the_next_round_where_the_policy_says_so(home, store, tmp_path):
+    server = Server(home, tmp_path / "run", store, deadline_seconds=0.5, late="buffer")
+    server.open()
+    send(home, store, "ann")
+    server.ask()
+    server.close()
+    send(home, store, "ben")
+    server.open(2)
+    server.ask()
+    assert any("ben came after round 1 was closed" in line for line in server.said)
+    make_update(tmp_path / "two", home / "package", "ann", seed=9, adapter=server.adapter(1), round_number=2)
+    assert server.round._kept() == [[1, "ben"]]
+    # In the next round the inbox of the first is cleared.
+    server.clients._clear(2)
+    assert store.names("inbox") == []
+
+
+def test_who_may_check_in(home, store, tmp_path):
+    server = Server(home, tmp_path / "run", store, clients={"ann": 10, "ben": 10, "cleo": 10}, deadline_seconds=0.3)
+    for client, examples in {"ann": 7, "ben": 11, "eve": 1}.items():
+        write_document(store, f"{CHECK_INS}/{client}.json", CheckInDocument(client=client, examples=examples))
+    write_document(store, f"{CHECK_INS}/cleo.json", CheckInDocument(client="ann", examples=1))
+    store.write(f"{CHECK_INS}/.json", b"{")
+    round_server = RoundServer(server.run / "rounds", 1, server.journal, server.config, server.validate)
+    server.clients.check_in(server.jobs, round_server)
+    assert server.jobs.check_ins == {"ann": CheckIn("ann", 7)}
+    said = "\n".join(server.said)
+    assert "'ben' can't take part: it says 11 examples; expected 10 at most" in said
+    assert "'eve' can't take part: it is not among the federation's clients" in said
+    assert "'cleo' can't take part: it says that it is ann" in said
+    assert server.said.count(server.said[0]) == 1
+
+
+# The client's side, with orders that a test writes
+
+
+@pytest.fixture
+def published(home, store):
+    """Publishes an order for round 1, with changes."""
+    package, start = (read_manifest(home / name, kind) for name, kind in PARTS)
+    store.put(home / "package")
+    store.put(home / "start", leave_out=SERVER_FILES)
+
+    def publish(**changes):
+        work = {
+            "clients": ["ann"],
+            "package": package.digest,
+            "package_bytes": package.total_bytes,
+            "adapter": start.digest,
+            "adapter_bytes": start.total_bytes,
+            "update_bytes": 10**6,
+        }
+        work = Work(**work | {name: changes.pop(name) for name in list(changes) if name in work})
+        order = {"run": "f" * 32, "state": "open", "round": 1, "attempt": 1, "work": [work]} | changes
+        document = OrderDocument(**order)
+        write_document(store, ORDER, document)
+        return document
+
+    return publish
+
+
+PARTS = (("package", PackageManifest), ("start", AdapterManifest))
+
+
+@pytest.fixture
+def member(home, store, tmp_path):
+    """Joins as ann, training by a function that notes its job."""
+    jobs, said = [], []
+
+    def train(job):
+        jobs.append(job)
+        make_update(job.output, job.package, job.client, adapter=job.adapter)
+
+    def take_part(train=train, once=True, **options):
+        options = {"eval_data": None, "cache": tmp_path / "cache", "poll": 0.02} | options
+        join(store.url, "ann", str(home / "data.jsonl"), once=once, report=said.append, train=train, **options)
+
+    take_part.jobs, take_part.said = jobs, said
+    return take_part
+
+
+def test_a_client_does_what_an_order_says_and_sends_its_update(home, store, published, member, tmp_path):
+    published(training=TrainingOrder(max_steps=3, learning_rate=1e-3), proximal=0.1, seed=5)
+    member()
+    [job] = member.jobs
+    assert (job.client, job.round, job.proximal) == ("ann", 1, 0.1)
+    assert set(job.training) == {"seed", "max_steps", "learning_rate"}
+    check_in = read_document(store, f"{CHECK_INS}/ann.json", CheckInDocument)
+    assert check_in.examples == 12
+    found = store.fetch(inbox(1, "ann", 1), tmp_path / "got", UpdateManifest, most_bytes=10**6, manifest_bytes=10**5)
+    assert found.client == "ann"
+    # Started again it has nothing to do.
+    threading.Timer(0.3, lambda: published(state="over", round=1, work=[])).start()
+    member(once=False)
+    assert len(member.jobs) == 1
+    assert "the federation is over" in member.said[-1]
+
+
+def test_who_is_not_asked_waits(published, member):
+    published(clients=["ben"])
+    threading.Timer(0.3, lambda: published(state="over", work=[])).start()
+    member(once=False)
+    assert not member.jobs
+
+
+def test_a_client_killed_after_training_sends_what_it_has(home, store, published, member, monkeypatch):
+    published()
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "send", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            member()
+    member()
+    assert len(member.jobs) == 1
+    assert store.names(inbox(1, "ann", 1)) == ["adapter_config.json", "adapter_model.safetensors", MANIFEST_NAME]
+
+
+def test_an_update_for_another_start_of_the_round_is_not_sent(home, published, member, tmp_path):
+    stale = tmp_path / "cache" / "clients" / ("f" * 32) / "ann" / "0001" / "update"
+    start_adapter(home / "package", tmp_path / "other", LORA, seed=3)
+    make_update(stale, home / "package", "ann", adapter=tmp_path / "other")
+    published()
+    member()
+    assert len(member.jobs) == 1
+
+
+@pytest.mark.parametrize("late", ["refuse", "buffer"])
+def test_after_the_deadline_a_client_sends_only_what_will_be_kept(home, store, published, member, late):
+    def train(job):
+        make_update(job.output, job.package, job.client, adapter=job.adapter)
+        time.sleep(0.6)
+
+    published(closes_at=time.time() + 0.5, late=late)
+    member(train)
+    assert bool(store.names(inbox(1, "ann", 1))) == (late == "buffer")
+
+
+def test_after_the_round_was_closed_a_client_does_not_send(store, published, member):
+    def train(job):
+        make_update(job.output, job.package, job.client, adapter=job.adapter)
+        published(state="closed", work=[])
+
+    published()
+    member(train)
+    assert store.names(inbox(1, "ann", 1)) == []
+    assert "was closed before the update was ready" in member.said[-1]
+
+
+def test_a_client_that_cannot_train_says_why(store, published, member):
+    def train(job):
+        raise DataError("nothing to\nlearn")
+
+    published()
+    member(train)
+    assert read_document(store, f"{inbox(1, 'ann', 1)}/{FAILED}", FailureDocument).reason == "nothing to learn"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"package_bytes": 10}, "lists .* bytes of files; expected 10 at most"),
+        ({"adapter_bytes": 10}, "lists .* bytes of files; expected 10 at most"),
+        ({"update_bytes": 10}, "the order takes 10 at most"),
+    ],
+)
+def test_a_client_keeps_to_what_was_announced(store, published, member, changes, sentence):
+    published(**changes)
+    member()
+    failure = read_document(store, f"{inbox(1, 'ann', 1)}/{FAILED}", FailureDocument)
+    assert re.search(sentence, failure.reason)
+    assert store.names(inbox(1, "ann", 1)) == [FAILED]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("output_dir", "/etc"),
+        ("push_to_hub", True),
+        ("hub_token", "x"),
+        ("trust_remote_code", True),
+        ("report_to", "wandb"),
+        ("deepspeed", "x.json"),
+        ("resume_from_checkpoint", "/tmp"),
+        ("max_steps", 10**9),
+        ("max_steps", "3"),
+        ("max_length", -1),
+        ("learning_rate", float("nan")),
+        ("optim", "galore_adamw"),
+        ("per_device_train_batch_size", 10**9),
+    ],
+)
+def test_an_order_with_anything_but_bounded_training_arguments_is_refused(store, published, member, key, value):
+    document = published().model_dump(mode="json", exclude_none=True)
+    document["training"] = {key: value}
+    store.write(ORDER, json.dumps(document).encode())
+    with pytest.raises(ArtifactError, match=f"training.{key}"):
+        member()
+    assert not member.jobs
+
+
+def test_a_client_s_name_is_no_path_and_is_taken_once(home, store, published, member, tmp_path):
+    with pytest.raises(ConfigError, match="--client or --data is wrong: client"):
+        join(store.url, "../ann", str(home / "data.jsonl"), cache=tmp_path)
+
+    def train(job):
+        with pytest.raises(OutputError, match="ann takes part in another process already"):
+            member()
+        make_update(job.output, job.package, job.client, adapter=job.adapter)
+
+    published()
+    member(train)
+
+
+def test_a_store_that_cannot_be_reached_is_tried_again(published, member, monkeypatch):
+    write, left = Store.write, 2
+
+    def failing(self, path, content):
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise StoreError("the line is dead.")
+        write(self, path, content)
+
+    published()
+    monkeypatch.setattr(Store, "write", failing)
+    member()
+    assert member.said[:2] == ["the line is dead. Trying again."] * 2
+    assert len(member.jobs) == 1
+
+
+def test_old_rounds_leave_the_cache(home, published, member, tmp_path):
+    old = tmp_path / "cache" / "clients" / ("f" * 32) / "ann" / "0000" / "adapter"
+    old.mkdir(parents=True)
+    published()
+    member()
+    assert {path.name for path in old.parent.parent.iterdir()} == {"0001"}

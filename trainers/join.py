@@ -1,0 +1,237 @@
+"""A client of a federation that is served over a store: it waits for orders, trains, and sends updates.
+
+    hf-fedlarge join URL --client lab-3 --data mine.jsonl
+
+What is kept between rounds, and when the process is killed, lies in the cache:
+
+    packages/DIGEST/             fetched once, for every client on this machine
+    clients/RUN/NAME/0001/       the round's adapter, the training in progress, the update
+    clients/RUN/NAME/state/      what it keeps from round to round
+
+The store is not trusted: an order may hold nothing but bounded training arguments (`orders.py`), and what is fetched is
+checked against digests and sizes before it is opened. Examples never leave this machine.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from hf_fedlarge.artifacts import (
+    MANIFEST_NAME,
+    SERVER_FILES,
+    AdapterManifest,
+    PackageManifest,
+    UpdateManifest,
+    read_manifest,
+    writing,
+)
+from hf_fedlarge.config import first_problem
+from hf_fedlarge.data import load_examples
+from hf_fedlarge.errors import ArtifactError, ConfigError, FedLargeError, OutputError, StoreError
+from hf_fedlarge.jobs import ClientJob, Train, training_of
+from hf_fedlarge.keys import read_key
+from hf_fedlarge.orders import (
+    CHECK_INS,
+    FAILED,
+    ORDER,
+    CheckInDocument,
+    FailureDocument,
+    OrderDocument,
+    Work,
+    inbox,
+    read_document,
+    write_document,
+)
+from hf_fedlarge.store import Store
+from hf_fedlarge.trainers.launch import in_process
+from hf_fedlarge.update import MAX_SMALL_BYTES, outcome
+
+logger = logging.getLogger(__name__)
+DEFAULT_CACHE = Path.home() / ".cache" / "hf_fedlarge"
+
+
+def join(
+    url: str,
+    client: str,
+    data: str,
+    *,
+    eval_data: str | None = None,
+    cache: Path | None = None,
+    once: bool = False,
+    poll: float = 5.0,
+    report: Callable[[str], None] = logger.info,
+    train: Train | None = None,
+    key: Path | None = None,
+) -> None:
+    """Take part in a federation until it is over. A client that was killed goes on when it is started again.
+
+    Args:
+        url: the store's.
+        client: this client's name.
+        data: its examples: a file, or a data set of the Hub.
+        eval_data: its held-out examples; None: a tenth of `data`.
+        cache: where packages and unfinished work are kept; None: `DEFAULT_CACHE`.
+        once: leave after one round that this client was asked in.
+        poll: seconds between two looks into the store.
+        report: told of each step in a line.
+        train: trains and writes the update; None: in this process.
+        key: the file of its private key, which signs its updates; None: they are not signed.
+
+    Raises:
+        ConfigError: a name that can't be a client's.
+        DataError: the examples can't be read.
+        ArtifactError: the order can't be read, or holds what no order may.
+        OutputError: another process of this client is at work, or `cache` can't be written.
+    """
+    try:
+        check_in = CheckInDocument(
+            client=client, examples=len(load_examples(data)), memory_bytes=psutil.virtual_memory().total
+        )
+    except ValidationError as error:
+        raise ConfigError(f"--client or --data is wrong: {first_problem(error)}.") from error
+    if eval_data is not None:
+        load_examples(eval_data)
+    if key is not None:
+        read_key(key)
+    store, cache = Store(url), (cache or DEFAULT_CACHE).expanduser()
+    with _alone(cache / "clients", client):
+        _Member(store, check_in, data, eval_data, cache, report, train or in_process(), key).take_part(once, poll)
+
+
+@contextmanager
+def _alone(home: Path, client: str) -> Iterator[None]:
+    """Keep a client to one process."""
+    lock = FileLock(home / f".{client}.lock")
+    with writing(home):
+        home.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise OutputError(
+            f"{client} takes part in another process already; end that one, or choose another --cache."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _Member:
+    """One client, and what it does when it is asked."""
+
+    def __init__(
+        self,
+        store: Store,
+        check_in: CheckInDocument,
+        data: str,
+        eval_data: str | None,
+        cache: Path,
+        report: Callable[[str], None],
+        train: Train,
+        key: Path | None,
+    ) -> None:
+        self._key = key
+        self._store, self._check_in, self._client = store, check_in, check_in.client
+        self._data, self._eval_data, self._cache, self._report, self._train = data, eval_data, cache, report, train
+        self._answered: tuple[str, int, int] | None = None
+
+    def take_part(self, once: bool, poll: float) -> None:
+        """Answer orders until the federation is over; a store that can't be reached is tried again."""
+        checked_in = False
+        while True:
+            try:
+                if not checked_in:
+                    write_document(self._store, f"{CHECK_INS}/{self._client}.json", self._check_in)
+                    checked_in = True
+                    self._report(f"{self._client} checked in at {self._store.url}")
+                order = read_document(self._store, ORDER, OrderDocument)
+                if order is not None and order.state == "over":
+                    self._report(f"the federation is over after round {order.round}")
+                    return
+                work = order.work_of(self._client) if order is not None and order.is_open else None
+                if work is not None and order.attempt_id != self._answered:
+                    self._answer(order, work)
+                    self._answered = order.attempt_id
+                    if once:
+                        return
+                    continue
+            except StoreError as error:
+                self._report(f"{error} Trying again.")
+            time.sleep(poll)
+
+    def _answer(self, order: OrderDocument, work: Work) -> None:
+        """Train and send the update, or why there is none; what is done already is not done again."""
+        place = inbox(order.round, self._client, order.attempt)
+        for name, most in ((MANIFEST_NAME, MAX_SMALL_BYTES), (FAILED, MAX_SMALL_BYTES)):
+            if self._store.read(f"{place}/{name}", most) is not None:
+                return
+        home = self._cache / "clients" / order.run / self._client
+        update = home / f"{order.round:04d}" / "update"
+        try:
+            self._make_update(order, work, home, update)
+        except StoreError:
+            raise
+        except FedLargeError as error:
+            self._report(f"round {order.round}: no update: {error}")
+            reason = "".join(letter if letter.isprintable() else " " for letter in str(error))
+            write_document(self._store, f"{place}/{FAILED}", FailureDocument(reason=f"{reason:.2000}" or "unknown"))
+            return
+        self._report(f"round {order.round}: {outcome(update)}")
+        if order.late == "refuse" and not self._is_in_time(order):
+            self._report(f"round {order.round} was closed before the update was ready")
+            return
+        self._store.send(update, place)
+        self._report(f"round {order.round}: update sent")
+        for older in home.glob("[0-9]*"):
+            if older.name < f"{order.round:04d}":
+                shutil.rmtree(older)
+
+    def _make_update(self, order: OrderDocument, work: Work, home: Path, update: Path) -> None:
+        package, adapter = self._cache / "packages" / work.package, update.with_name("adapter")
+        if not package.exists():
+            self._report(f"fetching a package of {work.package_bytes / 1e6:.1f} MB")
+        self._store.get(work.package, package, PackageManifest, most_bytes=work.package_bytes)
+        bounds = {"most_bytes": work.adapter_bytes, "leave_out": SERVER_FILES}
+        self._store.get(work.adapter, adapter, AdapterManifest, **bounds)
+        if update.exists() and read_manifest(update, UpdateManifest).adapter != work.adapter:
+            shutil.rmtree(update)  # of another attempt at the federation's round
+        if update.exists():
+            return
+        self._report(f"round {order.round}: training")
+        job = ClientJob(
+            client=self._client,
+            round=order.round,
+            package=package,
+            adapter=adapter,
+            data=Path(self._data),
+            eval_data=Path(self._eval_data) if self._eval_data else None,
+            output=update,
+            training=training_of(self._client, order.round, order.seed, _arguments(order)),
+            proximal=order.proximal,
+            eval_examples=order.eval_examples,
+            codec=order.codec,
+            state=home / "state",
+            key=self._key,
+        )
+        self._train(job)
+        size = sum(path.stat().st_size for path in update.iterdir())
+        if size > work.update_bytes:
+            raise ArtifactError(f"the update has {size} bytes; the order takes {work.update_bytes} at most")
+
+    def _is_in_time(self, order: OrderDocument) -> bool:
+        now = read_document(self._store, ORDER, OrderDocument)
+        return now is not None and now.attempt_id == order.attempt_id and now.is_open
+
+
+def _arguments(order: OrderDocument) -> dict[str, Any]:
+    return order.training.model_dump(exclude_none=True)
