@@ -94,7 +94,13 @@ def exact(
     """
     _check(rank, scale)
     factors, carry, energy, carried, dropped = truncate(
-        merged([*product_terms(changes, parent, scale), *more]), rank, scale, carry_rank, carry_energy
+        merged([*product_terms(changes, parent, scale), *more]),
+        rank,
+        scale,
+        carry_rank,
+        carry_energy,
+        # The carry has no coordinates that clients know.
+        like=parent.A_RI if parent is not None and len(parent.A_RI) == rank else None,
     )
     return Aggregate(factors, energy, dropped, carry, carried)
 

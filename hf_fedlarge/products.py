@@ -78,7 +78,12 @@ def merged(terms: Sequence[Term]) -> list[Term]:
 
 
 def truncate(
-    terms: Sequence[Term], rank: int, scale: float, carry_rank: int | None = 0, carry_energy: float = 0.0
+    terms: Sequence[Term],
+    rank: int,
+    scale: float,
+    carry_rank: int | None = 0,
+    carry_energy: float = 0.0,
+    like: torch.Tensor | None = None,
 ) -> Truncated:
     """The best approximation of a sum in `rank` (Eckart-Young), and as much of the rest as the bounds allow.
 
@@ -89,6 +94,11 @@ def truncate(
     in a fresh adapter. Each column of B has its largest entry positive, so that the order of the terms changes nothing
     but rounding.
 
+    Any rotation Q of the rank gives the same product, B Q^T and Q A. With `like`, an A that clients know, it is the one
+    whose A is nearest to that (orthogonal Procrustes), with rows as long as that one's are in the mean. So coordinates
+    stay where they were as far as they can, and no direction gets one for itself: an optimizer that scales each
+    coordinate by itself (Adam) would step as far along singular vectors that are noise as along the leading ones.
+
     Args:
         terms: at least one; A (R_i, I) and B (O, R_i), ranks may differ.
         rank: of the result. Beyond O, columns of B are zero; beyond I, rows of A are of norm 1 but no longer
@@ -96,6 +106,7 @@ def truncate(
         scale: what the products of the result and of the carry will be multiplied by.
         carry_rank: the largest rank of the carry; None: any.
         carry_energy: the carry ends where what is left is this share of the sum's energy.
+        like: (R, I) of the same rank; None: B has the singular values in falling order, and rows of A the length 1.
     """
     U_OK, S_K, V_KI, energy = decompose(terms, None if carry_rank is None else rank + carry_rank)
     signs_1K = U_OK.gather(0, U_OK.abs().argmax(0, keepdim=True)).sign()
@@ -103,7 +114,10 @@ def truncate(
     within = min(rank, len(S_K))
     B_OR = torch.zeros(len(U_OK), rank, dtype=torch.float64)
     B_OR[:, :within] = B_OK[:, :within]
-    factors = Factors(_with_fresh_rows(A_KI[:within], rank).float(), B_OR.float())
+    A_RI = _with_fresh_rows(A_KI[:within], rank)
+    if like is not None:
+        A_RI, B_OR = _turned(A_RI, B_OR, like.double())
+    factors = Factors(A_RI.float(), B_OR.float())
     kept = _squares(S_K).cumsum(0)
     end = len(S_K) if carry_rank is None else min(len(S_K), rank + carry_rank)
     if carry_energy:
@@ -208,6 +222,14 @@ def _with_fresh_rows(V_KI: torch.Tensor, rank: int) -> torch.Tensor:
     room = width - kept
     Q_IX, _ = torch.linalg.qr(torch.cat([V_KI, fresh_XI[:room]]).T)
     return torch.cat([V_KI, Q_IX.T[kept:], fresh_XI[room:]])
+
+
+def _turned(A_RI: torch.Tensor, B_OR: torch.Tensor, like_RI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same product with A rotated to be near `like_RI`, and as long."""
+    X_RR, _, Y_RR = torch.linalg.svd(like_RI @ A_RI.T)
+    Q_RR = X_RR @ Y_RR
+    length = like_RI.square().sum(dim=1).mean().sqrt() or 1.0
+    return length * (Q_RR @ A_RI), B_OR @ Q_RR.T / length
 
 
 def _squares(values: torch.Tensor) -> torch.Tensor:

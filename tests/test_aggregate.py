@@ -450,3 +450,21 @@ def test_the_norm_of_many_columns_is_estimated():
     dense = dense_terms(terms)
     assert energy == pytest.approx(dense.square().sum().item(), rel=0.5)
     assert apart == pytest.approx((dense - dense_terms([mean])).square().sum().item(), rel=0.2)
+
+
+def test_a_stays_as_near_to_the_parent_s_as_a_rotation_allows():
+    """Of all A with rows of one length and the same products, none is nearer; so clients' coordinates stay."""
+    parent = make_factors(4, 20, 30, seed=0)
+    noise = [make_factors(4, 20, 30, seed) for seed in (1, 2, 3)]
+    clients = [Factors(parent.A_RI + 0.05 * A_RI, parent.B_OR + B_OR) for A_RI, B_OR in noise]
+    plain, near = (
+        exact([Change(1 / 3, 2.0, client, base) for client in clients], 4, 2.0, parent=base, carry_rank=0).factors
+        for base in (None, parent)
+    )
+    torch.testing.assert_close(near.B_OR @ near.A_RI, plain.B_OR @ plain.A_RI, atol=1e-4, rtol=1e-4)
+    length = parent.A_RI.norm() / 2
+    torch.testing.assert_close(near.A_RI @ near.A_RI.T, length**2 * torch.eye(4), atol=1e-3, rtol=1e-4)
+    distance = torch.dist(near.A_RI, parent.A_RI)
+    for seed in range(20):
+        Q_RR, _ = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(seed)))
+        assert torch.dist(Q_RR @ near.A_RI, parent.A_RI) >= distance

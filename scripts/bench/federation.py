@@ -46,6 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ffa": {"aggregator": "ffa"},
     "exact": {"aggregator": "exact"},
     "fedavg-adam": {"aggregator": "fedavg", "server_optimizer": "adam"},
+    "exact-step2": {"aggregator": "exact", "server_lr": 2.0},
     "exact-momentum": {"aggregator": "exact", "server_optimizer": "momentum"},
     "exact-proximal": {"aggregator": "exact", "proximal": 0.01},
     "exact-int8": {"aggregator": "exact", "codec": "int8"},
