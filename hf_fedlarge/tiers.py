@@ -28,6 +28,7 @@ from hf_fedlarge.budget import FULL_RATE_TOKENS, UNASKED_BYTES, WORKING
 from hf_fedlarge.config import Embeddings, LoraSettings, format_ranges
 from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.package import package_architecture
+from hf_fedlarge.products import Term, truncate
 from hf_fedlarge.shrink import ShrinkPlan, plan_shrink
 from hf_fedlarge.tensors import Factors
 
@@ -128,9 +129,9 @@ def fit_memory(checkpoint: Path, memory_bytes: int, tokens: int, lora: LoraSetti
 def derive_adapter(adapter: Path, package: Path, lora: LoraSettings, output: Path) -> AdapterManifest:
     """A tier's part of the federation's adapter: the layers and neurons that its package has, in its rank.
 
-    The directions of the most weight come first in an aggregate of products, so the first `lora.rank` of them are the
-    best approximation in that rank (Eckart-Young). What is left out stays with the server: a client's change is what
-    it made of its part, and counts as a change of the whole.
+    Of each product the best approximation in `lora.rank` (Eckart-Young), with A near the first rows of the adapter's,
+    which it has where B is still zero. What is left out stays with the server: a client's change is what it made of
+    its part, and counts as a change of the whole.
 
     Args:
         adapter: of `exact` or `svd`, or one that was just started.
@@ -155,8 +156,10 @@ def derive_adapter(adapter: Path, package: Path, lora: LoraSettings, output: Pat
         )
     reader, factors = AdapterReader(adapter), {}
     for module in expected_shapes(architecture, small.kept_layers, lora):
-        A_RI, B_OR = reader.read(module)
-        part = Factors(A_RI[: lora.rank].contiguous(), B_OR[:, : lora.rank] * (whole.lora.scale / lora.scale))
+        entire = reader.read(module)
+        part = Factors(entire.A_RI[: lora.rank].contiguous(), entire.B_OR[:, : lora.rank].contiguous())
+        if entire.B_OR.any():
+            part = truncate([Term(whole.lora.scale, entire)], lora.rank, lora.scale, like=part.A_RI).factors
         # Clients leave out what belongs to neurons they don't have, and send zeros there: no change.
         factors[module] = in_package(module, part, architecture, small.kept_layers)
     with staged_directory(output) as staging:
