@@ -41,11 +41,11 @@ PRIVACY = (
     "Dropping layers and quantizing protects nothing by itself."
 )
 _PRIVATE = (
-    "Differential privacy, of each client as a whole (one replaced by any other): {spent}, after {rounds}; changes "
-    "clipped to the norm {clip:g}, noise multiplier {noise:g}, in each round {draws}. That is a promise against whoever sees "
-    "adapters, not against the server, which sees every update, nor against who learns whom a round asked. Losses on "
-    "held-out data, and how many clients answered, are not covered. No single client's figures are on this card. "
-    "Dropping layers and quantizing protects nothing by itself."
+    "Differential privacy of each client as a whole, one replaced by any other: {spent}, after {rounds}. Changes were "
+    "clipped to the norm {clip:g}; the noise multiplier was {noise:g}; rounds asked {draws}. That holds against who "
+    "sees adapters, not against the server, which saw every update, nor against who learned whom a round asked. Losses "
+    "on held-out data and the number of answers are not covered. No single client's figures are on this card. Dropping "
+    "layers and quantizing protects nothing by itself."
 )
 NOT_RECORDED = "not recorded"
 
