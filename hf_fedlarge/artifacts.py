@@ -21,6 +21,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, mode
 
 from hf_fedlarge.config import ClientName, Codec, LoraSettings, Record, first_problem
 from hf_fedlarge.errors import ArtifactError, OutputError, os_problem
+from hf_fedlarge.ledger import PrivacyEntry
 from hf_fedlarge.untrusted import read_json
 
 MANIFEST_NAME = "fedlarge.json"
@@ -164,7 +165,7 @@ class AdapterManifest(Manifest):
     `trains` is what the clients of the next round train; the other factor comes back as it is. What didn't fit into the
     adapter's rank is in the carry, of up to `carry_rank` (0: there is none): the server's alone, but a part of what is
     merged and published. Of the energy of both, `energy_carried` is the carry's share, and `energy_dropped` is what is
-    in neither.
+    in neither. With `privacy` clients clip what they send, and nothing of any single one is here.
     """
 
     kind: Literal["adapter"] = "adapter"
@@ -182,6 +183,12 @@ class AdapterManifest(Manifest):
     carry_rank: Count = 0
     trains: Literal["both", "A", "B"] = "both"
     server_optimizer: str | None = None
+    privacy: PrivacyEntry | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_no_privacy(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Digests of adapters without privacy stay what they are."""
+        return {key: value for key, value in plain(self).items() if key != "privacy" or value is not None}
 
 
 class CheckpointManifest(Manifest):

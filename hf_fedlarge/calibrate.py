@@ -21,11 +21,12 @@ from transformers import PreTrainedTokenizerBase
 from hf_fedlarge.architectures import load_config
 from hf_fedlarge.artifacts import PackageManifest, check_output, writing
 from hf_fedlarge.choice import choose
-from hf_fedlarge.config import PackageSettings, parse_layers
+from hf_fedlarge.config import PackageSettings
 from hf_fedlarge.data import load_examples
 from hf_fedlarge.errors import ConfigError, DataError
 from hf_fedlarge.evaluation import encode_example
 from hf_fedlarge.fit import FitPlan, Fitted, fit
+from hf_fedlarge.layers import parse_layers
 from hf_fedlarge.package import load_tokenizer, stream_checkpoint
 from hf_fedlarge.shrink import ShrinkPlan, plan_shrink, shrink
 from hf_fedlarge.stdlib_corpus import standard_library_prose

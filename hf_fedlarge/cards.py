@@ -31,13 +31,21 @@ from hf_fedlarge.artifacts import (
     manifest_kind,
     read_manifest,
 )
-from hf_fedlarge.config import format_ranges
 from hf_fedlarge.errors import ArtifactError
+from hf_fedlarge.layers import format_ranges
+from hf_fedlarge.ledger import PrivacyEntry
 
 MARKER = "<!-- written by hf-fedlarge -->"
 PRIVACY = (
     "Differential privacy: none. Updates were not encrypted or securely aggregated. "
     "Dropping layers and quantizing protects nothing by itself."
+)
+_PRIVATE = (
+    "Differential privacy of each client as a whole, one replaced by any other: {spent}, after {rounds}. Changes were "
+    "clipped to the norm {clip:g}; the noise multiplier was {noise:g}; rounds asked {draws}. That holds against who "
+    "sees adapters, not against the server, which saw every update, nor against who learned whom a round asked. Losses "
+    "on held-out data and the number of answers are not covered. No single client's figures are on this card. Dropping "
+    "layers and quantizing protects nothing by itself."
 )
 NOT_RECORDED = "not recorded"
 
@@ -127,6 +135,7 @@ class _Summary(_Part):
     aggregator: str | None = None
     held_out_examples: int | None = None
     package: _Package | None = None
+    privacy: PrivacyEntry | None = None
 
 
 def render_card(directory: Path, repo_id: str, summary: dict[str, Any] | None) -> str:
@@ -149,14 +158,16 @@ def render_card(directory: Path, repo_id: str, summary: dict[str, Any] | None) -
         ) from error
     facts = {"package": _package_facts, "adapter": _adapter_facts, "checkpoint": _checkpoint_facts}[manifest.kind]
     contributions, cut = _contributions(manifest, run)
-    refusals = [(entry.round, refusal) for entry in run.rounds for refusal in entry.refused]
+    private = manifest.privacy if isinstance(manifest, AdapterManifest) else run.privacy
+    refusals = [] if private else [(entry.round, refusal) for entry in run.rounds for refusal in entry.refused]
     return (
         _environment()
         .get_template(f"{manifest.kind}.md.jinja")
         .render(
             front_matter=Markup(_front_matter(manifest)),  # safe_dump has quoted it
             marker=Markup(MARKER),
-            privacy=PRIVACY,
+            privacy=_privacy(private),
+            private=private is not None,
             repo_id=repo_id,
             manifest=manifest,
             base=manifest.base,
@@ -183,6 +194,19 @@ def read_published(directory: Path) -> PublishedManifest:
         found = f"is of kind {kind!r}" if kind else "has no manifest of hf-fedlarge (fedlarge.json)"
         raise ArtifactError(f"{directory} {found}; only a package, an adapter or a merged checkpoint is published.")
     return read_manifest(directory, PUBLISHED_KINDS[kind])
+
+
+def _privacy(entry: PrivacyEntry | None) -> str:
+    if entry is None:
+        return PRIVACY
+    rounds = sum(draw.rounds for draw in entry.draws)
+    return _PRIVATE.format(
+        spent=entry.sentence,
+        rounds="1 round" if rounds == 1 else f"{rounds} rounds",
+        clip=entry.clip,
+        noise=entry.noise_multiplier,
+        draws=" or ".join(f"{draw.cohort} of {draw.of} clients" for draw in entry.draws) or "none",
+    )
 
 
 def _base_facts(base: BaseModelEntry) -> list[tuple[str, Any]]:

@@ -74,12 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--revision", help="the Hub revision")
     one.add_argument("--base-id", help="what to call the base model, where CHECKPOINT is a local copy of it")
     one.add_argument("--keep-layers", help="a count, a fraction, or numbers such as 0-9,12 (all)")
-    one.add_argument(
-        "--keep-neurons",
-        type=float,
-        metavar="SHARE",
-        help="of the feed-forward layer of every kept layer (2/3, or 1 with --keep-layers)",
-    )
+    neurons = "of the feed-forward layer of every kept layer (2/3, or 1 with --keep-layers)"
+    one.add_argument("--keep-neurons", type=float, metavar="SHARE", help=neurons)
     one.add_argument(
         "--layer-choice",
         choices=("uniform", "influence", "loss", "gradient"),
@@ -165,8 +161,9 @@ def build_parser() -> argparse.ArgumentParser:
 def _shrink(options: argparse.Namespace) -> None:
     from hf_fedlarge.artifacts import check_output
     from hf_fedlarge.calibrate import make_package, plan_package
-    from hf_fedlarge.config import PackageSettings, checked, format_ranges
+    from hf_fedlarge.config import PackageSettings, checked
     from hf_fedlarge.hub import resolve_checkpoint
+    from hf_fedlarge.layers import format_ranges
 
     if not options.dry_run:
         check_output(options.output, options.overwrite)

@@ -28,10 +28,12 @@ from hf_fedlarge.artifacts import (
     write_manifest,
 )
 from hf_fedlarge.combine import Part, combine
-from hf_fedlarge.config import ON_FACTORS, AggregationSettings, Codec, LoraSettings, first_problem
+from hf_fedlarge.config import ON_FACTORS, AggregationSettings, Codec, LoraSettings, PrivacySettings, first_problem
 from hf_fedlarge.errors import ArtifactError, ConfigError, UpdateRefusedError
 from hf_fedlarge.keys import AllowedKeys, read_allowed, read_signature
+from hf_fedlarge.ledger import Draw, drawn_again
 from hf_fedlarge.package import package_architecture, package_config
+from hf_fedlarge.privacy import spent
 from hf_fedlarge.scaffold import difference, write_common, write_control
 from hf_fedlarge.update import Asked, Expected, client_name, open_update, read_update, validate_update
 from hf_fedlarge.weighting import weighing
@@ -63,12 +65,13 @@ def start_adapter(
     *,
     aggregator: str = "exact",
     scaffold: bool = False,
+    privacy: PrivacySettings | None = None,
     overwrite: bool = False,
 ) -> AdapterManifest:
     """Write the adapter that a federation starts from, round 0: it changes nothing yet, and is the same for all.
 
     `aggregator` is the one of round 1, which decides what its clients train; `scaffold` asks them to correct their
-    steps.
+    steps, `privacy` to clip what they send.
 
     Raises:
         ArtifactError: `package` is not a package.
@@ -88,6 +91,7 @@ def start_adapter(
         lora=lora,
         aggregator=None,
         trains=trained_in(aggregator, 1),
+        privacy=spent(privacy, []) if privacy else None,
     )
     with staged_directory(output, overwrite=overwrite) as staging:
         write_adapter(staging, factors, lora, architecture, small.base.id)
@@ -111,6 +115,7 @@ def aggregate_updates(
     codec: Codec | None = None,
     population: int | None = None,
     keys: Path | None = None,
+    draw: Draw | None = None,
     overwrite: bool = False,
     **choices: Any,
 ) -> Collected:
@@ -133,6 +138,7 @@ def aggregate_updates(
         codec: how the updates must be encoded; None: fp32. Any other needs `previous`, which their changes are from.
         population: how many clients the federation has, for `scaffold`; None: those that sent these updates.
         keys: the list of keys that must have signed the updates; None: they need not be signed, or were checked before.
+        draw: how many clients were asked, of how many, for `privacy`, which says what that spent.
         overwrite: replace an adapter that is there already.
         choices: fields of `AggregationSettings`, such as `aggregator` and `weighting`.
 
@@ -152,6 +158,8 @@ def aggregate_updates(
         raise ConfigError(f"The codec {codec.name} needs --adapter, the adapter that the updates started from.")
     if settings.scaffold and (previous is None or older or codec.name != "fp32"):
         raise ConfigError("scaffold needs --adapter, whole updates in fp32, and none that came late.")
+    if settings.privacy and (previous is None or older or draw is None):
+        raise ConfigError("privacy needs --adapter, the draw of the cohort, and no update that came late.")
     if older and settings.aggregator == "alternate":
         raise ConfigError("alternate can't take late updates: they trained beside another factor than the newest's.")
     check_output(output, overwrite)
@@ -193,6 +201,9 @@ def aggregate_updates(
             f"{len(accepted)} of {len(updates)} updates are valid; at least {needed} are needed{why}. {causes}"
         )
 
+    if settings.privacy and len(accepted) > draw.cohort:
+        raise ConfigError(f"{len(accepted)} updates came of a cohort of {draw.cohort}; privacy divides by the cohort.")
+
     # The order in which updates arrive must not show in the bytes.
     accepted.sort(key=lambda item: item[1].client)
     parts = []
@@ -202,7 +213,8 @@ def aggregate_updates(
         own = base.directory if base and base.adapter.digest != parent.digest else None
         parts.append(Part(readers[directory], weight, update.lora.scale, own, late))
     with staged_directory(output, overwrite=overwrite) as staging:
-        combined = combine(parts, previous, staging, lora, settings, parent.trains if parent else "both")
+        trained, cohort = parent.trains if parent else "both", draw.cohort if draw else None
+        combined = combine(parts, previous, staging, lora, settings, trained, cohort)
         write_config(staging, combined.modules, lora, architecture, small.base.id)
         if settings.scaffold:
             write_common(staging, previous, [directory for directory, _, _ in accepted], population or len(accepted))
@@ -216,7 +228,10 @@ def aggregate_updates(
             lora=lora,
             aggregator=settings.aggregator,
             weighting=settings.weighting,
-            contributions=[
+            # With privacy, nothing that comes from single clients without noise.
+            contributions=[]
+            if settings.privacy
+            else [
                 Contribution(
                     client=update.client,
                     digest=update.digest,
@@ -227,11 +242,12 @@ def aggregate_updates(
                 )
                 for (_, update, _), share, part in zip(accepted, combined.shares, parts, strict=True)
             ],
-            energy_dropped=combined.dropped,
+            energy_dropped=0.0 if settings.privacy else combined.dropped,
             energy_carried=combined.carried,
             carry_rank=combined.carry_rank,
             trains=trained_in(settings.aggregator, number + 1),
             server_optimizer=None if settings.server_optimizer == "none" else settings.server_optimizer,
+            privacy=spent(settings.privacy, drawn_again(parent.privacy.draws, draw)) if settings.privacy else None,
         )
         return Collected(_seal(staging, manifest), tuple(refused))
 
@@ -324,6 +340,9 @@ def _check_continues(previous: Path, parent: AdapterManifest, settings: Aggregat
         )
     if settings.scaffold != (CONTROL_WEIGHTS in parent.files):
         raise ConfigError(f"{previous} was {'not ' if settings.scaffold else ''}made with scaffold; go on as it was.")
+    before = parent.privacy.settings if parent.privacy else None
+    if before != settings.privacy:
+        raise ConfigError(f"{previous} was made with {before or 'no privacy'}; go on as it was.")
     if parent.carry_rank and name in ON_FACTORS:
         raise ConfigError(f"{previous} has a carry, which {name} would lose; go on with {parent.aggregator}.")
     if optimizer != "none" and parent.server_optimizer not in (None, optimizer):

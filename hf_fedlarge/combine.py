@@ -30,6 +30,7 @@ from hf_fedlarge.artifacts import CARRY_WEIGHTS, MOMENTUM_WEIGHTS, VARIANCE_WEIG
 from hf_fedlarge.blocks import in_order, workers
 from hf_fedlarge.config import ADAPTIVE, AggregationSettings, LoraSettings
 from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.privacy import clip_factor, squared_change, with_noise
 from hf_fedlarge.products import Term, merged, truncate
 from hf_fedlarge.robust import COORDINATE, clip_factors, gram, krum, squared_norms
 from hf_fedlarge.server_optimizer import OPTIMIZERS, Rates
@@ -109,6 +110,7 @@ def combine(
     lora: LoraSettings,
     settings: AggregationSettings,
     trained: Trained = "both",
+    cohort: int | None = None,
 ) -> Combined:
     """Aggregate updates with the adapter before them, and write the weights of the next one into `output`.
 
@@ -122,6 +124,7 @@ def combine(
         lora: rank and scale of the result, and the parent's own.
         settings: how.
         trained: which factors clients were to train.
+        cohort: how many clients were asked, which is what `privacy` divides by; it needs one, and a parent.
 
     Raises:
         ConfigError: the settings need a parent or more updates, or the aggregator can't take these updates.
@@ -131,7 +134,7 @@ def combine(
         raise ConfigError(f"{what} needs the adapter that clients started from; start one first and give --adapter.")
     before = _Before(parent)
     bases = {part.base: AdapterReader(part.base) for part in parts if part.base is not None}
-    weights = shares([part.weight for part in parts])
+    weights = [1 / cohort] * len(parts) if settings.privacy else shares([part.weight for part in parts])
     clients = [
         _Client(part.reader, bases.get(part.base), part.scale, weight, (1 + part.late) ** -0.5)
         for part, weight in zip(parts, weights, strict=True)
@@ -144,7 +147,10 @@ def combine(
 
     def aggregated(module: str) -> Next:
         then = before.read(module)
-        changes = _changes(clients, then, module)
+        changes = _changes(clients, then, module, 1.0 if settings.privacy else None)
+        if settings.privacy:  # as one client's change more
+            deviation = settings.privacy.noise_multiplier * settings.privacy.clip / cohort
+            changes.append(Change(1.0, lora.scale, with_noise(then.factors, trained, deviation), then.factors))
         if not changes:
             return Aggregate(then.factors, 0.0, 0.0, then.carry), then.momentum, then.variance
         return AGGREGATORS[settings.aggregator](changes, then, lora, settings, trained)
@@ -181,7 +187,7 @@ def _look_at_whole_updates(
     if choosing and len({tuple(client.reader.modules) for client in clients}) > 1:
         raise ConfigError(f"{settings.aggregator} compares whole updates, but clients have trained different modules.")
     products, squares = 0.0, torch.zeros(len(clients), dtype=torch.float64)
-    for module in modules if choosing or settings.clip is not None else []:
+    for module in modules if choosing or settings.clip is not None or settings.privacy else []:
         then = before.read(module)
         having = [number for number, client in enumerate(clients) if module in client.reader]
         changes = _changes(clients, then, module)
@@ -189,9 +195,14 @@ def _look_at_whole_updates(
             products = products + gram(changes)
         if settings.clip is not None and changes:
             squares[having] += squared_norms(changes)
+        if settings.privacy:
+            squares += torch.tensor([squared_change(change.factors, change.base) for change in changes])
     if settings.clip is not None:
         for client, factor in zip(clients, clip_factors(squares, settings.clip), strict=True):
             client.factor *= factor
+    if settings.privacy:
+        for client, square in zip(clients, squares.tolist(), strict=True):
+            client.factor *= clip_factor(square, settings.privacy.clip)
     if choosing:
         keep = 1 if settings.aggregator == "krum" else max(1, len(clients) - settings.byzantine - 2)
         kept = krum(products, settings.byzantine, keep)
@@ -199,10 +210,10 @@ def _look_at_whole_updates(
             client.weight = 1 / len(kept) if number in kept else 0.0
 
 
-def _changes(clients: Sequence[_Client], then: _Then, module: str) -> list[Change]:
-    """The changes to a module of those clients that have it, their weights normalised among them."""
+def _changes(clients: Sequence[_Client], then: _Then, module: str, total: float | None = None) -> list[Change]:
+    """The changes to a module of those clients that have it, their weights normalised among them, or by `total`."""
     having = [client for client in clients if client.weight and module in client.reader]
-    total = sum(client.weight for client in having)
+    total = total or sum(client.weight for client in having)
     bases: dict[int, Factors | None] = {id(None): then.factors}  # each read once, so that equal ones are the same
     changes = []
     for client in having:

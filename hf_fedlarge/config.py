@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -91,52 +90,6 @@ def make_codec(name: str, topk_share: float) -> Codec:
         raise ConfigError(f"The codec {name!r} of share {topk_share} is wrong: {first_problem(error)}.") from error
 
 
-def format_ranges(numbers: Iterable[int]) -> str:
-    """Sorted numbers with runs written as ranges: 0, 1, 2, 4 becomes `0-2, 4`; none at all becomes `none`."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs) or "none"
-
-
-def parse_layers(text: str | float | list[int], total: int) -> list[int] | int:
-    """`--keep-layers`: a count (`20`), a fraction (`0.75`), or global layer numbers (`0-9,12,14-29`).
-
-    Returns:
-        A count of layers to choose, or the layers chosen, sorted.
-
-    Raises:
-        ConfigError: none kept, more than there are, a layer twice, or not readable.
-    """
-    expected = f"expected a count from 1 to {total}, a fraction above 0 and up to 1, or a list such as 0-9,12"
-    if isinstance(text, list):
-        layers = text
-    elif re.fullmatch(r"\d+", str(text)):
-        count = int(text)
-        if not 1 <= count <= total:
-            raise ConfigError(f"--keep-layers {text} is out of range: the model has {total} layers; {expected}.")
-        return count
-    elif re.fullmatch(r"\d*\.\d+|\d+\.", str(text)):
-        fraction = float(text)
-        if not 0 < fraction <= 1 or round(fraction * total) < 1:
-            raise ConfigError(f"--keep-layers {text} keeps no valid share of {total} layers; {expected}.")
-        return round(fraction * total)
-    else:
-        layers = []
-        for part in str(text).split(","):
-            match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-            first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-            if first > last:
-                raise ConfigError(f"--keep-layers {text!r} can't be read at {part!r}; {expected}.")
-            layers.extend(range(first, min(last, first + total) + 1))
-    if not layers or len(set(layers)) != len(layers) or min(layers) < 0 or max(layers) >= total:
-        raise ConfigError(f"--keep-layers {text} names a layer twice, or one that is not in 0-{total - 1}; {expected}.")
-    return sorted(layers)
-
-
 class _Loader(yaml.SafeLoader):
     """YAML as people write it: `5e-4` is a number, which YAML 1.1 takes for a word."""
 
@@ -218,6 +171,18 @@ ADAPTIVE = ("adam", "yogi", "adagrad")
 WEIGHTINGS = ("tokens", "examples", "equal", "loss")
 
 
+class PrivacySettings(Record):
+    """Client-level differential privacy (`docs/privacy.md`).
+
+    Each client's change is clipped to the norm `clip`; their sum gets Gaussian noise of the standard deviation
+    `noise_multiplier` · `clip`. What is spent is reported as an epsilon for `delta`, best well below 1 / clients.
+    """
+
+    clip: Annotated[float, Field(gt=0, le=2**20)]
+    noise_multiplier: Annotated[float, Field(ge=0.01, le=2**20)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+
+
 class AggregationSettings(Record):
     """How updates become the next adapter; `docs/aggregation.md` says what each choice assumes.
 
@@ -227,7 +192,8 @@ class AggregationSettings(Record):
     earlier, where what is left is so small a share of the energy. `clip` bounds the norm of each client's change: a
     number, or `median`, that of the cohort. `byzantine` is how many of a cohort's clients may be hostile. The server's
     optimizer takes the aggregate's change for its gradient; `server_lr` None is 1, or 0.01 where it is adaptive.
-    `scaffold` corrects the clients' steps for how their data differ (`scaffold.py`).
+    `scaffold` corrects the clients' steps for how their data differ (`scaffold.py`). `privacy` clips changes and adds
+    noise (`privacy.py`).
     """
 
     aggregator: Literal[
@@ -244,6 +210,7 @@ class AggregationSettings(Record):
     server_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     server_eps: Annotated[float, Field(gt=0)] = 1e-3
     scaffold: bool = False
+    privacy: PrivacySettings | None = None
 
     @property
     def fewest_updates(self) -> int:
@@ -297,7 +264,25 @@ class AggregationSettings(Record):
                 f"scaffold keeps mean gradients of factors, which {name} doesn't leave in place from round to round; "
                 "use fedavg or ffa"
             )
+        if self.privacy:
+            _refuse(
+                "privacy",
+                {
+                    f"clips and adds noise to averaged factors, which {name} doesn't make; use ffa or fedavg": name
+                    not in ("ffa", "fedavg"),
+                    "bounds what each client does, so all count alike; it needs weighting: equal": self.weighting
+                    != "equal",
+                    "has a clip of its own; leave out the other one": self.clip is not None,
+                    "can't be used with scaffold, whose control variates have no noise": self.scaffold,
+                },
+            )
         return self
+
+
+def _refuse(what: str, causes: dict[str, bool]) -> None:
+    for cause, found in causes.items():
+        if found:
+            raise ValueError(f"{what} {cause}")
 
 
 class TierSettings(Record):
@@ -372,6 +357,19 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
             raise ValueError(
                 f"{self.aggregator} needs {self.fewest_updates} updates to stand {self.byzantine} hostile clients, but "
                 f"a cohort has only {self.cohort}"
+            )
+        if self.privacy:
+            _refuse(
+                "privacy",
+                {
+                    "counts on cohorts drawn evenly; it needs selection: uniform": self.selection != "uniform",
+                    "counts on all of a cohort of known size; leave out over_select": self.over_select > 0,
+                    "can't take late updates, which are of another round's cohort; use late: refuse": self.late
+                    == "buffer",
+                    "can't be used with tiers, whose adapters have shapes of their own": bool(self.tiers),
+                    "takes a round of however few answers, for a second draw would keep the first one's updates; leave "
+                    "min_updates at 1": self.min_updates > 1,
+                },
             )
         return self
 

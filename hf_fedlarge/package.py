@@ -19,8 +19,8 @@ from transformers import (
 
 from hf_fedlarge.architectures import Architecture, describe, empty_model, load_config, logit_transform
 from hf_fedlarge.artifacts import PackageManifest, read_manifest, verify_files
-from hf_fedlarge.config import format_ranges
 from hf_fedlarge.errors import ArtifactError
+from hf_fedlarge.layers import format_ranges
 from hf_fedlarge.loss import StreamedHead
 from hf_fedlarge.memory import forget_pages
 from hf_fedlarge.neurons import indices_name

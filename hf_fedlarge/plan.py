@@ -51,6 +51,18 @@ SELECTIONS: dict[str, Callable[[Sequence[CheckIn]], list[float]]] = {
 }
 
 
+def who_can(check_ins: Sequence[CheckIn], needed_bytes: int = 0) -> list[CheckIn]:
+    """Those with data and, as far as they say, the memory that is needed; by name."""
+    return sorted(
+        (
+            check_in
+            for check_in in check_ins
+            if check_in.examples > 0 and (check_in.memory_bytes is None or check_in.memory_bytes >= needed_bytes)
+        ),
+        key=lambda check_in: check_in.client,
+    )
+
+
 def sample_cohort(
     check_ins: Sequence[CheckIn],
     size: int | None,
@@ -80,14 +92,7 @@ def sample_cohort(
     Raises:
         ConfigError: fewer can take part than `size`.
     """
-    able = sorted(
-        (
-            check_in
-            for check_in in check_ins
-            if check_in.examples > 0 and (check_in.memory_bytes is None or check_in.memory_bytes >= needed_bytes)
-        ),
-        key=lambda check_in: check_in.client,
-    )
+    able = who_can(check_ins, needed_bytes)
     if not able or (size is not None and size > len(able)):
         raise ConfigError(
             f"{len(able)} of {len(check_ins)} clients have data and {needed_bytes / 1e6:.0f} MB of memory; "

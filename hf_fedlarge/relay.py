@@ -46,6 +46,8 @@ def relay_update(
     private = read_key(key) if key else None
     made = read_manifest(adapter, AdapterManifest)
     verify_files(adapter, made)
+    if made.privacy:
+        raise ArtifactError(f"{adapter} has noise for privacy, which is added once, by the server that clients trust.")
     if not made.contributions:
         raise ArtifactError(f"{adapter} was not made of updates; expected what `hf-fedlarge aggregate` made of some.")
     if made.server_optimizer or {CARRY_WEIGHTS, CONTROL_WEIGHTS} & set(made.files):

@@ -53,8 +53,10 @@ from hf_fedlarge.hub import resolve_checkpoint
 from hf_fedlarge.jobs import DEFAULT_MAX_LENGTH, Jobs, Train, make_tiers
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import read_allowed
+from hf_fedlarge.ledger import PrivacyEntry
 from hf_fedlarge.merge import merge
 from hf_fedlarge.package import load_tokenizer
+from hf_fedlarge.privacy import spent
 from hf_fedlarge.report import peaks, traffic
 from hf_fedlarge.server import Order, RoundServer
 from hf_fedlarge.traffic import Budget
@@ -167,6 +169,7 @@ class _Federation:
                 self.config.seed,
                 aggregator=self.config.aggregator,
                 scaffold=self.config.scaffold,
+                privacy=self.config.privacy,
             )
         self._baseline()
         tiers = make_tiers(self.checkpoint, self.config, self.run, self.revision, self.report)
@@ -186,6 +189,8 @@ class _Federation:
         """A rerun must have the settings of the run, and goes on with the revision that the run began with."""
         if self.config.keys not in (None, "auto"):
             read_allowed(Path(self.config.keys))
+        if self.config.privacy:
+            spent(self.config.privacy, [])  # before anything is made, if what computes it is not there
         path = self.run / "federation.json"
         found = json.loads(path.read_text()) if path.exists() else None
         if found is not None:
@@ -250,6 +255,7 @@ class _Federation:
                 asked={update: self.jobs.asked(update.name) for update in updates},
                 codec=self.config.wire_codec,
                 population=len(self.jobs.check_ins),
+                draw=server.draw,
             )
 
         def evaluate(adapter: Path) -> dict[str, float]:
@@ -266,6 +272,7 @@ class _Federation:
                 "seconds": round(time.monotonic() - started, 1),
                 **peaks(updates),
                 "clients": [entry.model_dump() for entry in adapter.contributions],
+                "privacy": adapter.privacy and adapter.privacy.model_dump(),
             }
 
         for attempt in range(1, _ATTEMPTS + 1):
@@ -282,9 +289,10 @@ class _Federation:
                 if attempt == _ATTEMPTS or self.config.cohort is None:
                     raise
                 self.report(f"{error}")
+        epsilon = f"; {PrivacyEntry(**record['privacy']).sentence}" if record["privacy"] else ""
         self.report(
             f"round {number} committed: loss {record['loss_small']:.3f} (package), "
-            f"{record['loss_full']:.3f} (full model)"
+            f"{record['loss_full']:.3f} (full model){epsilon}"
         )
 
     def _ask(self, server: RoundServer, order: Order) -> None:
@@ -344,6 +352,7 @@ class _Federation:
             "peak_memory_bytes": max(entry["peak_memory_bytes"] for entry in rounds),
             "client_peak_memory_bytes": max(entry["client_peak_memory_bytes"] for entry in rounds),
             "aggregator": self.config.aggregator,
+            "privacy": rounds[-1].get("privacy"),
             "data": self.config.eval_data or self.config.data.source,
             "held_out_examples": len(self._held_out()),
             "adapter": digest,

@@ -18,6 +18,7 @@ comes and with `fail` what doesn't, and then calls `close`.
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import threading
 import time
@@ -40,7 +41,8 @@ from hf_fedlarge.config import FederationConfig
 from hf_fedlarge.errors import ArtifactError, UpdateRefusedError
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import SIGNATURE_NAME, read_signature
-from hf_fedlarge.plan import CheckIn, sample_cohort
+from hf_fedlarge.ledger import Draw
+from hf_fedlarge.plan import CheckIn, sample_cohort, who_can
 from hf_fedlarge.update import read_update
 
 _STAGING = ".round"  # no client can be called so
@@ -116,7 +118,8 @@ class RoundServer:
             cohort = sample_cohort(
                 seen(check_ins, self.journal),
                 config.cohort,
-                config.seed,
+                # Chance protects clients only if nobody can foresee it. The journal keeps what was drawn.
+                secrets.randbits(256) if config.privacy else config.seed,
                 self.number,
                 needed_bytes,
                 selection=config.selection,
@@ -124,7 +127,8 @@ class RoundServer:
                 attempt=attempt,
             )
             goal = config.cohort or len(cohort)
-            self._write("selected", attempt=attempt, clients=cohort, goal=goal)
+            of = {"of": len(who_can(check_ins, needed_bytes))} if config.privacy else {}
+            self._write("selected", attempt=attempt, clients=cohort, goal=goal, **of)
             self._since = time.monotonic()
         return self.last_order
 
@@ -133,6 +137,12 @@ class RoundServer:
         """The round's last attempt, open or not."""
         last = self._of("selected")[-1]
         return Order(self.number, last["attempt"], tuple(last["clients"]), last["goal"])
+
+    @property
+    def draw(self) -> Draw | None:
+        """What chance had to do with the last attempt; None: there is no privacy to count it for."""
+        last = self._of("selected")[-1]
+        return Draw(cohort=last["goal"], of=last["of"]) if self.config.privacy else None
 
     def earlier(self, number: int) -> RoundServer:
         """An earlier round of the same run, for updates that come late."""

@@ -32,9 +32,10 @@ from hf_fedlarge.artifacts import (
 )
 from hf_fedlarge.blocks import in_order, workers
 from hf_fedlarge.cards import read_license
-from hf_fedlarge.config import Embeddings, format_ranges, parse_layers
+from hf_fedlarge.config import Embeddings
 from hf_fedlarge.errors import ArtifactError, ConfigError
 from hf_fedlarge.fit import Fitted
+from hf_fedlarge.layers import format_ranges, parse_layers
 from hf_fedlarge.neurons import indices_name
 from hf_fedlarge.quantize import BLOCK, Infos, encode_rows, encoded_infos, join_rows
 from hf_fedlarge.tensors import (

@@ -25,8 +25,9 @@ from hf_fedlarge.artifacts import (
     write_manifest,
 )
 from hf_fedlarge.budget import FULL_RATE_TOKENS, UNASKED_BYTES, WORKING
-from hf_fedlarge.config import Embeddings, LoraSettings, format_ranges
+from hf_fedlarge.config import Embeddings, LoraSettings
 from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.layers import format_ranges
 from hf_fedlarge.package import package_architecture
 from hf_fedlarge.products import Term, truncate
 from hf_fedlarge.shrink import ShrinkPlan, plan_shrink

@@ -11,7 +11,8 @@ LIBRARY = ROOT / "hf_fedlarge"
 # Imports point down: a module may import those of the lines above its own.
 LEVELS = [
     {"errors", "memory", "options"},
-    {"config", "stdlib_corpus", "blocks", "untrusted"},
+    {"config", "layers", "stdlib_corpus", "blocks", "untrusted"},
+    {"ledger"},
     {"artifacts"},
     {"tensors", "architectures", "quantize", "data", "partition", "cards", "plan", "journal", "keys", "store"},
     {
@@ -27,7 +28,7 @@ LEVELS = [
         "walk",
         "codec",
     },
-    {"weighting", "adapters", "aggregate", "arena", "surrogate", "neurons", "orders"},
+    {"privacy", "weighting", "adapters", "aggregate", "arena", "surrogate", "neurons", "orders"},
     {"engine", "fit", "gradients", "robust", "wire"},
     {"shrink", "streaming", "client_state"},
     {"feedback", "scaffold"},
@@ -51,6 +52,7 @@ ONE_IMPORTER = {
     "huggingface_hub": {"hub"},
     "pyarrow": {"data"},
     "cryptography": {"keys"},
+    "dp_accounting": {"privacy"},
 }
 
 

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 from hf_fedlarge import shrink as shrink_module
 from hf_fedlarge.architectures import describe, load_config
 from hf_fedlarge.artifacts import PackageManifest, read_manifest, verify_files
-from hf_fedlarge.config import parse_layers
 from hf_fedlarge.errors import ArtifactError, ConfigError, OutputError
+from hf_fedlarge.layers import parse_layers
 from hf_fedlarge.package import load_package, load_tokenizer
 from hf_fedlarge.shrink import choose_layers, plan_shrink, shrink
 from hf_fedlarge.tensors import INDEX_NAME, SafetensorsWriter, checkpoint_digest

@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from hf_fedlarge.artifacts import write_json
 from hf_fedlarge.errors import ConfigError, DataError, FedLargeError, os_problem
 from hf_fedlarge.memory import peak_memory_bytes
 
@@ -131,7 +130,9 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
     from hf_fedlarge.keys import read_key
     from hf_fedlarge.package import package_architecture, package_config
     from hf_fedlarge.partition import hold_out
+    from hf_fedlarge.privacy import clipped
     from hf_fedlarge.scaffold import difference, read_common, read_own, write_own
+    from hf_fedlarge.trainers.resume import prepare_work
     from hf_fedlarge.trainers.scaffold import Corrected
     from hf_fedlarge.trainers.streaming_trainer import StreamingLoraTrainer
     from hf_fedlarge.trainers.worker import Steps, Worker
@@ -202,7 +203,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
     work = output.with_name(f".{output.name}.work")
     config.output_dir = str(work)
     state = {"client": asdict(client), "package": package.digest, "adapter": fresh.adapter, "config": config.to_dict()}
-    checkpoint = _prepare_work(work, json.loads(json.dumps(state, default=str)), config)
+    checkpoint = prepare_work(work, json.loads(json.dumps(state, default=str)), config)
 
     layers = package.kept_layers
     if parent:
@@ -298,6 +299,8 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
             trained = {
                 module: pair._replace(**{frozen: getattr(factors[module], frozen)}) for module, pair in trained.items()
             }
+        if parent and parent.privacy:
+            trained = clipped(trained, factors, parent.privacy.clip)
         control = None
         if scaffold:  # before the update, as `write_update` does with what a codec lost
             [mean] = means
@@ -319,42 +322,6 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
         shutil.rmtree(work, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return manifest
-
-
-def _prepare_work(work: Path, state: dict[str, Any], config: StreamingLoraConfig) -> str | None:
-    """The checkpoint to resume from, if `work` holds one of the very same training; otherwise `work` is emptied.
-
-    Only the first process changes anything: the others' `state` may differ from its.
-    """
-    with config.main_process_first(local=False, desc="preparing the work directory"):
-        if config.process_index == 0:
-            if _read_json(work / "client.json") != state:
-                if work.exists():
-                    shutil.rmtree(work)
-                work.mkdir(parents=True)
-                write_json(work / "client.json", state)
-            for checkpoint in work.glob("checkpoint-*"):
-                if not _is_whole(checkpoint):
-                    shutil.rmtree(checkpoint)
-    checkpoints = [checkpoint for checkpoint in work.glob("checkpoint-*") if _is_whole(checkpoint)]
-    if not checkpoints:
-        return None
-    newest = max(checkpoints, key=lambda checkpoint: int(checkpoint.name.removeprefix("checkpoint-")))
-    logger.warning("Resuming from %s.", newest)
-    return str(newest)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether transformers finished it: it writes this file last, though not in one piece."""
-    return _read_json(checkpoint / "trainer_state.json") is not None
-
-
-def _read_json(path: Path) -> Any:
-    """What the file holds; None where it is missing or was cut short."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[ClientArguments, Any]:

@@ -116,7 +116,8 @@ class Benchmark:
     def package(self, keep: str, method: str) -> dict[str, Any]:
         """Make a package; where it is, what it costs and which layers it has."""
         from hf_fedlarge.calibrate import make_package, plan_package
-        from hf_fedlarge.config import PackageSettings, format_ranges
+        from hf_fedlarge.config import PackageSettings
+        from hf_fedlarge.layers import format_ranges
 
         directory = self.work / f"package-{keep}-{method}"
         shutil.rmtree(directory, ignore_errors=True)
@@ -142,7 +143,7 @@ class Benchmark:
     def neurons(self, keep: str) -> float:
         """The share of neurons with which all layers have as many weights as that share of layers with surrogates."""
         from hf_fedlarge.architectures import describe, load_config
-        from hf_fedlarge.config import parse_layers
+        from hf_fedlarge.layers import parse_layers
 
         architecture = describe(load_config(CHECKPOINT))
         sizes = {

@@ -1,0 +1,113 @@
+"""Client-level differential privacy: what clipping, noise and chance promise each client (McMahan et al., 1710.06963).
+
+A client's change of the trained factors, all modules as one vector, is clipped to the norm C: by the client, and again
+by the server. Gaussian noise of the standard deviation z·C is added to the sum of the cohort's m changes, and the
+result divided by m, however many answered:
+
+    next = before + (Σ clipped changes + N(0, (z C)² I)) / m
+
+Two federations are neighbours if they differ in one client, replaced by any other (or by one that doesn't answer). That
+moves the sum by up to 2 C, so for the accountant the noise multiplier is z / 2. A cohort is drawn evenly of N clients
+without replacement by what nobody can foresee, which amplifies the promise (Wang et al., 1808.00087) as long as
+nobody but the server learns whom it drew.
+
+A round that is done again after a kill draws new noise. That spends nothing more: `RoundServer.close` evaluates and
+publishes an adapter only after its directory was renamed whole, and from then on takes that one. Noise of an adapter
+that was not renamed was seen by nobody. An abandoned round had no updates, and releases nothing.
+
+Left out: noise on integers. A normal number in floating point has values it can't take, from which something may be
+told of what it was added to (Mironov 2012, doi 10.1145/2382196.2382264); `normal` makes that hard, not impossible.
+`docs/privacy.md` has what is protected from whom, and what is not.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+
+from hf_fedlarge.config import PrivacySettings
+from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.ledger import Draw, PrivacyEntry
+from hf_fedlarge.tensors import Factors
+
+
+def normal(shape: Sequence[int], entropy: Callable[[int], bytes] = os.urandom) -> torch.Tensor:
+    """Standard normal numbers in fp64, of the operating system's cryptographic randomness.
+
+    Each is half the sum of four, so that nobody can enumerate which values there are (Holohan and Braghin 2021,
+    arXiv 2107.10138). One of the four is Φ⁻¹ of 63 bits with a bit for its sign: of the tails 2⁻⁶⁴ is missing.
+
+    Args:
+        shape: of the result.
+        entropy: gives so many random bytes.
+    """
+    count = math.prod(shape)
+    total = torch.zeros(count, dtype=torch.float64)
+    for _ in range(4 if count else 0):
+        bits = torch.frombuffer(bytearray(entropy(8 * count)), dtype=torch.int64)
+        tail = ((bits & (2**63 - 1)).double() + 0.5) * 2.0**-64
+        total += torch.special.ndtri(tail) * torch.where(bits < 0, 1.0, -1.0)
+    return (total / 2).reshape(tuple(shape))
+
+
+def with_noise(before: Factors, trained: str, deviation: float) -> Factors:
+    """Factors in fp64 with noise on those that are `trained` (`A`, `B` or `both`); the other one is as it was."""
+    return Factors(
+        *(
+            factor.double() + deviation * normal(factor.shape) if trained in ("both", letter) else factor
+            for letter, factor in zip("AB", before, strict=True)
+        )
+    )
+
+
+def squared_change(after: Factors, before: Factors) -> float:
+    """The squared norm of what changed in both factors of a module."""
+    return sum((new.double() - old.double()).square().sum().item() for new, old in zip(after, before, strict=True))
+
+
+def clip_factor(square: float, bound: float) -> float:
+    """What to multiply a change of this squared norm with, so that its norm is at most the bound."""
+    return min(1.0, bound / math.sqrt(square)) if square else 1.0
+
+
+def clipped(after: dict[str, Factors], before: dict[str, Factors], bound: float) -> dict[str, Factors]:
+    """Module → factors whose change, over all modules, is of the norm `bound` at most: what a client sends."""
+    factor = clip_factor(sum(squared_change(after[module], before[module]) for module in after), bound)
+    if factor == 1.0:
+        return after
+    return {
+        module: Factors(*(old + factor * (new - old) for new, old in zip(pair, before[module], strict=True)))
+        for module, pair in after.items()
+    }
+
+
+def spent(settings: PrivacySettings, draws: list[Draw]) -> PrivacyEntry:
+    """What was spent in these rounds.
+
+    By Rényi differential privacy, which adds up over rounds, as `dp-accounting` computes it. Chance can only help, but
+    its bound is loose for large cohorts and little noise, so the smaller of epsilon with and without it counts.
+
+    Raises:
+        ConfigError: dp-accounting is not installed.
+    """
+    try:
+        import dp_accounting
+        from dp_accounting.rdp import RdpAccountant
+    except ImportError as error:
+        raise ConfigError("privacy needs dp-accounting; install it with pip install 'hf-fedlarge[privacy]'.") from error
+
+    noise = dp_accounting.GaussianDpEvent(settings.noise_multiplier / 2)  # the sum moves by two clips
+
+    def epsilon(amplified: bool) -> float:
+        accountant = RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_ONE)
+        for draw in draws:
+            size = min(draw.cohort, draw.of) if amplified else draw.of
+            event = dp_accounting.SampledWithoutReplacementDpEvent(draw.of, size, noise)
+            accountant.compose(event, draw.rounds)
+        return float(accountant.get_epsilon(settings.delta))
+
+    least = min(epsilon(True), epsilon(False)) if draws else 0.0
+    return PrivacyEntry(**settings.model_dump(), draws=draws, epsilon=least)
