@@ -86,7 +86,7 @@ def attach_lora(model: PreTrainedModel, architecture: Architecture, lora: LoraSe
 
     Where the model is streamed, its engine computes a matrix and its adapter as one product.
     """
-    with _peft_warnings():
+    with peft_warnings():
         peft_model = get_peft_model(model, _peft_config(architecture, lora))
     if hasattr(model, "engine"):
         for layer in model.modules():
@@ -338,14 +338,8 @@ def tensor_shapes(expected: dict[str, tuple[tuple[int, int], tuple[int, int]]]) 
     return shapes
 
 
-def plug_in(model: PreTrainedModel, directory: Path) -> PeftModel:
-    """The full model with an adapter directory plugged in, for evaluation: plain PEFT."""
-    with _peft_warnings():
-        return PeftModel.from_pretrained(model, directory)
-
-
 @contextmanager
-def _peft_warnings() -> Iterator[None]:
+def peft_warnings() -> Iterator[None]:
     """Hide what peft 0.21 says that is not for our users: its own use of a name that transformers deprecated."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from hf_fedlarge.adapters import attach_lora, plug_in, read_factors, read_state, set_factors
+from hf_fedlarge.adapters import attach_lora, read_factors, read_state, set_factors
 from hf_fedlarge.artifacts import (
     SERVER_FILES,
     UNPUBLISHED_FILES,
@@ -106,25 +106,18 @@ def load_model(model_dir: Path, adapter: Path | None = None, *, verify: bool = T
                     f"{adapter} belongs to the base {manifest.base.digest[:12]}…, but {model_dir} is of {base[:12]}…; "
                     "give the adapter of the same base."
                 )
-    if not is_package:
-        model = stream_checkpoint(model_dir, device=device)
-        if manifest and manifest.carry_rank:
-            lora, factors = read_state(adapter, manifest.lora)
-            wrapped = attach_lora(model, model.architecture, lora)
-            set_factors(wrapped, factors, model.architecture, list(range(model.architecture.layers)))
-            return wrapped.eval()
-        return (plug_in(model, adapter) if adapter else model).eval()
-    model = load_package(model_dir, device=device, verify=verify)
+    if is_package:
+        model = load_package(model_dir, device=device, verify=verify)
+        layers = model.package.kept_layers
+    else:
+        model = stream_checkpoint(model_dir, device=device).eval()
+        layers = list(range(model.architecture.layers))
     if manifest is None:
         return model
-    layers = model.package.kept_layers
-    factors = {
-        module: pair
-        for module, pair in read_factors(adapter).items()
-        if model.architecture.layer_of(f"{module}.") in layers
-    }
-    wrapped = attach_lora(model, model.architecture, manifest.lora)
-    set_factors(wrapped, factors, model.architecture, layers)
+    lora, factors = (manifest.lora, read_factors(adapter)) if is_package else read_state(adapter, manifest.lora)
+    here = {module: pair for module, pair in factors.items() if model.architecture.layer_of(f"{module}.") in layers}
+    wrapped = attach_lora(model, model.architecture, lora)
+    set_factors(wrapped, here, model.architecture, layers)
     return wrapped.eval()
 
 

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import torch
 from families import make_checkpoint
+from peft import PeftModel
+from transformers import PreTrainedModel
 
-from hf_fedlarge.adapters import AdapterReader, initial_factors
+from hf_fedlarge.adapters import AdapterReader, initial_factors, peft_warnings
 from hf_fedlarge.architectures import describe
 from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, UpdateManifest, read_manifest
 from hf_fedlarge.config import Codec, LoraSettings
@@ -98,3 +100,9 @@ def make_update(
     private = read_key(key) if key else None
     write_update(output, factors, manifest, architecture, small.base.id, wire=wire, key=private)
     return factors
+
+
+def plug_in(model: PreTrainedModel, directory: Path) -> PeftModel:
+    """A full model with an adapter directory plugged in, by nothing but PEFT."""
+    with peft_warnings():
+        return PeftModel.from_pretrained(model, directory)

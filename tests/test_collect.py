@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from families import make_package
-from federation import LORA, make_federation, make_update
+from federation import LORA, make_federation, make_update, plug_in
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +16,6 @@ from hf_fedlarge.adapters import (
     AdapterReader,
     attach_lora,
     get_factors,
-    plug_in,
     read_factors,
     read_state,
     set_factors,

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, make_checkpoint, make_package
-from federation import LORA, make_federation
+from federation import LORA, make_federation, plug_in
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from hf_fedlarge import api
-from hf_fedlarge.adapters import plug_in
 from hf_fedlarge.artifacts import MANIFEST_NAME
 from hf_fedlarge.errors import ArtifactError
 from hf_fedlarge.evaluation import evaluate_model, load_model
