@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from families import FAMILIES, make_config, make_model, make_package
+from federation import plug_in
 from peft import LoraConfig
 from safetensors.torch import load_file
 
@@ -15,7 +16,6 @@ from hf_fedlarge.adapters import (
     expected_shapes,
     get_factors,
     initial_factors,
-    plug_in,
     read_factors,
     set_factors,
     target_linears,

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, make_checkpoint, make_config
+from federation import plug_in
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hf_fedlarge.adapters import initial_factors, plug_in, write_adapter
+from hf_fedlarge.adapters import initial_factors, write_adapter
 from hf_fedlarge.architectures import describe
 from hf_fedlarge.artifacts import (
     AdapterManifest,
