@@ -30,7 +30,7 @@ from hf_fedlarge.artifacts import CARRY_WEIGHTS, MOMENTUM_WEIGHTS, VARIANCE_WEIG
 from hf_fedlarge.blocks import in_order, workers
 from hf_fedlarge.config import ADAPTIVE, AggregationSettings, LoraSettings
 from hf_fedlarge.errors import ConfigError
-from hf_fedlarge.privacy import clip_factor, squared_change, with_noise
+from hf_fedlarge.privacy import squared_change, with_noise
 from hf_fedlarge.products import Term, merged, truncate
 from hf_fedlarge.robust import COORDINATE, clip_factors, gram, krum, squared_norms
 from hf_fedlarge.server_optimizer import OPTIMIZERS, Rates
@@ -187,7 +187,8 @@ def _look_at_whole_updates(
     if choosing and len({tuple(client.reader.modules) for client in clients}) > 1:
         raise ConfigError(f"{settings.aggregator} compares whole updates, but clients have trained different modules.")
     products, squares = 0.0, torch.zeros(len(clients), dtype=torch.float64)
-    for module in modules if choosing or settings.clip is not None or settings.privacy else []:
+    bound = settings.privacy.clip if settings.privacy else settings.clip
+    for module in modules if choosing or bound is not None else []:
         then = before.read(module)
         having = [number for number, client in enumerate(clients) if module in client.reader]
         changes = _changes(clients, then, module)
@@ -195,14 +196,11 @@ def _look_at_whole_updates(
             products = products + gram(changes)
         if settings.clip is not None and changes:
             squares[having] += squared_norms(changes)
-        if settings.privacy:
-            squares += torch.tensor([squared_change(change.factors, change.base) for change in changes])
-    if settings.clip is not None:
-        for client, factor in zip(clients, clip_factors(squares, settings.clip), strict=True):
+        if settings.privacy and changes:
+            squares[having] += torch.stack([squared_change(change.factors, change.base) for change in changes])
+    if bound is not None:
+        for client, factor in zip(clients, clip_factors(squares, bound), strict=True):
             client.factor *= factor
-    if settings.privacy:
-        for client, square in zip(clients, squares.tolist(), strict=True):
-            client.factor *= clip_factor(square, settings.privacy.clip)
     if choosing:
         keep = 1 if settings.aggregator == "krum" else max(1, len(clients) - settings.byzantine - 2)
         kept = krum(products, settings.byzantine, keep)

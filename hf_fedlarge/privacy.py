@@ -31,6 +31,7 @@ import torch
 from hf_fedlarge.config import PrivacySettings
 from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.ledger import Draw, PrivacyEntry
+from hf_fedlarge.robust import clip_factors
 from hf_fedlarge.tensors import Factors
 
 
@@ -63,19 +64,15 @@ def with_noise(before: Factors, trained: str, deviation: float) -> Factors:
     )
 
 
-def squared_change(after: Factors, before: Factors) -> float:
-    """The squared norm of what changed in both factors of a module."""
-    return sum((new.double() - old.double()).square().sum().item() for new, old in zip(after, before, strict=True))
-
-
-def clip_factor(square: float, bound: float) -> float:
-    """What to multiply a change of this squared norm with, so that its norm is at most the bound."""
-    return min(1.0, bound / math.sqrt(square)) if square else 1.0
+def squared_change(after: Factors, before: Factors) -> torch.Tensor:
+    """The squared norm of what changed in both factors of a module; a scalar in fp64."""
+    return sum((new.double() - old.double()).square().sum() for new, old in zip(after, before, strict=True))
 
 
 def clipped(after: dict[str, Factors], before: dict[str, Factors], bound: float) -> dict[str, Factors]:
     """Module → factors whose change, over all modules, is of the norm `bound` at most: what a client sends."""
-    factor = clip_factor(sum(squared_change(after[module], before[module]) for module in after), bound)
+    total = sum(squared_change(after[module], before[module]) for module in after)
+    [factor] = clip_factors(total[None], bound)
     if factor == 1.0:
         return after
     return {

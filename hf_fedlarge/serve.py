@@ -43,6 +43,7 @@ from hf_fedlarge.plan import CheckIn
 from hf_fedlarge.rounds import Report, drive
 from hf_fedlarge.server import Order, RoundServer
 from hf_fedlarge.store import Store
+from hf_fedlarge.untrusted import printable
 from hf_fedlarge.update import MAX_SMALL_BYTES
 
 logger = logging.getLogger(__name__)
@@ -244,9 +245,7 @@ class StoreClients:
         try:
             failure = read_document(self._store, f"{place}/{FAILED}", FailureDocument)
             if failure is not None:
-                return (
-                    "".join(letter if letter.isprintable() else " " for letter in failure.reason) or "no reason given"
-                )
+                return printable(failure.reason)
             most = jobs.upload_bytes(client, order.round)
             bounds = {"most_bytes": most, "manifest_bytes": MAX_SMALL_BYTES}
             bounds["beside"] = (SIGNATURE_NAME, MAX_SIGNATURE_BYTES)

@@ -48,5 +48,5 @@ def parse_json(raw: bytes, what: str) -> Any:
 
 
 def printable(text: str) -> str:
-    """`text` with a question mark for all that a terminal or a log would not show as it is, such as escapes."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    """`text` on one line, a question mark for what a terminal or a log would not show as it is, such as escapes."""
+    return "".join(letter if letter.isprintable() else " " if letter.isspace() else "?" for letter in text)

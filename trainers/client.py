@@ -252,16 +252,16 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
         device=config.device,
         verify=client.verify,
     ) as opened:
-        steps, callbacks = Steps(), []
+        steps, corrected = Steps(), None
         if scaffold:
-            callbacks = [Corrected(parameter_values(opened.model, correction, opened.architecture, layers))]
+            corrected = Corrected(parameter_values(opened.model, correction, opened.architecture, layers))
         try:
             trainer = StreamingLoraTrainer(
                 opened.model,
                 config,
                 train_dataset=training_columns(data),
                 processing_class=opened.tokenizer,
-                callbacks=[steps, *callbacks],
+                callbacks=[steps, corrected] if corrected else [steps],
                 proximal=client.proximal,
             )
         except (ValueError, RuntimeError, ArithmeticError, TemplateError) as error:  # a chat template is a program
@@ -272,7 +272,8 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
         trainer.train(resume_from_checkpoint=checkpoint)
         after = held_out_loss()
         trained = get_factors(opened.model, opened.architecture, layers)
-        means = [get_factors(opened.model, opened.architecture, layers, of=each.mean) for each in callbacks]
+        if corrected:
+            mean = get_factors(opened.model, opened.architecture, layers, of=corrected.mean)
     seconds = time.monotonic() - started
     manifest = fresh.model_copy(
         update={
@@ -303,7 +304,6 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
             trained = clipped(trained, factors, parent.privacy.clip)
         control = None
         if scaffold:  # before the update, as `write_update` does with what a codec lost
-            [mean] = means
             control = difference(mean, own)
             write_own(Path(client.state), package.digest, client.round, mean)
         manifest = write_update(

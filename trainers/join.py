@@ -54,6 +54,7 @@ from hf_fedlarge.orders import (
 )
 from hf_fedlarge.store import Store
 from hf_fedlarge.trainers.launch import in_process
+from hf_fedlarge.untrusted import printable
 from hf_fedlarge.update import MAX_SMALL_BYTES, outcome
 
 logger = logging.getLogger(__name__)
@@ -183,8 +184,8 @@ class _Member:
             raise
         except FedLargeError as error:
             self._report(f"round {order.round}: no update: {error}")
-            reason = "".join(letter if letter.isprintable() else " " for letter in str(error))
-            write_document(self._store, f"{place}/{FAILED}", FailureDocument(reason=f"{reason:.2000}" or "unknown"))
+            reason = FailureDocument(reason=f"{printable(str(error)):.2000}" or "unknown")
+            write_document(self._store, f"{place}/{FAILED}", reason)
             return
         self._report(f"round {order.round}: {outcome(update)}")
         if order.late == "refuse" and not self._is_in_time(order):
