@@ -1,4 +1,7 @@
-"""Adapters on disk to the next one: module by module over all clients, so that memory holds one module of each.
+"""Adapters on disk to the next one: module by module over all clients.
+
+Memory holds a module of each, and of very many a module of one at a time, read anew for each look that an aggregator
+takes: one for a mean, three for the leading singular vectors of a sum. Robust aggregators compare clients and hold all.
 
 Everything was validated before. Directories in, files in one directory out: the adapter's weights, its carry, and
 the averages of the server's optimizer, each as an adapter's weights are stored. What looks at whole adapters (clipping,
@@ -38,6 +41,7 @@ from hf_fedlarge.tensors import Factors
 from hf_fedlarge.wire import EncodedReader
 
 _AHEAD = 3  # modules that are computed or wait to be written
+_AT_ONCE = 2**26  # bytes of a module's factors, of all updates together, up to which they are read once and kept
 
 
 @dataclass(frozen=True)
@@ -213,12 +217,15 @@ def _changes(clients: Sequence[_Client], then: _Then, module: str, total: float 
     having = [client for client in clients if client.weight and module in client.reader]
     total = total or sum(client.weight for client in having)
     bases: dict[int, Factors | None] = {id(None): then.factors}  # each read once, so that equal ones are the same
+    stored = [client.reader.stored(module) for client in having]
+    at_once = sum(factors.nbytes for factors in stored) <= _AT_ONCE
     changes = []
-    for client in having:
+    for client, factors in zip(having, stored, strict=True):
         if id(client.base) not in bases:
             bases[id(client.base)] = client.base.read(module) if module in client.base else None
         share = client.weight / total * client.factor
-        changes.append(Change(share, client.scale, client.reader.read(module), bases[id(client.base)]))
+        factors = Factors(*factors) if at_once else factors
+        changes.append(Change(share, client.scale, factors, bases[id(client.base)]))
     return changes
 
 
