@@ -30,13 +30,17 @@ from hf_fedlarge.orders import (
     FAILED,
     INBOX,
     ORDER,
+    VERDICTS,
     CheckInDocument,
     FailureDocument,
     OrderDocument,
+    VerdictDocument,
     Work,
     inbox,
+    one_line,
     read_document,
     training_order,
+    verdict,
     write_document,
 )
 from hf_fedlarge.plan import CheckIn
@@ -86,6 +90,7 @@ class StoreClients:
         self._store, self._report, self._poll = store, report, poll
         self._said: set[str] = set()
         self._packages: dict[Path, str] = {}
+        self._told: set[tuple[int, int, str]] = set()
 
     def prepare(self, config: FederationConfig, run: Path, begin: Callable[[], None]) -> str | None:
         """Take the public examples, and the store for this run."""
@@ -103,6 +108,7 @@ class StoreClients:
             examples = load_examples(config.eval_data)
             begin()
             self._store.remove(INBOX)
+            self._store.remove(VERDICTS)
             write_jsonl(examples, run / HELD_OUT)
             write_json(identity, {"run": uuid.uuid4().hex})
         self._id = json.loads(identity.read_text())["run"]
@@ -180,11 +186,13 @@ class StoreClients:
                 if came is not None:
                     heard = True
                     yield client, came or None
+            self._patiently(self._tell, server, order)
             if self._config.late == "buffer" and order.round > 1:
                 self._take_late(jobs, server.earlier(order.round - 1), server.work / ".late")
             if not heard:
                 left = server.seconds_left
                 time.sleep(self._poll if left is None else max(0.0, min(self._poll, left + 0.01)))
+        self._patiently(self._tell, server, order)
         self._close(order.round, order.attempt)
 
     def end(self, adapter: Path) -> None:
@@ -244,9 +252,7 @@ class StoreClients:
         try:
             failure = read_document(self._store, f"{place}/{FAILED}", FailureDocument)
             if failure is not None:
-                return (
-                    "".join(letter if letter.isprintable() else " " for letter in failure.reason) or "no reason given"
-                )
+                return one_line(failure.reason)
             most = jobs.upload_bytes(client, order.round)
             bounds = {"most_bytes": most, "manifest_bytes": MAX_SMALL_BYTES}
             bounds["beside"] = (SIGNATURE_NAME, MAX_SIGNATURE_BYTES)
@@ -265,6 +271,19 @@ class StoreClients:
             elif came is not None:
                 self._report(f"  {server.receive(order, client, home / client).reason}")
                 shutil.rmtree(home / client)
+        self._patiently(self._tell, server, order)
+
+    def _tell(self, server: RoundServer, order: Order) -> None:
+        """Leave each client that was heard in an attempt what became of its update, where it alone is meant to look."""
+        for client, cause in server.verdicts(order).items():
+            answer = (order.round, order.attempt, client)
+            if answer in self._told:
+                continue
+            if cause is not None:  # in which the server's own directories, and how it reaches the store, are no news
+                cause = one_line(cause.replace(f"{self._run}/", "").replace(self._store.url, "the store"))
+            said = VerdictDocument(run=self._id, client=client, round=order.round, attempt=order.attempt, cause=cause)
+            write_document(self._store, verdict(order.round, client, order.attempt), said)
+            self._told.add(answer)
 
     def _clear(self, before: int) -> None:
         """Remove what came for rounds before one, and counts or not."""

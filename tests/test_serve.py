@@ -41,9 +41,11 @@ from hf_fedlarge.orders import (
     FailureDocument,
     OrderDocument,
     TrainingOrder,
+    VerdictDocument,
     Work,
     inbox,
     read_document,
+    verdict,
     write_document,
 )
 from hf_fedlarge.plan import CheckIn
@@ -180,8 +182,13 @@ def test_processes_that_share_a_directory_end_with_the_bytes_of_one_process_whoe
     assert len(digests(run)) == 3
     assert not [entry for entry in events(run, "validated") if not entry["accepted"]]
     assert len(list((cache / "packages").glob("[0-9a-f]*"))) == 1
-    assert {path.name for path in store.iterdir()} == {"artifacts", "check_ins", "inbox", "objects", "order.json"}
+    assert {path.name for path in store.iterdir()} == {
+        *("artifacts", "check_ins", "inbox", "objects", "order.json", "verdicts")
+    }
     assert not list((store / "inbox").iterdir())
+    for team in TEAMS:
+        log = (tmp_path / f"{team}.log").read_text()
+        assert [log.count(f"round {number}: the update counts") for number in (1, 2)] == [1, 1], log
     over = read_document(Store(str(store)), ORDER, OrderDocument)
     assert (over.state, over.adapter) == ("over", digests(run)[-1])
 
@@ -342,6 +349,14 @@ def test_what_is_malformed_is_refused_by_name_and_the_others_count(home, store, 
     assert "lists 10000" in reasons["cleo"]
     assert reasons["dan"] == "the battery is empty"
     assert {path.name for path in server.round.work.iterdir() if not path.name.startswith(".")} == {"ann"}
+    verdicts = {client: read_document(store, verdict(1, client, 1), VerdictDocument) for client in CLIENTS}
+    assert verdicts["ann"].sentence == "round 1: the update counts"
+    assert re.match("round 1: the server says: ben refused: .* has the SHA-256", verdicts["ben"].sentence)
+    for client in CLIENTS:
+        content = store.read(verdict(1, client, 1), 10**4).decode()
+        assert not [other for other in CLIENTS if other != client and re.search(rf"\b{other}\b", content)]
+        assert str(tmp_path) not in content
+        assert store.url not in content
 
 
 def test_an_update_signed_by_another_does_not_count(home, store, tmp_path):
@@ -473,6 +488,52 @@ def test_a_client_does_what_an_order_says_and_sends_its_update(home, store, publ
     member(once=False)
     assert len(member.jobs) == 1
     assert "the federation is over" in member.said[-1]
+
+
+def test_a_client_whose_update_was_refused_learns_why(home, store, member, tmp_path):
+    def train(job):
+        make_update(job.output, job.package, "ann", adapter=job.adapter, examples=1000)
+
+    server = Server(home, tmp_path / "run", store, clients={"ann": 12}, deadline_seconds=60)
+    write_check_ins(server.run, [CheckIn("ann", 12)])
+    server.open()
+    client = threading.Thread(target=member, args=(train,), kwargs={"once": False})
+    client.start()
+    server.ask()
+    write_document(store, ORDER, OrderDocument(run=server.clients._id, state="over", round=1, attempt=0))
+    client.join(60)
+    assert not client.is_alive()
+    [cause] = [line for line in member.said if "the server says" in line]
+    assert cause == (
+        "round 1: the server says: ann refused: it claims 1000 examples and 100 tokens; expected 1 to 12 and 1 to "
+        "36864."
+    )
+    assert str(tmp_path) not in cause
+
+
+def test_what_the_server_said_is_heard_once_also_by_the_next_process(store, published, member):
+    order = published()
+    member()
+    said = VerdictDocument(run=order.run, client="ann", round=1, attempt=1, cause="too little, too late")
+    for other in ({"run": "0" * 32}, {"client": "ben"}, {"attempt": 2}):
+        write_document(store, verdict(1, "ann", 1), said.model_copy(update=other))
+        member()
+    write_document(store, verdict(1, "ann", 1), said)
+    for _ in range(2):
+        member()
+    assert [line for line in member.said if "the server says" in line] == [
+        "round 1: the server says: too little, too late"
+    ]
+
+
+def test_a_verdict_that_is_too_long_or_no_verdict_stops_nobody(store, published, member):
+    published()
+    member()
+    store.write(verdict(1, "ann", 1), b" " * 10**6)
+    published(round=2)
+    member()
+    assert len(member.jobs) == 2
+    assert [line for line in member.said if re.search("can't be read: .* expected at most 32768", line)]
 
 
 def test_who_is_not_asked_waits(published, member):
