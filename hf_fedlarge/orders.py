@@ -3,7 +3,7 @@
     order.json                              what the federation asks for now; only the server writes it
     check_ins/CLIENT.json                   a client that is there
     inbox/0001/CLIENT/1/                    its update for an attempt at a round, or failed.json
-    verdicts/CLIENT/0001-1.json             what became of that, for this client alone; only the server writes it
+    verdicts/0001/CLIENT/1.json             what became of that, for this client alone; only the server writes it
 
 An order says how to train, and a client does what it says on its own machine: so it may hold these training arguments
 and no others, within these bounds. What names files, loads code, reports or pushes somewhere isn't among them.
@@ -168,7 +168,7 @@ def inbox(round_number: int, client: str | None = None, attempt: int | None = No
 
 def verdict(round_number: int, client: str, attempt: int) -> str:
     """Where a client learns what became of its update."""
-    return f"{VERDICTS}/{client}/{round_number:04d}-{attempt}.json"
+    return f"{VERDICTS}/{round_number:04d}/{client}/{attempt}.json"
 
 
 def one_line(reason: str) -> str:

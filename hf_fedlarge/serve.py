@@ -44,6 +44,7 @@ from hf_fedlarge.orders import (
     write_document,
 )
 from hf_fedlarge.plan import CheckIn
+from hf_fedlarge.retention import discard
 from hf_fedlarge.rounds import Report, drive
 from hf_fedlarge.server import Order, RoundServer
 from hf_fedlarge.store import Store
@@ -91,6 +92,7 @@ class StoreClients:
         self._said: set[str] = set()
         self._packages: dict[Path, str] = {}
         self._told: set[tuple[int, int, str]] = set()
+        self._forgotten: set[Path] = set()
 
     def prepare(self, config: FederationConfig, run: Path, begin: Callable[[], None]) -> str | None:
         """Take the public examples, and the store for this run."""
@@ -171,7 +173,8 @@ class StoreClients:
         self, jobs: Jobs, server: RoundServer, order: Order, asked: Callable[[str], None]
     ) -> Iterator[tuple[str, str | None]]:
         """Publish the order, and look into the inbox until the round has what it wants."""
-        self._patiently(self._clear, order.round - (self._config.late == "buffer"))
+        self._patiently(self._clear, INBOX, order.round - (self._config.late == "buffer"))
+        self._patiently(self._forget, order.round)
         if waiting := server.waiting(order):
             for client in waiting:
                 asked(client)
@@ -201,7 +204,8 @@ class StoreClients:
         number = read_manifest(adapter, AdapterManifest).round
         over = OrderDocument(run=self._id, state="over", round=number, attempt=0, adapter=digest)
         write_document(self._store, ORDER, over)
-        self._patiently(self._clear, number + 1)
+        self._patiently(self._clear, INBOX, number + 1)
+        self._patiently(self._forget, number + 1)
 
     def _order(self, jobs: Jobs, server: RoundServer, order: Order, waiting: list[str]) -> OrderDocument:
         work = []
@@ -285,11 +289,28 @@ class StoreClients:
             write_document(self._store, verdict(order.round, client, order.attempt), said)
             self._told.add(answer)
 
-    def _clear(self, before: int) -> None:
-        """Remove what came for rounds before one, and counts or not."""
-        for name in self._store.names(INBOX):
+    def _clear(self, place: str, before: int) -> None:
+        """Remove what came or was said in rounds before one."""
+        for name in self._store.names(place):
             if name.isdecimal() and int(name) < before:
-                self._store.remove(f"{INBOX}/{name}")
+                self._store.remove(f"{place}/{name}")
+
+    def _forget(self, number: int) -> None:
+        """Remove what clients of rounds before the last one started from, and what they were told.
+
+        Some client of the last round may just be fetching its adapter; the server itself has all in the run directory.
+        """
+        self._clear(VERDICTS, number - 1)
+        for past in range(number - 2):  # whose adapters were for the rounds after them
+            home = self._run / "rounds" / f"{past:04d}"
+            for adapter in [home / "adapter", *sorted(home.glob("tiers/*"))]:
+                if adapter in self._forgotten:
+                    continue
+                try:
+                    discard(self._store, read_manifest(adapter, AdapterManifest).digest)
+                except ArtifactError as error:  # not a reason to end a federation
+                    self._say(f"{adapter} stays in the store: {error}")
+                self._forgotten.add(adapter)
 
     def _patiently(self, look: Callable[..., Any], *arguments: Any) -> Any:
         """What `look` gives; None where the store can't be reached just now, which the next look may mend."""

@@ -11,8 +11,7 @@ An artifact can also lie at a place of its own with its files by name (`send`, `
 Nothing that is read is believed: a manifest is bounded before it is parsed, a file's size is compared before it is
 fetched and its SHA-256 before anything opens it. A download that broke off goes on with the bytes that are missing.
 
-Left out: credentials, which each fsspec library finds as it always does, in the environment or its own files; and
-removing what no federation needs any more.
+Left out: credentials, which each fsspec library finds as it always does, in the environment or its own files.
 """
 
 from __future__ import annotations
@@ -41,8 +40,10 @@ from hf_fedlarge.artifacts import (
 )
 from hf_fedlarge.errors import ArtifactError, ConfigError, OutputError, StoreError
 
+ARTIFACTS = "artifacts"
 # What comes in one request; a download that breaks off loses at most so much.
 CHUNK_BYTES = 16 * 2**20
+_GONE = "it was removed with an old round, or is still on its way"
 # Here an object appears when it is whole, and a rename would be another copy. Everywhere else files are renamed.
 _WHOLE_AT_ONCE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hf", "memory"}
 
@@ -88,9 +89,9 @@ class Store:
         manifest = read_manifest(directory, KINDS[kind])
         verify_files(directory, manifest, unneeded=leave_out)
         for name, entry in manifest.files.items():
-            if name not in leave_out and self._size(_object(entry)) != entry.size:
-                self._upload(directory / name, _object(entry))
-        path = _artifact(manifest.digest)
+            if name not in leave_out and self._size(object_path(entry.sha256)) != entry.size:
+                self._upload(directory / name, object_path(entry.sha256))
+        path = artifact_path(manifest.digest)
         if self._size(path) is None:
             self._upload(directory / MANIFEST_NAME, path)
         return manifest.digest
@@ -135,8 +136,8 @@ class Store:
                     return here
             except ArtifactError:
                 pass  # not there, or damaged since
-            raw = self._needed(_artifact(digest), MAX_MANIFEST_BYTES)
-            return self._fetch(raw, _artifact(digest), destination, kind, most_bytes, leave_out, digest)
+            raw = self._needed(artifact_path(digest), MAX_MANIFEST_BYTES)
+            return self._fetch(raw, artifact_path(digest), destination, kind, most_bytes, leave_out, digest)
 
     # Artifacts at a place of their own
 
@@ -278,7 +279,7 @@ class Store:
             for name, entry in wanted.items():
                 if (staging / name).exists() and sha256_of(staging / name) == entry.sha256:
                     continue
-                remote = f"{place}/{name}" if digest is None else _object(entry)
+                remote = f"{place}/{name}" if digest is None else object_path(entry.sha256)
                 self._download(remote, entry, staging / _partial(entry))
                 (staging / _partial(entry)).replace(staging / name)
         return manifest
@@ -300,7 +301,7 @@ class Store:
         """Fetch what `target` lacks of a file, and check all of it; it is removed if it is not what it should be."""
         size = self._size(path)
         if size is None:
-            raise StoreError(f"{self.url}/{path} is not there, although a manifest lists it; wait, or put it there.")
+            raise StoreError(f"{self.url}/{path} is not there, although a manifest lists it: {_GONE}.")
         if size != entry.size:
             raise ArtifactError(
                 f"{self.url}/{path} has {size} bytes; its manifest says {entry.size}: it has to be put there again."
@@ -313,7 +314,7 @@ class Store:
                 try:
                     got = self._call("cat_file", self._at(path), start=have, end=end)
                 except FileNotFoundError as error:
-                    raise StoreError(f"{self.url}/{path} was removed while it was fetched.") from error
+                    raise StoreError(f"{self.url}/{path} is not there any more: {_GONE}.") from error
                 if len(got) != end - have:
                     raise StoreError(f"{self.url}/{path} gave {len(got)} bytes from {have}; expected {end - have}.")
                 file.write(got)
@@ -328,7 +329,7 @@ class Store:
     def _needed(self, path: str, most_bytes: int) -> bytes:
         raw = self.read(path, most_bytes)
         if raw is None:
-            raise StoreError(f"{self.url}/{path} is not there; expected an artifact that a server put there.")
+            raise StoreError(f"{self.url}/{path} is not there; expected an artifact that a server put there: {_GONE}.")
         return raw
 
     def _size(self, path: str) -> int | None:
@@ -382,12 +383,14 @@ class Store:
             ) from error
 
 
-def _object(entry: FileEntry) -> str:
-    return f"objects/{entry.sha256[:2]}/{entry.sha256}"
+def object_path(sha256: str) -> str:
+    """Where a file of this content lies."""
+    return f"objects/{sha256[:2]}/{sha256}"
 
 
-def _artifact(digest: str) -> str:
-    return f"artifacts/{digest}.json"
+def artifact_path(digest: str) -> str:
+    """Where an artifact's manifest lies."""
+    return f"{ARTIFACTS}/{digest}.json"
 
 
 def _partial(entry: FileEntry) -> str:

@@ -28,7 +28,7 @@ LEVELS = [
         "walk",
         "codec",
     },
-    {"privacy", "weighting", "adapters", "aggregate", "arena", "surrogate", "neurons", "orders"},
+    {"privacy", "weighting", "adapters", "aggregate", "arena", "surrogate", "neurons", "orders", "retention"},
     {"engine", "fit", "gradients", "robust", "wire"},
     {"shrink", "streaming", "client_state"},
     {"feedback", "scaffold"},

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import sys
 import threading
 import time
@@ -22,7 +23,9 @@ from hf_fedlarge.artifacts import (
     AdapterManifest,
     PackageManifest,
     UpdateManifest,
+    describe_files,
     read_manifest,
+    write_manifest,
 )
 from hf_fedlarge.cli import main
 from hf_fedlarge.clients import write_check_ins
@@ -36,7 +39,9 @@ from hf_fedlarge.keys import allow, new_key
 from hf_fedlarge.orders import (
     CHECK_INS,
     FAILED,
+    INBOX,
     ORDER,
+    VERDICTS,
     CheckInDocument,
     FailureDocument,
     OrderDocument,
@@ -49,6 +54,7 @@ from hf_fedlarge.orders import (
     write_document,
 )
 from hf_fedlarge.plan import CheckIn
+from hf_fedlarge.retention import discard
 from hf_fedlarge.rounds import run_federation
 from hf_fedlarge.serve import StoreClients, serve_federation
 from hf_fedlarge.server import RoundServer
@@ -227,12 +233,17 @@ def home(tmp_path_factory):
     return path
 
 
+def reseal(package):
+    manifest = read_manifest(package, PackageManifest)
+    write_manifest(package, manifest.model_copy(update={"files": describe_files(package)}))
+
+
 class Server:
     """The server's side of rounds over a store, without a checkpoint to evaluate."""
 
     def __init__(self, home, run, store, **changes):
         self.home, self.store, self.said = home, store, []
-        run.mkdir(exist_ok=True)
+        shutil.copytree(home / "start", run / "rounds" / "0000" / "adapter", dirs_exist_ok=True)
         changes = {"eval_data": str(home / "data.jsonl"), "clients": dict.fromkeys(CLIENTS, 10)} | changes
         self.config = config(**{"cohort": None, "min_updates": 1} | changes)
         self.run, self.journal = run, Journal(run / "journal.jsonl")
@@ -242,7 +253,7 @@ class Server:
         self.jobs = Jobs(self.config, run, self.adapter, [Tier("", home / "package", LORA, size)])
 
     def adapter(self, number):
-        return self.run / "rounds" / f"{number:04d}" / "adapter" if number else self.home / "start"
+        return self.run / "rounds" / f"{number:04d}" / "adapter"
 
     def validate(self, number, client, update):
         return validate_update(update, self.jobs.expected(client, number))
@@ -405,8 +416,82 @@ def test_a_late_update_is_kept_for_the_next_round_where_the_policy_says_so(home,
     make_update(tmp_path / "two", home / "package", "ann", seed=9, adapter=server.adapter(1), round_number=2)
     assert server.round._kept() == [[1, "ben"]]
     # In the next round the inbox of the first is cleared.
-    server.clients._clear(2)
+    server.clients._clear(INBOX, 2)
     assert store.names("inbox") == []
+
+
+def test_the_store_keeps_what_the_last_two_rounds_start_from_and_a_restarted_server_needs_nothing_else(
+    home, store, tmp_path
+):
+    shutil.copytree(home / "package", tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"another": True}))
+    reseal(tmp_path / "other")
+    elsewhere = store.put(tmp_path / "other")  # of a federation that was here before
+    server = Server(home, tmp_path / "run", store, clients={"ann": 10}, aggregator="fedavg")
+    write_check_ins(server.run, [CheckIn("ann", 10)])
+    for number in range(1, 5):
+        server.open(number)
+        previous = server.adapter(number - 1)
+        update = tmp_path / f"{number}"
+        make_update(update, home / "package", "ann", seed=number, adapter=previous, round_number=number)
+        store.send(update, inbox(number, "ann", 1))
+        if number == 3:  # killed, and started again with an open round and a store that lost what it needs
+            store.remove("artifacts")
+            store.remove("objects")
+            store.put(tmp_path / "other")
+            store.put(server.adapter(0))  # as if the server had been killed before it removed it
+            server = Server(home, tmp_path / "run", store, clients={"ann": 10}, aggregator="fedavg")
+            server.open(number)
+        server.ask()
+        server.close()
+        expected = [server.adapter(past) for past in range(max(0, number - 2), number)]
+        digests = {read_manifest(path, AdapterManifest).digest for path in expected}
+        if number == 3:
+            digests.remove(read_manifest(server.adapter(1), AdapterManifest).digest)  # which the store had lost
+        package = read_manifest(home / "package", PackageManifest).digest
+        assert set(store.names("artifacts")) == {f"{digest}.json" for digest in digests | {package, elsewhere}}
+        for digest in digests:
+            store.get(digest, tmp_path / "got" / digest, AdapterManifest, leave_out=SERVER_FILES)
+        for digest in (package, elsewhere):
+            store.get(digest, tmp_path / f"got{number}" / digest, PackageManifest)
+        assert store.names(VERDICTS) == [f"{past:04d}" for past in range(max(1, number - 1), number + 1)]
+    wanted = {sha256 for digest in digests | {package, elsewhere} for sha256 in files_of(store, digest)}
+    there = {path.rpartition("/")[2] for path in store.fs.find(f"{store._root}/objects")}
+    assert there == wanted
+
+
+def test_a_store_whose_manifests_can_not_be_read_keeps_its_files_and_ends_nothing(home, store, tmp_path):
+    server = Server(home, tmp_path / "run", store)
+    old = store.put(server.adapter(0), leave_out=SERVER_FILES)
+    store.write("artifacts/other.json", b"{")
+    server.clients._forget(3)
+    assert re.search("stays in the store: .*other.json is not JSON", server.said[0])
+    assert f"{old}.json" in store.names("artifacts")
+
+
+def files_of(store, digest):
+    return [entry["sha256"] for entry in json.loads(store.read(f"artifacts/{digest}.json", 10**6))["files"].values()]
+
+
+def test_a_client_whose_adapter_is_gone_says_so_and_takes_the_next_order(home, store, published, member, tmp_path):
+    start_adapter(home / "package", tmp_path / "old", LORA, seed=5)
+    old = store.put(tmp_path / "old", leave_out=SERVER_FILES)
+    published(adapter=old)
+    fetched = Store._download
+
+    def removed_meanwhile(self, path, entry, target):
+        if read_manifest(tmp_path / "old", AdapterManifest).files["adapter_model.safetensors"] == entry:
+            discard(Store(store.url), old)
+            published(round=4)
+        return fetched(self, path, entry, target)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Store, "_download", removed_meanwhile)
+        member()
+    assert [job.round for job in member.jobs] == [4]
+    [line] = [line for line in member.said if "it was removed with an old round" in line]
+    assert line.endswith("Trying again.")
 
 
 def test_who_may_check_in(home, store, tmp_path):

@@ -23,6 +23,7 @@ from hf_fedlarge.artifacts import (
 )
 from hf_fedlarge.config import LoraSettings
 from hf_fedlarge.errors import ArtifactError, ConfigError, OutputError, StoreError
+from hf_fedlarge.retention import discard
 from hf_fedlarge.store import Store
 
 DIGEST = "a" * 64
@@ -322,6 +323,43 @@ def test_what_only_the_server_needs_stays_there(store, tmp_path):
     assert set(contents(tmp_path / "here")) == set(contents(adapter)) - {"carry.safetensors"}
     with pytest.raises(StoreError, match="is not there, although a manifest lists it"):
         store.get(digest, tmp_path / "whole", AdapterManifest)
+
+
+def test_what_is_discarded_takes_along_the_files_that_nothing_else_has(store, package, tmp_path):
+    first, second = store.put(package), store.put(make_package(tmp_path / "other", config=b"{ }"))
+    discard(store, first)
+    assert [store.fs.size(path) for path in objects(store)] == [1000, 3]
+    with pytest.raises(StoreError, match=r"artifacts/.*\.json is not there; .* it was removed with an old round"):
+        store.get(first, tmp_path / "here", PackageManifest)
+    store.get(second, tmp_path / "here", PackageManifest)
+    discard(store, first)
+    store.put(package)
+    store.write("artifacts/other.json", b"[]")
+    with pytest.raises(ArtifactError, match="is no manifest; nothing is removed until it is gone"):
+        discard(store, second)
+    assert len(objects(store)) == 3
+
+
+def test_a_removal_that_was_interrupted_is_done_by_the_next(store, package, tmp_path, monkeypatch):
+    digest = store.put(package)
+    remove, left = Store.remove, 1
+
+    def dying(self, path):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        remove(self, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "remove", dying)
+        with pytest.raises(KeyboardInterrupt):
+            discard(store, digest)
+    with pytest.raises(StoreError, match="is not there, although a manifest lists it: it was removed"):
+        store.get(digest, tmp_path / "here", PackageManifest)
+    discard(store, digest)
+    assert not objects(store)
+    assert store.names("artifacts") == []
 
 
 def make_update(path, content=b"u" * 100):
