@@ -48,8 +48,8 @@ def make_package(path, **files):
 
 @pytest.fixture(scope="module")
 def bucket():
-    """An S3 server on this machine, where one is installed."""
-    reason = "needs `pip install s3fs 'moto[s3,server]'`"
+    """An S3 server on this machine."""
+    reason = "needs s3fs, moto[s3], flask and flask-cors, which the extra dev brings"
     pytest.importorskip("s3fs", reason=reason)
     server = pytest.importorskip("moto.server", reason=reason).ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
