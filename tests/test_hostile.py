@@ -440,7 +440,6 @@ def test_an_adapter_config_is_never_parsed_whatever_it_asks_for(home, update, ex
 
 
 def test_a_chat_template_reaches_no_python_and_is_the_server_s_under_its_digest(home, tmp_path):
-    """One that never ends is not bounded: whoever trusts a package's weights trusts its template (docs/security.md)."""
     tokenizer = load_tokenizer(home / "package")
     for template in (
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
