@@ -16,6 +16,7 @@ import yaml
 from families import make_checkpoint
 from federation import LORA, make_examples, make_federation, make_update
 from round_driver import config
+from test_store import objects
 
 from hf_fedlarge.artifacts import (
     MANIFEST_NAME,
@@ -758,3 +759,74 @@ def test_old_rounds_leave_the_cache(home, published, member, tmp_path):
     published()
     member()
     assert {path.name for path in old.parent.parent.iterdir()} == {"0001"}
+
+
+# What was damaged in the store
+
+
+def flipped(content):
+    return bytes([content[0] ^ 1]) + content[1:]
+
+
+FAULTS = {
+    "cut short": (lambda store, model, _: store.fs.pipe_file(model, store.fs.cat_file(model)[:-1]), "bytes; its manif"),
+    "longer": (lambda store, model, _: store.fs.pipe_file(model, store.fs.cat_file(model) + b"\0"), "bytes; its manif"),
+    "flipped": (lambda store, model, _: store.fs.pipe_file(model, flipped(store.fs.cat_file(model))), "the SHA-256"),
+    "another": (
+        lambda store, _, order: store.write(
+            f"artifacts/{order.work[0].package}.json", store.read(f"artifacts/{order.work[0].adapter}.json", 10**6)
+        ),
+        "describes|is of kind 'adapter'; expected a package",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_client_refuses_a_package_before_anything_opens_it(store, published, member, tmp_path, name):
+    spoil, cause = FAULTS[name]
+    order = published()
+    model = objects(store)[0]
+    artifact = f"artifacts/{order.work[0].package}.json"
+    sound = store.fs.cat_file(model), store.read(artifact, 10**6)
+    spoil(store, model, order)
+    member()
+    assert not member.jobs
+    failure = read_document(store, f"{inbox(1, 'ann', 1)}/{FAILED}", FailureDocument)
+    assert re.search(cause, failure.reason), failure.reason
+    packages = tmp_path / "cache" / "packages"
+    assert not [path for path in packages.glob("*") if not path.name.startswith(".")]
+    bad = [path for path in packages.rglob("*") if path.is_file() and path.read_bytes() == store.fs.cat_file(model)]
+    assert not bad or name == "another"
+    store.fs.pipe_file(model, sound[0])
+    store.write(artifact, sound[1])
+    published(attempt=2)
+    member()
+    assert len(member.jobs) == 1
+
+
+def test_an_order_that_announces_less_than_the_package_has_fetches_nothing(store, published, member, tmp_path):
+    published(package_bytes=1000)
+    member()
+    assert not member.jobs
+    files = [path for path in (tmp_path / "cache" / "packages").rglob("*") if path.is_file()]
+    assert [path for path in files if path.stat().st_size] == []
+
+
+def test_a_package_that_was_damaged_in_the_cache_is_not_loaded(store, published, member, tmp_path):
+    published()
+    member()
+    [package] = (tmp_path / "cache" / "packages").glob("[0-9a-f]*")
+    weights = max(package.iterdir(), key=lambda path: path.stat().st_size)
+    weights.write_bytes(flipped(weights.read_bytes()))
+    manifest = json.loads((package / MANIFEST_NAME).read_text())
+
+    def train(job):
+        assert job.package == package
+        assert json.loads((job.package / MANIFEST_NAME).read_text()) == manifest
+        assert weights.read_bytes() == sound
+        make_update(job.output, job.package, job.client, adapter=job.adapter, round_number=2)
+
+    sound = flipped(weights.read_bytes())
+    published(round=2)
+    member(train)
+    assert store.names(inbox(2, "ann", 1))
