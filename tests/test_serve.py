@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
@@ -36,7 +38,7 @@ from hf_fedlarge.data import from_rows, write_jsonl
 from hf_fedlarge.errors import ArtifactError, ConfigError, DataError, OutputError, StoreError
 from hf_fedlarge.jobs import Jobs, Tier
 from hf_fedlarge.journal import Journal
-from hf_fedlarge.keys import allow, new_key
+from hf_fedlarge.keys import allow, new_key, revoke
 from hf_fedlarge.orders import (
     CHECK_INS,
     FAILED,
@@ -379,6 +381,114 @@ def test_an_update_signed_by_another_does_not_count(home, store, tmp_path):
     store.send(home / "ann", inbox(1, "ben", 1))
     server.ask()
     assert "in the name of ann; expected ben" in server.round.refused[0]["reason"]
+
+
+def cheat(home, tmp_path, adapter):
+    """Client → what it sends in round 2, and what the server says of that; only ann's first round was sound."""
+    package = home / "package"
+    second = {"adapter": adapter, "round_number": 2}
+    keys = {client: tmp_path / f"{client}.pem" for client in CHEATS}
+
+    def make(client, **how):
+        make_update(tmp_path / "sent" / client, package, client, **second | {"key": keys[client]} | how)
+
+    make("unsigned", key=None)
+    make("others_key", key=keys["unsigned"])
+    make("revoked")
+    make("stale", round_number=1, adapter=home / "start")
+    make("wrong_base", adapter=home / "start")
+    make("replayed")
+    shutil.rmtree(tmp_path / "sent" / "replayed")
+    shutil.copytree(tmp_path / "first", tmp_path / "sent" / "replayed")
+    make("anothers")
+    shutil.rmtree(tmp_path / "sent" / "anothers")
+    make("unsigned_too")
+    shutil.copytree(tmp_path / "sent" / "unsigned_too", tmp_path / "sent" / "anothers")
+    edit_manifest(tmp_path / "sent" / "unsigned_too", tokens=99)
+    make("greedy", examples=10**9)
+    make("honest")
+
+
+CHEATS = {
+    "unsigned": "it has no signature.json",
+    "others_key": "which is not one of others_key's",
+    "revoked": "which is revoked since",
+    "stale": "it is for round 1; expected round 2",
+    "wrong_base": "it started from the adapter",
+    "replayed": "it is for round 1; expected round 2",
+    "anothers": "its update is in the name of unsigned_too; expected anothers",
+    "unsigned_too": "is not of this manifest",
+    "greedy": "it claims 1000000000 examples",
+    "honest": None,
+}
+
+
+def edit_manifest(update, **changes):
+    path = update / MANIFEST_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_in_a_served_round_who_cheats_learns_why_it_does_not_count_and_the_others_do(home, store, tmp_path):
+    allowed = tmp_path / "allowed.json"
+    for client in CHEATS:
+        allow(allowed, new_key(tmp_path / f"{client}.pem", client))
+    changes = {"clients": dict.fromkeys(CHEATS, 10), "keys": str(allowed), "deadline_seconds": 60, "cohort": None}
+    server = Server(home, tmp_path / "run", store, **changes)
+    write_check_ins(server.run, [CheckIn("replayed", 10)])
+    server.open()
+    key = tmp_path / "replayed.pem"
+    make_update(tmp_path / "first", home / "package", "replayed", adapter=home / "start", key=key)
+    store.send(tmp_path / "first", inbox(1, "replayed", 1))
+    server.ask()
+    server.close()
+    revoke(allowed, "revoked")
+    write_check_ins(server.run, [CheckIn(client, 10) for client in CHEATS])
+    server.jobs.read_check_ins()
+    server.open(2)
+    cheat(home, tmp_path, server.adapter(1))
+    for client in CHEATS:
+        store.send(tmp_path / "sent" / client, inbox(2, client, 1))
+    server.ask()
+    for client, cause in CHEATS.items():
+        said = read_document(store, verdict(2, client, 1), VerdictDocument)
+        assert re.search(f"{client} refused: .*{cause}", said.cause) if cause else said.cause is None, said
+    server.close()
+    contributions = read_manifest(server.adapter(2), AdapterManifest).contributions
+    assert [(entry.client, entry.weight) for entry in contributions] == [("honest", 1.0)]
+
+
+def test_of_eight_that_send_at_once_under_one_name_at_most_one_counts(home, tmp_path):
+    """One place takes all eight: what comes of them is one of them, or a mixture that its manifest doesn't fit."""
+    store = Store(str(tmp_path / "store"))
+    server = Server(home, tmp_path / "run", store, clients={"ann": 10, "ben": 10}, deadline_seconds=60)
+    write_check_ins(server.run, [CheckIn("ann", 10), CheckIn("ben", 10)])
+    server.open()
+    for seed in range(8):
+        make_update(tmp_path / f"{seed}", home / "package", "ann", seed=seed, adapter=home / "start")
+    sound = {read_manifest(tmp_path / f"{seed}", UpdateManifest).digest for seed in range(8)}
+    began = threading.Barrier(9)
+
+    def send_one(seed):
+        began.wait(30)
+        with suppress(StoreError):  # another one's file was renamed meanwhile
+            Store(store.url).send(tmp_path / f"{seed}", inbox(1, "ann", 1))
+
+    with ThreadPoolExecutor(8) as pool:
+        sent = [pool.submit(send_one, seed) for seed in range(8)]
+        began.wait(30)
+        send(home, store, "ben")
+        server.ask()
+        for each in sent:
+            each.result()
+    entries = server.journal.find("validated", client="ann") + server.journal.find("failed", client="ann")
+    assert len(entries) == 1
+    cause = read_document(store, verdict(1, "ann", 1), VerdictDocument).cause
+    if entries[0].get("accepted"):
+        assert cause is None
+        assert server.round.accepted["ann"] in sound
+    else:
+        assert re.search("ann refused: .*(bytes; its manifest says|has the SHA-256|is not JSON)", cause)
+    assert "ben" in server.round.accepted
 
 
 def test_a_store_that_fails_for_a_while_is_tried_again(home, store, tmp_path, monkeypatch):
