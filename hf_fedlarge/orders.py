@@ -29,6 +29,7 @@ CHECK_INS = "check_ins"
 INBOX = "inbox"
 VERDICTS = "verdicts"
 FAILED = "failed.json"
+PATIENCE_SECONDS = 7 * 86400.0  # that either side waits for the other
 MAX_ORDER_BYTES = 4 * 2**20  # some ten thousand names
 MAX_NOTE_BYTES = 2**15  # a reason of 2,000 letters, each as two escapes
 

@@ -30,6 +30,7 @@ from hf_fedlarge.orders import (
     FAILED,
     INBOX,
     ORDER,
+    PATIENCE_SECONDS,
     VERDICTS,
     CheckInDocument,
     FailureDocument,
@@ -52,10 +53,18 @@ from hf_fedlarge.update import MAX_SMALL_BYTES
 
 logger = logging.getLogger(__name__)
 _IDENTITY = "store.json"
+_MAX_CHECK_INS = 10_000
 
 
 def serve_federation(
-    config: FederationConfig, run: Path, url: str, report: Report = logger.info, *, stop: bool = True, poll: float = 5.0
+    config: FederationConfig,
+    run: Path,
+    url: str,
+    report: Report = logger.info,
+    *,
+    stop: bool = True,
+    poll: float = 5.0,
+    patience: float = PATIENCE_SECONDS,
 ) -> dict[str, Any]:
     """Run a federation of clients that join over a store, or go on with one that was interrupted.
 
@@ -66,6 +75,7 @@ def serve_federation(
         report: told of each step in a line.
         stop: end with an error where two rounds in a row made the full model worse than the base.
         poll: seconds between two looks into the store.
+        patience: seconds after which it ends where nobody checks in or, without a deadline, answers.
 
     Returns:
         The summary, as `summary.json` has it.
@@ -73,7 +83,7 @@ def serve_federation(
     Raises:
         FedLargeError: as `run_federation`, or a store that can't be written, or holds another federation.
     """
-    return drive(config, run, StoreClients(Store(url), report, poll), report, stop=stop)
+    return drive(config, run, StoreClients(Store(url), report, poll, patience), report, stop=stop)
 
 
 class StoreClients:
@@ -83,12 +93,13 @@ class StoreClients:
         store: where orders are published and updates come in.
         report: told what is wrong with a check-in or the store, and who is waited for.
         poll: seconds between two looks into the store.
+        patience: seconds after which waiting for clients ends with an error.
     """
 
     whole_adapters = True
 
-    def __init__(self, store: Store, report: Report, poll: float) -> None:
-        self._store, self._report, self._poll = store, report, poll
+    def __init__(self, store: Store, report: Report, poll: float, patience: float = PATIENCE_SECONDS) -> None:
+        self._store, self._report, self._poll, self._patience = store, report, poll, patience
         self._said: set[str] = set()
         self._packages: dict[Path, str] = {}
         self._told: set[tuple[int, int, str]] = set()
@@ -138,20 +149,26 @@ class StoreClients:
             return  # what its clients said of themselves when they were drawn goes on to hold
         least = max(self._config.cohort or 1, self._config.min_updates)
         wanted = max(least, len(self._config.clients or ()) if self._config.cohort is None else 0)
-        until = time.monotonic() + (self._config.deadline_seconds or math.inf)
+        since = time.monotonic()
+        until = since + (self._config.deadline_seconds or math.inf)
         while True:
             known = self._patiently(self._checked_in) or []
             able = [one for one in known if one.memory_bytes is None or one.memory_bytes >= jobs.least_bytes]
             if len(able) >= (wanted if time.monotonic() < until else least):
                 break
             self._say(f"waiting at {self._store.url} for {wanted} clients to check in")
+            self._check_patience(since, f"{wanted} clients to check in, of whom {len(able)} have")
             time.sleep(self._poll)
         write_check_ins(self._run, known)
         jobs.read_check_ins()
 
     def _checked_in(self) -> list[CheckIn]:
         known, declared = [], self._config.clients
-        for name in self._store.names(CHECK_INS):
+        names = self._store.names(CHECK_INS)
+        if len(names) > _MAX_CHECK_INS:
+            self._say(f"{len(names)} names checked in; {_MAX_CHECK_INS} are looked at, the federation's own first")
+            names.sort(key=lambda name: name.removesuffix(".json") not in (declared or ()))
+        for name in names[:_MAX_CHECK_INS]:
             client = name.removesuffix(".json")
             try:
                 if declared is not None and client not in declared:
@@ -179,6 +196,7 @@ class StoreClients:
             for client in waiting:
                 asked(client)
             write_document(self._store, ORDER, self._order(jobs, server, order, waiting))
+        since = time.monotonic()
         while waiting := server.waiting(order):
             heard = False
             for client in self._patiently(self._present, order, waiting) or []:
@@ -192,8 +210,12 @@ class StoreClients:
             self._patiently(self._tell, server, order)
             if self._config.late == "buffer" and order.round > 1:
                 self._take_late(jobs, server.earlier(order.round - 1), server.work / ".late")
-            if not heard:
+            if heard:
+                since = time.monotonic()
+            else:
                 left = server.seconds_left
+                if left is None:
+                    self._check_patience(since, f"{', '.join(waiting[:5])}, and there is no deadline_seconds")
                 time.sleep(self._poll if left is None else max(0.0, min(self._poll, left + 0.01)))
         self._patiently(self._tell, server, order)
         self._close(order.round, order.attempt)
@@ -319,6 +341,10 @@ class StoreClients:
         except StoreError as error:
             self._report(f"{error}")
             return None
+
+    def _check_patience(self, since: float, what: str) -> None:
+        if time.monotonic() - since > self._patience:
+            raise StoreError(f"Waited {self._patience:g} s (--patience) for {what}; the same command goes on.")
 
     def _say(self, line: str) -> None:
         """Report something once."""

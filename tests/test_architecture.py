@@ -12,7 +12,7 @@ LIBRARY = ROOT / "hf_fedlarge"
 LEVELS = [
     {"errors", "memory", "options"},
     {"config", "layers", "stdlib_corpus", "blocks", "untrusted"},
-    {"ledger"},
+    {"ledger", "remote"},
     {"artifacts"},
     {
         "tensors",
@@ -60,7 +60,7 @@ ONE_IMPORTER = {
     "bitsandbytes": {"quantize"},
     "peft": {"adapters"},
     "datasets": {"data"},
-    "fsspec": {"store"},
+    "fsspec": {"remote"},
     "huggingface_hub": {"hub"},
     "pyarrow": {"data"},
     "cryptography": {"keys"},

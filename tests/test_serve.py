@@ -11,6 +11,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,12 +34,13 @@ from hf_fedlarge.artifacts import (
 from hf_fedlarge.cli import main
 from hf_fedlarge.clients import write_check_ins
 from hf_fedlarge.collect import aggregate_updates, start_adapter
-from hf_fedlarge.config import load_federation
+from hf_fedlarge.config import LoraSettings, load_federation
 from hf_fedlarge.data import from_rows, write_jsonl
 from hf_fedlarge.errors import ArtifactError, ConfigError, DataError, OutputError, StoreError
 from hf_fedlarge.jobs import Jobs, Tier
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import allow, new_key, revoke
+from hf_fedlarge.memory import used_bytes
 from hf_fedlarge.orders import (
     CHECK_INS,
     FAILED,
@@ -491,6 +493,44 @@ def test_of_eight_that_send_at_once_under_one_name_at_most_one_counts(home, tmp_
     assert "ben" in server.round.accepted
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to see a process's own memory")
+def test_the_memory_that_updates_take_does_not_grow_with_their_number(home, tmp_path):
+    """`scripts/bench/serve_load.py` does the same with 64 clients and 20 MB each."""
+    wide, peaks = LoraSettings(rank=460, alpha=8.0), {}
+    names = [f"c{number}" for number in range(16)]
+    of_wide = tmp_path / "home"
+    of_wide.mkdir()
+    (of_wide / "package").symlink_to(home / "package")
+    shutil.copyfile(home / "data.jsonl", of_wide / "data.jsonl")
+    start_adapter(home / "package", of_wide / "start", wide, seed=0)
+    for seed, name in enumerate(names):
+        make_update(tmp_path / name, home / "package", name, lora=wide, adapter=of_wide / "start", seed=seed)
+    size = read_manifest(tmp_path / "c0", UpdateManifest).total_bytes
+    assert size > 4.5e6
+    for count in (2, 16):
+        store = Store(str(tmp_path / f"store{count}"))
+        clients = dict.fromkeys(names[:count], 10)
+        server = Server(of_wide, tmp_path / f"run{count}", store, clients=clients)
+        write_check_ins(server.run, [CheckIn(name, 10) for name in clients])
+        server.open()
+        before, over = used_bytes(torch.device("cpu")), threading.Event()
+        peaks[count] = 0
+
+        def look(count=count, before=before, over=over):
+            while not over.wait(0.005):
+                peaks[count] = max(peaks[count], used_bytes(torch.device("cpu")) - before)
+
+        looking = threading.Thread(target=look)
+        looking.start()
+        with ThreadPoolExecutor(count) as pool:
+            list(pool.map(lambda name, to=store: to.send(tmp_path / name, inbox(1, name, 1)), clients))
+            server.ask()
+        over.set()
+        looking.join()
+        assert set(server.round.accepted) == set(clients)
+    assert peaks[16] < max(peaks[2], size) + 4 * size, peaks  # of the 16 · size that they have together
+
+
 def test_a_store_that_fails_for_a_while_is_tried_again(home, store, tmp_path, monkeypatch):
     server = Server(home, tmp_path / "run", store, clients={"ann": 10}, deadline_seconds=30)
     write_check_ins(server.run, [CheckIn("ann", 10)])
@@ -621,6 +661,34 @@ def test_who_may_check_in(home, store, tmp_path):
     assert server.said.count(server.said[0]) == 1
 
 
+def test_a_crowd_of_names_is_looked_at_up_to_a_number_and_the_federation_s_own_come_first(
+    home, store, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("hf_fedlarge.serve._MAX_CHECK_INS", 3)
+    server = Server(home, tmp_path / "run", store, clients={"zoe": 10})
+    for client in (*CLIENTS, "zoe"):
+        write_document(store, f"{CHECK_INS}/{client}.json", CheckInDocument(client=client, examples=1))
+    assert server.clients._checked_in() == [CheckIn("zoe", 1)]
+    assert server.said[0] == "5 names checked in; 3 are looked at, the federation's own first"
+    assert len(server.said) == 3
+
+
+def test_a_server_waits_for_clients_as_long_as_its_patience(home, store, tmp_path):
+    server = Server(home, tmp_path / "run", store, clients={"ann": 10, "ben": 10})
+    server.clients = StoreClients(store, server.said.append, poll=0.02, patience=0.2)
+    server.clients.prepare(server.config, server.run, lambda: None)
+    write_document(store, f"{CHECK_INS}/ann.json", CheckInDocument(client="ann", examples=1))
+    round_server = RoundServer(server.run / "rounds", 1, server.journal, server.config, server.validate)
+    waited = r"Waited 0\.2 s \(--patience\) for "
+    with pytest.raises(StoreError, match=waited + "2 clients to check in, of whom 1 have; the same command goes on"):
+        server.clients.check_in(server.jobs, round_server)
+    server.open()
+    send(home, store, "ann")
+    with pytest.raises(StoreError, match=waited + "ben, cleo, dan, and there is no deadline_seconds"):
+        server.ask()
+    assert set(server.round.accepted) == {"ann"}
+
+
 # The client's side, with orders that a test writes
 
 
@@ -730,6 +798,15 @@ def test_a_verdict_that_is_too_long_or_no_verdict_stops_nobody(store, published,
     member()
     assert len(member.jobs) == 2
     assert [line for line in member.said if re.search("can't be read: .* expected at most 32768", line)]
+
+
+def test_a_client_waits_for_an_order_as_long_as_its_patience(published, member):
+    published(clients=["ben"])
+    threading.Timer(0.3, lambda: published(clients=["ben"], round=2)).start()
+    began = time.monotonic()
+    with pytest.raises(StoreError, match=r"had no new order for 0\.6 s \(--patience\); ask its server"):
+        member(once=False, patience=0.6)
+    assert time.monotonic() - began > 0.8  # an order for others is a sign of life
 
 
 def test_who_is_not_asked_waits(published, member):

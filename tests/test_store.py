@@ -7,6 +7,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from hf_fedlarge import store as module
 from hf_fedlarge.artifacts import (
@@ -248,6 +249,14 @@ def test_more_than_was_announced_is_not_fetched(store, package, tmp_path, calls)
         store.get(digest, tmp_path / "here", PackageManifest, most_bytes=1001)
     assert len([read for operation, read in calls if operation == "cat_file"]) == 1  # the manifest
     store.get(digest, tmp_path / "here", PackageManifest, most_bytes=1002)
+
+
+def test_another_process_that_fetches_the_same_is_not_waited_for_for_ever(store, package, tmp_path, monkeypatch):
+    digest = store.put(package)
+    monkeypatch.setattr(module, "LOCK_SECONDS", 0.1)
+    with FileLock(tmp_path / ".here.lock"), pytest.raises(OutputError, match=r"\.here\.lock was held for 0\.1 s"):
+        store.get(digest, tmp_path / "here", PackageManifest)
+    store.get(digest, tmp_path / "here", PackageManifest)
 
 
 def test_what_does_not_fit_on_the_disk_is_not_begun(store, package, tmp_path, monkeypatch, calls):

@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from test_store import contents, make_package
 
+from hf_fedlarge import remote
 from hf_fedlarge import store as module
 from hf_fedlarge.artifacts import PackageManifest, read_manifest
 from hf_fedlarge.errors import ArtifactError, StoreError
@@ -25,6 +26,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def do_GET(self):
+        self.server.silent.wait(30)
         content = self.server.files.get(self.path.lstrip("/"))
         if content is None:
             self.send_error(404)
@@ -60,6 +62,8 @@ def line(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
     server.asked, server.cut_at, server.change = [], None, lambda part: part
+    server.silent = threading.Event()
+    server.silent.set()
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     yield Store(f"http://127.0.0.1:{server.server_port}"), package, server
@@ -120,3 +124,13 @@ def test_a_server_that_gives_whole_files_for_parts_is_refused(line, tmp_path, mo
     server.change = lambda part: model if len(part) == 300 else part
     with pytest.raises(StoreError, match="gave 1000 bytes from 0; expected 300"):
         get(line, tmp_path / "cache")
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for(line, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "REQUEST_SECONDS", 0.5)
+    server = line[2]
+    server.silent.clear()
+    with pytest.raises(StoreError, match=r"http://127.0.0.1:\d+ did not answer within 0.5 s \(cat_file\)"):
+        get(line, tmp_path / "cache")
+    server.silent.set()
+    get(line, tmp_path / "cache")

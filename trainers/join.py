@@ -47,6 +47,7 @@ from hf_fedlarge.orders import (
     CHECK_INS,
     FAILED,
     ORDER,
+    PATIENCE_SECONDS,
     CheckInDocument,
     FailureDocument,
     OrderDocument,
@@ -76,6 +77,7 @@ def join(
     cache: Path | None = None,
     once: bool = False,
     poll: float = 5.0,
+    patience: float = PATIENCE_SECONDS,
     report: Callable[[str], None] = logger.info,
     train: Train | None = None,
     key: Path | None = None,
@@ -90,6 +92,7 @@ def join(
         cache: where packages and unfinished work are kept; None: `DEFAULT_CACHE`.
         once: leave after one round that this client was asked in.
         poll: seconds between two looks into the store.
+        patience: seconds after which it ends where no new order is there.
         report: told of each step in a line.
         train: trains and writes the update; None: in this process.
         key: the file of its private key, which signs its updates; None: they are not signed.
@@ -99,6 +102,7 @@ def join(
         DataError: the examples can't be read.
         ArtifactError: the order can't be read, or holds what no order may.
         OutputError: another process of this client is at work, or `cache` can't be written.
+        StoreError: there was no new order for as long as `patience`.
     """
     try:
         check_in = CheckInDocument(
@@ -112,7 +116,9 @@ def join(
         read_key(key)
     store, cache = Store(url), (cache or DEFAULT_CACHE).expanduser()
     with _alone(cache / "clients", client):
-        _Member(store, check_in, data, eval_data, cache, report, train or in_process(), key).take_part(once, poll)
+        _Member(store, check_in, data, eval_data, cache, report, train or in_process(), key).take_part(
+            once, poll, patience
+        )
 
 
 @contextmanager
@@ -152,16 +158,18 @@ class _Member:
         self._data, self._eval_data, self._cache, self._report, self._train = data, eval_data, cache, report, train
         self._answered: tuple[str, int, int] | None = None
 
-    def take_part(self, once: bool, poll: float) -> None:
+    def take_part(self, once: bool, poll: float, patience: float) -> None:
         """Answer orders until the federation is over; a store that can't be reached is tried again."""
-        checked_in = False
-        while True:
+        checked_in, last, since = False, None, time.monotonic()
+        while time.monotonic() - since <= patience:
             try:
                 if not checked_in:
                     write_document(self._store, f"{CHECK_INS}/{self._client}.json", self._check_in)
                     checked_in = True
                     self._report(f"{self._client} checked in at {self._store.url}")
                 order = read_document(self._store, ORDER, OrderDocument)
+                if order != last:
+                    last, since = order, time.monotonic()
                 if order is not None:
                     self._hear(order)
                 if order is not None and order.state == "over":
@@ -170,13 +178,14 @@ class _Member:
                 work = order.work_of(self._client) if order is not None and order.is_open else None
                 if work is not None and order.attempt_id != self._answered:
                     self._answer(order, work)
-                    self._answered = order.attempt_id
+                    self._answered, since = order.attempt_id, time.monotonic()
                     if once:
                         return
                     continue
             except StoreError as error:
                 self._report(f"{error} Trying again.")
             time.sleep(poll)
+        raise StoreError(f"{self._store.url} had no new order for {patience:g} s (--patience); ask its server.")
 
     def _answer(self, order: OrderDocument, work: Work) -> None:
         """Train and send the update, or why there is none; what is done already is not done again."""
