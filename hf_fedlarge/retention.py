@@ -8,28 +8,28 @@ artifact gets a `StoreError` that says so, and takes the next order.
 
 from __future__ import annotations
 
-from hf_fedlarge.artifacts import MAX_MANIFEST_BYTES, Digest
+from hf_fedlarge.artifacts import MAX_MANIFEST_BYTES, Manifest
 from hf_fedlarge.errors import ArtifactError
 from hf_fedlarge.store import ARTIFACTS, Store, artifact_path, object_path
 from hf_fedlarge.untrusted import parse_json
 
 
-def discard(store: Store, digest: Digest) -> None:
+def discard(store: Store, manifest: Manifest) -> None:
     """Remove an artifact and those of its files that no other artifact in the store has; nothing if it isn't there.
 
-    Nobody may put artifacts into the store meanwhile.
+    What is removed says the caller's own copy of the manifest: one in the store might name anything. Nobody may put
+    artifacts into the store meanwhile.
 
     Raises:
         ArtifactError: some manifest in the store can't be read, so that nobody knows what it needs; nothing is removed.
         StoreError: the store can't be read or written.
     """
-    path = artifact_path(digest)
-    files = _files(store, path)
-    if not files:
+    path = artifact_path(manifest.digest)
+    names = [f"{ARTIFACTS}/{name}" for name in store.names(ARTIFACTS)]
+    if path not in names:
         return
-    others = [f"{ARTIFACTS}/{name}" for name in store.names(ARTIFACTS)]
-    needed = set().union(*(_files(store, other) for other in others if other != path))
-    for sha256 in sorted(files - needed):
+    needed = set().union(*(_files(store, other) for other in names if other != path))
+    for sha256 in sorted({entry.sha256 for entry in manifest.files.values()} - needed):
         store.remove(object_path(sha256))
     store.remove(path)
 

@@ -329,7 +329,7 @@ class StoreClients:
                 if adapter in self._forgotten:
                     continue
                 try:
-                    discard(self._store, read_manifest(adapter, AdapterManifest).digest)
+                    discard(self._store, read_manifest(adapter, AdapterManifest))
                 except ArtifactError as error:  # not a reason to end a federation
                     self._say(f"{adapter} stays in the store: {error}")
                 self._forgotten.add(adapter)

@@ -11,6 +11,7 @@ Left out: rendering all of many examples there. What a template does for the lat
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -106,12 +107,10 @@ def _render() -> int:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     request = json.load(sys.stdin)
-    with suppress(ImportError):  # of Windows, where time alone is bounded
-        import resource
-
-        process = psutil.Process()
-        used = process.cpu_times()
-        seconds = int(used.user + used.system) + request["seconds"]
+    process = psutil.Process()
+    used = process.cpu_times()
+    seconds = int(used.user + used.system) + request["seconds"]
+    with suppress(ValueError, OSError):  # stricter limits are there already, or the system has none for memory
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
         resource.setrlimit(resource.RLIMIT_AS, (process.memory_info().vms + MAX_MEMORY_BYTES,) * 2)
     for chat, asks in request["chats"]:

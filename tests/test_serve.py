@@ -633,7 +633,7 @@ def test_a_client_whose_adapter_is_gone_says_so_and_takes_the_next_order(home, s
 
     def removed_meanwhile(self, path, entry, target):
         if read_manifest(tmp_path / "old", AdapterManifest).files["adapter_model.safetensors"] == entry:
-            discard(Store(store.url), old)
+            discard(Store(store.url), read_manifest(tmp_path / "old", AdapterManifest))
             published(round=4)
         return fetched(self, path, entry, target)
 

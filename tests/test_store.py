@@ -335,22 +335,23 @@ def test_what_only_the_server_needs_stays_there(store, tmp_path):
 
 
 def test_what_is_discarded_takes_along_the_files_that_nothing_else_has(store, package, tmp_path):
-    first, second = store.put(package), store.put(make_package(tmp_path / "other", config=b"{ }"))
-    discard(store, first)
+    other = make_package(tmp_path / "other", config=b"{ }")
+    first, second = store.put(package), store.put(other)
+    discard(store, read_manifest(package, PackageManifest))
     assert [store.fs.size(path) for path in objects(store)] == [1000, 3]
     with pytest.raises(StoreError, match=r"artifacts/.*\.json is not there; .* it was removed with an old round"):
         store.get(first, tmp_path / "here", PackageManifest)
     store.get(second, tmp_path / "here", PackageManifest)
-    discard(store, first)
+    discard(store, read_manifest(package, PackageManifest))
     store.put(package)
     store.write("artifacts/other.json", b"[]")
     with pytest.raises(ArtifactError, match="is no manifest; nothing is removed until it is gone"):
-        discard(store, second)
+        discard(store, read_manifest(other, PackageManifest))
     assert len(objects(store)) == 3
 
 
 def test_a_removal_that_was_interrupted_is_done_by_the_next(store, package, tmp_path, monkeypatch):
-    digest = store.put(package)
+    digest, manifest = store.put(package), read_manifest(package, PackageManifest)
     remove, left = Store.remove, 1
 
     def dying(self, path):
@@ -363,12 +364,24 @@ def test_a_removal_that_was_interrupted_is_done_by_the_next(store, package, tmp_
     with monkeypatch.context() as patched:
         patched.setattr(Store, "remove", dying)
         with pytest.raises(KeyboardInterrupt):
-            discard(store, digest)
+            discard(store, manifest)
     with pytest.raises(StoreError, match="is not there, although a manifest lists it: it was removed"):
         store.get(digest, tmp_path / "here", PackageManifest)
-    discard(store, digest)
+    discard(store, manifest)
     assert not objects(store)
     assert store.names("artifacts") == []
+
+
+def test_a_manifest_in_the_store_does_not_say_what_is_removed(tmp_path, package):
+    (tmp_path / "mine").mkdir()
+    store = Store(str(tmp_path / "store"))
+    digest = store.put(package)
+    hostile = {"files": {"x": {"sha256": "../../../mine", "size": 1}}}
+    store.write(f"artifacts/{digest}.json", json.dumps(hostile).encode())
+    discard(store, read_manifest(package, PackageManifest))
+    assert (tmp_path / "mine").exists()
+    assert store.names("artifacts") == []
+    assert not objects(store)
 
 
 def make_update(path, content=b"u" * 100):
