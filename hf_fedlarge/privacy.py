@@ -82,10 +82,11 @@ def clipped(after: dict[str, Factors], before: dict[str, Factors], bound: float)
 
 
 def spent(settings: PrivacySettings, draws: list[Draw]) -> PrivacyEntry:
-    """What was spent in these rounds.
+    """What was spent in these rounds, as `dp-accounting` computes it; the smaller of two bounds counts.
 
-    By Rényi differential privacy, which adds up over rounds, as `dp-accounting` computes it. Chance can only help, but
-    its bound is loose for large cohorts and little noise, so the smaller of epsilon with and without it counts.
+    With chance: Rényi differential privacy, which adds up over rounds (Wang et al., theorem 27). Without: R rounds of
+    a Gaussian are one of σ / √R, whose epsilon is known exactly (Balle and Wang, 1805.06530). Chance can only help, but
+    its bound is loose for large cohorts and little noise.
 
     Raises:
         ConfigError: dp-accounting is not installed.
@@ -96,15 +97,15 @@ def spent(settings: PrivacySettings, draws: list[Draw]) -> PrivacyEntry:
     except ImportError as error:
         raise ConfigError("privacy needs dp-accounting; install it with pip install 'hf-fedlarge[privacy]'.") from error
 
-    noise = dp_accounting.GaussianDpEvent(settings.noise_multiplier / 2)  # the sum moves by two clips
-
-    def epsilon(amplified: bool) -> float:
+    sigma = settings.noise_multiplier / 2  # the sum moves by two clips
+    least = 0.0
+    if draws:
+        rounds = sum(draw.rounds for draw in draws)
         accountant = RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_ONE)
         for draw in draws:
-            size = min(draw.cohort, draw.of) if amplified else draw.of
-            event = dp_accounting.SampledWithoutReplacementDpEvent(draw.of, size, noise)
+            size = min(draw.cohort, draw.of)
+            event = dp_accounting.SampledWithoutReplacementDpEvent(draw.of, size, dp_accounting.GaussianDpEvent(sigma))
             accountant.compose(event, draw.rounds)
-        return float(accountant.get_epsilon(settings.delta))
-
-    least = min(epsilon(True), epsilon(False)) if draws else 0.0
+        everybody = dp_accounting.get_epsilon_gaussian(sigma / math.sqrt(rounds), settings.delta)
+        least = float(min(everybody, accountant.get_epsilon(settings.delta)))
     return PrivacyEntry(**settings.model_dump(), draws=draws, epsilon=least)

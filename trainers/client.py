@@ -132,6 +132,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
     from hf_fedlarge.partition import hold_out
     from hf_fedlarge.privacy import clipped
     from hf_fedlarge.scaffold import difference, read_common, read_own, write_own
+    from hf_fedlarge.templates import check_rendering
     from hf_fedlarge.trainers.resume import prepare_work
     from hf_fedlarge.trainers.scaffold import Corrected
     from hf_fedlarge.trainers.streaming_trainer import StreamingLoraTrainer
@@ -252,6 +253,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
         device=config.device,
         verify=client.verify,
     ) as opened:
+        check_rendering(opened.tokenizer.chat_template, data, opened.tokenizer.special_tokens_map)
         steps, corrected = Steps(), None
         if scaffold:
             corrected = Corrected(parameter_values(opened.model, correction, opened.architecture, layers))
