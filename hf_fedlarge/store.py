@@ -88,9 +88,9 @@ class Store:
         manifest = read_manifest(directory, KINDS[kind])
         verify_files(directory, manifest, unneeded=leave_out)
         for name, entry in manifest.files.items():
-            if name not in leave_out and self._size(_object(entry)) != entry.size:
-                self._upload(directory / name, _object(entry))
-        path = _artifact(manifest.digest)
+            if name not in leave_out and self._size(object_path(entry)) != entry.size:
+                self._upload(directory / name, object_path(entry))
+        path = artifact_path(manifest.digest)
         if self._size(path) is None:
             self._upload(directory / MANIFEST_NAME, path)
         return manifest.digest
@@ -135,8 +135,8 @@ class Store:
                     return here
             except ArtifactError:
                 pass  # not there, or damaged since
-            raw = self._needed(_artifact(digest), MAX_MANIFEST_BYTES)
-            return self._fetch(raw, _artifact(digest), destination, kind, most_bytes, leave_out, digest)
+            raw = self._needed(artifact_path(digest), MAX_MANIFEST_BYTES)
+            return self._fetch(raw, artifact_path(digest), destination, kind, most_bytes, leave_out, digest)
 
     # Artifacts at a place of their own
 
@@ -278,7 +278,7 @@ class Store:
             for name, entry in wanted.items():
                 if (staging / name).exists() and sha256_of(staging / name) == entry.sha256:
                     continue
-                remote = f"{place}/{name}" if digest is None else _object(entry)
+                remote = f"{place}/{name}" if digest is None else object_path(entry)
                 self._download(remote, entry, staging / _partial(entry))
                 (staging / _partial(entry)).replace(staging / name)
         return manifest
@@ -382,11 +382,13 @@ class Store:
             ) from error
 
 
-def _object(entry: FileEntry) -> str:
+def object_path(entry: FileEntry) -> str:
+    """Where a file of an artifact lies in a store."""
     return f"objects/{entry.sha256[:2]}/{entry.sha256}"
 
 
-def _artifact(digest: str) -> str:
+def artifact_path(digest: str) -> str:
+    """Where an artifact's manifest lies in a store."""
     return f"artifacts/{digest}.json"
 
 

@@ -22,9 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 from filelock import FileLock, Timeout
-from pydantic import ValidationError
 
 from hf_fedlarge.artifacts import (
     MANIFEST_NAME,
@@ -35,9 +33,8 @@ from hf_fedlarge.artifacts import (
     read_manifest,
     writing,
 )
-from hf_fedlarge.config import first_problem
 from hf_fedlarge.data import load_examples
-from hf_fedlarge.errors import ArtifactError, ConfigError, FedLargeError, OutputError, StoreError
+from hf_fedlarge.errors import ArtifactError, FedLargeError, OutputError, StoreError
 from hf_fedlarge.jobs import ClientJob, Train, training_of
 from hf_fedlarge.keys import read_key
 from hf_fedlarge.orders import (
@@ -45,9 +42,10 @@ from hf_fedlarge.orders import (
     FAILED,
     ORDER,
     CheckInDocument,
-    FailureDocument,
     OrderDocument,
     Work,
+    describe_client,
+    failure,
     inbox,
     read_document,
     write_document,
@@ -72,6 +70,7 @@ def join(
     report: Callable[[str], None] = logger.info,
     train: Train | None = None,
     key: Path | None = None,
+    packages: str | None = None,
 ) -> None:
     """Take part in a federation until it is over. A client that was killed goes on when it is started again.
 
@@ -86,6 +85,7 @@ def join(
         report: told of each step in a line.
         train: trains and writes the update; None: in this process.
         key: the file of its private key, which signs its updates; None: they are not signed.
+        packages: the URL of another store that has the packages; None: they lie with the orders.
 
     Raises:
         ConfigError: a name that can't be a client's.
@@ -93,19 +93,16 @@ def join(
         ArtifactError: the order can't be read, or holds what no order may.
         OutputError: another process of this client is at work, or `cache` can't be written.
     """
-    try:
-        check_in = CheckInDocument(
-            client=client, examples=len(load_examples(data)), memory_bytes=psutil.virtual_memory().total
-        )
-    except ValidationError as error:
-        raise ConfigError(f"--client or --data is wrong: {first_problem(error)}.") from error
+    check_in = describe_client(client, data)
     if eval_data is not None:
         load_examples(eval_data)
     if key is not None:
         read_key(key)
     store, cache = Store(url), (cache or DEFAULT_CACHE).expanduser()
+    package_store = Store(packages) if packages else store
     with _alone(cache / "clients", client):
-        _Member(store, check_in, data, eval_data, cache, report, train or in_process(), key).take_part(once, poll)
+        member = _Member(store, package_store, check_in, data, eval_data, cache, report, train or in_process(), key)
+        member.take_part(once, poll)
 
 
 @contextmanager
@@ -132,6 +129,7 @@ class _Member:
     def __init__(
         self,
         store: Store,
+        package_store: Store,
         check_in: CheckInDocument,
         data: str,
         eval_data: str | None,
@@ -140,7 +138,7 @@ class _Member:
         train: Train,
         key: Path | None,
     ) -> None:
-        self._key = key
+        self._key, self._package_store = key, package_store
         self._store, self._check_in, self._client = store, check_in, check_in.client
         self._data, self._eval_data, self._cache, self._report, self._train = data, eval_data, cache, report, train
         self._answered: tuple[str, int, int] | None = None
@@ -183,8 +181,7 @@ class _Member:
             raise
         except FedLargeError as error:
             self._report(f"round {order.round}: no update: {error}")
-            reason = "".join(letter if letter.isprintable() else " " for letter in str(error))
-            write_document(self._store, f"{place}/{FAILED}", FailureDocument(reason=f"{reason:.2000}" or "unknown"))
+            write_document(self._store, f"{place}/{FAILED}", failure(str(error)))
             return
         self._report(f"round {order.round}: {outcome(update)}")
         if order.late == "refuse" and not self._is_in_time(order):
@@ -200,7 +197,7 @@ class _Member:
         package, adapter = self._cache / "packages" / work.package, update.with_name("adapter")
         if not package.exists():
             self._report(f"fetching a package of {work.package_bytes / 1e6:.1f} MB")
-        self._store.get(work.package, package, PackageManifest, most_bytes=work.package_bytes)
+        self._package_store.get(work.package, package, PackageManifest, most_bytes=work.package_bytes)
         bounds = {"most_bytes": work.adapter_bytes, "leave_out": SERVER_FILES}
         self._store.get(work.adapter, adapter, AdapterManifest, **bounds)
         if update.exists() and read_manifest(update, UpdateManifest).adapter != work.adapter:
