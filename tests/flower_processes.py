@@ -1,5 +1,6 @@
-"""Flower's processes on loopback, each in a session of its own that is ended with the test."""
+"""Flower's processes on loopback with TLS and keys for its nodes, each in a session of its own, ended with the test."""
 
+import ipaddress
 import json
 import os
 import signal
@@ -8,9 +9,47 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import psutil
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
 BIN = Path(sys.executable).parent
+
+
+def make_certificates(home: Path) -> Path:
+    """`ca.pem`, and `server.pem` with `server.key` for 127.0.0.1."""
+    home.mkdir()
+    keys = {name: ec.generate_private_key(ec.SECP384R1()) for name in ("ca", "server")}
+    issuer = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"test {home.name}")])
+    now = datetime.now(UTC)
+    for name, key in keys.items():
+        subject = x509.Name(
+            [x509.NameAttribute(x509.NameOID.COMMON_NAME, f"test {home.name}" if name == "ca" else name)]
+        )
+        built = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key.public_key())
+        built = built.serial_number(x509.random_serial_number())
+        built = built.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(days=1))
+        built = built.add_extension(x509.BasicConstraints(name == "ca", None), critical=True)
+        if name == "server":
+            address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+            built = built.add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        (home / f"{name}.pem").write_bytes(built.sign(keys["ca"], hashes.SHA384()).public_bytes(Encoding.PEM))
+        private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        (home / f"{name}.key").write_bytes(private)
+    return home
+
+
+def make_node_key(path: Path) -> Path:
+    """As `ssh-keygen -t ecdsa -b 384` makes it, with the public key beside it."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    path.with_suffix(".pub").write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
+    return path
 
 
 def free_port() -> int:
@@ -20,94 +59,110 @@ def free_port() -> int:
 
 
 class Flower:
-    """A SuperLink with what connects to it; each program's output is in `NAME.log`.
+    """A SuperLink, what runs its ServerApps, and nodes; each program's output is in `NAME.log`.
 
     Args:
-        home: for logs, the SuperLink's database, and Flower's own home.
-        tls: a directory with `ca.pem`, `server.pem` and `server.key`; None: plaintext.
+        home: for all their files.
+        authenticated: let no node in whose key was not registered.
+        trace: have strace write in `NAME.trace` with whom each program connects.
     """
 
-    def __init__(self, home: Path, tls: Path | None = None, *superlink: str) -> None:
-        self.home, self.tls, self.superlink_options = home, tls, superlink
-        self.port = free_port()
+    def __init__(self, home: Path, *, authenticated: bool = False, trace: bool = False) -> None:
+        self.home, self.authenticated, self.trace, self.port = home, authenticated, trace, free_port()
         self.processes: dict[str, subprocess.Popen] = {}
         self.environment = os.environ | {
-            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
             "FLWR_HOME": str(home / "flwr"),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
             "OMP_NUM_THREADS": "1",
-            "PYTHONUNBUFFERED": "1",
         }
+        self.tls = make_certificates(home / "tls")
+        (home / "secret").write_bytes(os.urandom(32))
         (home / "flwr").mkdir()
-        secure = f'root-certificates = "{tls / "ca.pem"}"' if tls else "insecure = true"
         (home / "flwr" / "config.toml").write_text(
-            f'[superlink]\ndefault = "test"\n\n[superlink.test]\naddress = "127.0.0.1:{self.port}"\n{secure}\n'
+            f'[superlink]\ndefault = "test"\n\n[superlink.test]\naddress = "127.0.0.1:{self.port}"\n'
+            f'root-certificates = "{self.tls / "ca.pem"}"\n'
         )
 
-    def start(self, name: str, *words: object, environment: dict[str, str] | None = None) -> subprocess.Popen:
-        """A program, by its file name in the environment that runs the tests."""
-        log = (self.home / f"{name}.log").open("ab")
-        command = [str(BIN / str(words[0])), *map(str, words[1:])]
-        with log:
-            process = subprocess.Popen(
-                command,
+    def start(self, name: str, *words: object) -> subprocess.Popen:
+        """A program of the environment that runs the tests."""
+        traced = [
+            "strace",
+            "-f",
+            "--seccomp-bpf",
+            "-A",
+            "-e",
+            "trace=connect,sendto",
+            "-o",
+            self.home / f"{name}.trace",
+        ]
+        command = [*(traced if self.trace else []), BIN / str(words[0]), *words[1:]]
+        with (self.home / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [str(word) for word in command],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=self.home,
-                env=self.environment | (environment or {}),
+                env=self.environment,
                 start_new_session=True,
             )
-        self.processes[name] = process
-        return process
+        return self.processes[name]
 
     def superlink(self) -> None:
         """Start it, and wait until it listens."""
         words = ["--host", "127.0.0.1", "--port", self.port, "--database", self.home / "state.db"]
-        words += ["--disable-runtime-dependency-installation", *self.superlink_options]
-        if self.tls:
-            words += ["--ssl-ca-certfile", self.tls / "ca.pem"]
-            words += ["--ssl-certfile", self.tls / "server.pem", "--ssl-keyfile", self.tls / "server.key"]
-        else:
-            words += ["--insecure"]
+        words += ["--isolation", "process", "--superexec-auth-secret-file", self.home / "secret"]
+        words += ["--disable-runtime-dependency-installation"]
+        words += ["--enable-supernode-auth"] if self.authenticated else []
+        words += ["--ssl-ca-certfile", self.tls / "ca.pem"]
+        words += ["--ssl-certfile", self.tls / "server.pem", "--ssl-keyfile", self.tls / "server.key"]
         self.start("superlink", "flower-superlink", *words)
         self.until(self._listens)
+
+    def superexec(self) -> None:
+        """Start what starts ServerApps."""
+        words = ["--runtime-api-address", f"127.0.0.1:{self.port}", "--root-certificates", self.tls / "ca.pem"]
+        self.start("superexec", "flower-superexec", *words, "--superexec-auth-secret-file", self.home / "secret")
 
     def _listens(self) -> bool:
         with socket.socket() as connection:
             return connection.connect_ex(("127.0.0.1", self.port)) == 0
 
-    def supernode(self, name: str, **settings: object) -> None:
-        """A client's; `settings` are its node configuration."""
+    def supernode(self, name: str, *words: object, **settings: object) -> subprocess.Popen:
+        """A client's; `settings` are its node configuration, and `words` say how it connects (by TLS)."""
+        words = words or ("--root-certificates", self.tls / "ca.pem")
         config = " ".join(f"{key}={json.dumps(str(value))}" for key, value in {"client": name, **settings}.items())
-        words = ["--superlink", f"127.0.0.1:{self.port}", "--port", free_port(), "--node-config", config]
-        words += ["--root-certificates", self.tls / "ca.pem"] if self.tls else ["--insecure"]
-        self.start(name, "flower-supernode", *words, environment={"FLWR_HOME": str(self.home / "flwr")})
+        address = ["--superlink", f"127.0.0.1:{self.port}", "--port", free_port()]
+        return self.start(name, "flower-supernode", *address, "--node-config", config, *words)
 
     def run(self, app: Path) -> str:
         """Submit an app; returns the run's id."""
         said = self.command("run", app, "test", "--format", "json")
-        answer = json.loads(said[said.index("{") :])
-        assert answer["success"], said + self.logs()
-        return answer["run-id"]
+        return json.loads(said[said.index("{") :])["run-id"]
 
     def command(self, *words: object) -> str:
         """What a `flwr` command says."""
-        done = subprocess.run(
-            [str(BIN / "flwr"), *map(str, words)],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=self.home,
-            env=self.environment,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        command = [str(BIN / "flwr"), *map(str, words)]
+        how = {"capture_output": True, "text": True, "check": False, "cwd": self.home, "env": self.environment}
+        done = subprocess.run(command, **how)
+        assert done.returncode == 0, done.stdout + done.stderr + self.logs()
         return done.stdout
+
+    def server_app(self) -> psutil.Process | None:
+        """The process of the ServerApp, if there is one."""
+        for process in psutil.Process(self.processes["superexec"].pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if any("flwr-serverapp" in word for word in process.cmdline()):
+                    return process
+        return None
 
     def kill(self, name: str) -> None:
         """By SIGKILL; what it started notices by itself."""
         process = self.processes.pop(name)
+        for traced in psutil.Process(process.pid).children() if self.trace else []:
+            traced.kill()
         process.kill()
         process.wait()
 
@@ -115,7 +170,7 @@ class Flower:
         """Of all programs, for a test that fails."""
         return "\n".join(f"=== {path.name}\n{path.read_text()[-6000:]}" for path in sorted(self.home.glob("*.log")))
 
-    def until(self, true, seconds: float = 240) -> None:
+    def until(self, true, seconds: float = 300) -> None:
         """Wait for something."""
         end = time.monotonic() + seconds
         while not true():
@@ -128,7 +183,7 @@ class Flower:
             process.terminate()
         for process in self.processes.values():
             with suppress(subprocess.TimeoutExpired):
-                process.wait(10)
+                process.wait(5)
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

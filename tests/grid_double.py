@@ -17,6 +17,7 @@ class Node:
     id: int
     answer: object
     since: str = "1"
+    name: str = ""
     online: bool = True
     seen: list[Message] = field(default_factory=list)
 
@@ -47,7 +48,8 @@ class GridDouble(Grid):
 
     def get_nodes(self):
         self._fail()
-        return [SimpleNamespace(node_id=node.id, last_activated_at=node.since) for node in self.nodes if node.online]
+        online = [node for node in self.nodes if node.online]
+        return [SimpleNamespace(node_id=node.id, last_activated_at=node.since, name=node.name) for node in online]
 
     def push_messages(self, messages):
         self._fail()

@@ -16,7 +16,8 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install 'hf-fedla
 
 import httpx
 import torch
-from federation import LORA, make_update
+from federation import LORA, TEAMS, adapter_digests, events, make_update, run_teams
+from flower_processes import Flower, make_certificates, make_node_key
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.constant import ErrorCode
@@ -43,6 +44,8 @@ from hf_fedlarge.keys import allow, new_key
 from hf_fedlarge.orders import ORDER, OrderDocument, as_bytes, inbox
 from hf_fedlarge.plan import CheckIn
 from hf_fedlarge.store import Store
+
+TRACED = shutil.which("strace") is not None
 
 # The server's and the client's side, with a grid that is none
 
@@ -356,6 +359,16 @@ def test_a_name_belongs_to_the_node_that_has_it(cohort):
     assert len(cohort.grid.nodes[-1].seen) == 1  # and is not asked again
 
 
+def test_a_node_is_who_it_was_registered_as(cohort):
+    cohort.nodes["ann"].name = "ann"
+    cohort.nodes["ben"].name = "lab-9"
+    server = cohort.serve(deadline_seconds=1)
+    server.open()
+    server.ask()
+    assert accepted(server) == ["ann", "cleo", "dan"]
+    assert "node 12 can't take part: it says that it is ben; it is registered as 'lab-9'." in cohort.said
+
+
 @pytest.mark.parametrize(
     ("reply", "sentence"),
     [
@@ -488,3 +501,94 @@ def test_init_makes_an_app_that_flower_takes_and_that_holds_nothing_of_the_serve
     assert "is there already" in capsys.readouterr().err
     assert main(["flower", "init", str(tmp_path / "My App"), "--store", "x"]) == 2
     assert "can't be an app's name" in capsys.readouterr().err
+
+
+# Flower's own processes
+
+
+@pytest.fixture
+def flower(tmp_path):
+    """Starts programs, and ends them."""
+    started = []
+
+    def start(**options):
+        started.append(Flower(tmp_path, **options))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.end()
+
+
+def test_flower_ends_with_the_bytes_of_one_process_whoever_is_killed(tmp_path, flower):
+    """A node is killed in training, the ServerApp and the SuperLink in a round; all but the last are started again."""
+    whole, app, cache = tmp_path / "whole", tmp_path / "teams", tmp_path / "cache"
+    whole.mkdir()
+    run_teams(whole)
+    assert main(["flower", "init", str(app), "--store", str(tmp_path / "packages")]) == 0
+    shutil.copy(whole / "federation.yaml", app)
+    with (app / "pyproject.toml").open("a") as file:  # its last table is the ServerApp's settings
+        file.write("stop = false\npoll = 0.2\n")
+    run, processes = app / "run", flower(trace=TRACED)
+
+    def joins(team):
+        own = whole / "run" / "clients" / team
+        data = {"data": own / "train.jsonl", "eval-data": own / "held_out.jsonl", "cache": cache}
+        processes.supernode(team, **data)
+
+    processes.superlink()
+    processes.superexec()
+    for team in TEAMS:
+        joins(team)
+    processes.run(app)
+    processes.until(lambda: list(cache.glob("clients/*/green/0001/adapter")))
+    processes.kill("green")
+    processes.until(lambda: events(run, "validated"))
+    processes.server_app().kill()
+    processes.until(lambda: processes.server_app() is None)
+    assert not events(run, "committed")
+    joins("green")
+    processes.run(app)
+    processes.until(lambda: [entry for entry in events(run, "asked") if entry["round"] == 2])
+    processes.kill("superlink")
+    processes.superlink()
+    processes.until((run / "summary.json").exists)
+    assert adapter_digests(run) == adapter_digests(whole / "run")
+    assert len(adapter_digests(run)) == 3
+    assert not [entry for entry in events(run, "validated") if not entry["accepted"]]
+    assert [entry["event"] for entry in events(run, "failed", "abandoned")] == []
+    assert len(list((cache / "packages").glob("[0-9a-f]*"))) == 1
+    if TRACED:
+        processes.end()
+        spoken_to = re.findall(
+            r"sin6?_addr=[^)]*\"([^\"]+)\"", "".join(path.read_text() for path in tmp_path.glob("*.trace"))
+        )
+        assert "127.0.0.1" in spoken_to
+        assert set(spoken_to) <= {"127.0.0.1", "::1"}
+
+
+def test_no_node_is_let_in_without_its_key_nor_connects_without_the_superlink_s(tmp_path, flower):
+    processes = flower(authenticated=True)
+    processes.superlink()
+    (tmp_path / "others").mkdir()
+    other = make_certificates(tmp_path / "others" / "tls")
+    ca = ("--root-certificates", processes.tls / "ca.pem")
+    known, unknown = make_node_key(tmp_path / "known"), make_node_key(tmp_path / "unknown")
+    refused = {
+        "wrong-ca": ("--root-certificates", other / "ca.pem", "--auth-supernode-private-key", known),
+        "no-key": ca,
+        "other-key": (*ca, "--auth-supernode-private-key", unknown),
+        "plaintext": ("--insecure",),
+    }
+    for name, words in refused.items():
+        processes.supernode(name, *words, "--max-retries", 1)
+    processes.command("supernode", "register", known.with_suffix(".pub"), "test", "--name", "known")
+    processes.supernode("known", *ca, "--auth-supernode-private-key", known)
+    said = {name: (tmp_path / f"{name}.log").read_text for name in ("known", *refused)}
+    processes.until(lambda: "SuperNode ID" in said["known"]())
+    for name in refused:
+        process = processes.processes[name]
+        processes.until(lambda process=process: process.poll() is not None)
+        assert process.returncode != 0, said[name]()
+        assert "SuperNode ID" not in said[name]()
+    assert "CERTIFICATE_VERIFY_FAILED" in said["wrong-ca"]()

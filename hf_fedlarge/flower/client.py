@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 import signal
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,14 +69,18 @@ def check_in(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train and answer with the update, or with why there is none; nothing where it was too late to begin."""
+    _report(f"begun {time.time() - message.metadata.created_at:.1f} s after the order was sent")
     return Message(_answer(_settings(context), message.content), reply_to=message)
 
 
 def _answer(settings: NodeSettings, content: RecordDict) -> RecordDict:
     """Do what an order says, in a store that lives as long as this process."""
+    began = time.monotonic()
     from hf_fedlarge.trainers.join import join  # takes seconds, which a node that is asked who it is need not wait
 
-    mailbox = Store(f"memory://{uuid.uuid4().hex}")
+    _report(f"libraries loaded in {time.monotonic() - began:.1f} s")
+    mailbox = Store("memory://flower")
+    mailbox.remove("")
     for path, raw in take_out(content, _LETTER).items():
         mailbox.write(path, raw)
     order = read_document(mailbox, ORDER, OrderDocument)

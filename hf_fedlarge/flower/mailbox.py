@@ -55,10 +55,11 @@ _LOST = {ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, Err
 
 @dataclass(frozen=True)
 class _Node:
-    """A SuperNode since it was last started."""
+    """A SuperNode since it was last started; `name` is what the SuperLink's operator registered it as, if anything."""
 
     id: int
     since: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,11 @@ class Mailbox(Store):
 
     def __init__(self, home: Path, grid: Grid, report: Report) -> None:
         super().__init__(str(home.absolute()))
+        self.url = "Flower"  # where people see what comes in
         self._grid, self._report = grid, report
         self._clients: dict[str, _Node] = {}
         self._strangers: set[_Node] = set()
         self._letters: dict[str, _Letter] = {}
-        self.remove(CHECK_INS)  # who was there for a server that was killed
 
     def names(self, path: str) -> list[str]:
         """What lies directly under `path`, after what came for it was fetched.
@@ -107,10 +108,11 @@ class Mailbox(Store):
     # Who is there
 
     def _online(self) -> set[_Node]:
-        nodes = {_Node(node.node_id, node.last_activated_at) for node in self._reach(self._grid.get_nodes)}
-        for client in [client for client, node in self._clients.items() if node not in nodes]:
-            del self._clients[client]
-            self.remove(f"{CHECK_INS}/{client}.json")
+        nodes = {_Node(node.node_id, node.last_activated_at, node.name) for node in self._reach(self._grid.get_nodes)}
+        self._clients = {client: node for client, node in self._clients.items() if node in nodes}
+        for name in super().names(CHECK_INS):  # also of whoever was there for a server that was killed
+            if name.removesuffix(".json") not in self._clients:
+                self.remove(f"{CHECK_INS}/{name}")
         return nodes
 
     def _ask_who(self, nodes: set[_Node]) -> None:
@@ -120,11 +122,13 @@ class Mailbox(Store):
             self._send(letter, RecordDict(), MessageType.QUERY)
 
     def _welcome(self, node: _Node, files: dict[str, bytes]) -> None:
-        """A node said who it is; a name is its own for as long as it is online."""
+        """A node said who it is: as it was registered, or, where it has no name there, as no other node is called."""
         if len(files) != 1:
             raise ArtifactError(f"it answered with {len(files)} check-ins; expected one.")
         [(path, raw)] = files.items()
         client = _CHECK_IN.fullmatch(path)["client"]
+        if node.name not in ("", client):
+            raise ArtifactError(f"it says that it is {client}; it is registered as {node.name!a:.200}.")
         if client in self._clients:
             raise ArtifactError(f"it says that it is {client}, as another node did; give each a name of its own.")
         self._clients[client] = node
