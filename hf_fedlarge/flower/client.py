@@ -54,8 +54,8 @@ class NodeSettings(Record):
     store: str | None = None
 
 
-class TooLateError(FedLargeError, TimeoutError):
-    """The round was closed while its update was made."""
+class TooLate(BaseException):
+    """The round was closed while its update was made; not an `Exception`, of which libraries make others."""
 
 
 @app.query()
@@ -75,10 +75,6 @@ def train(message: Message, context: Context) -> Message:
 
 def _answer(settings: NodeSettings, content: RecordDict) -> RecordDict:
     """Do what an order says, in a store that lives as long as this process."""
-    began = time.monotonic()
-    from hf_fedlarge.trainers.join import join  # takes seconds, which a node that is asked who it is need not wait
-
-    _report(f"libraries loaded in {time.monotonic() - began:.1f} s")
     mailbox = Store("memory://flower")
     mailbox.remove("")
     for path, raw in take_out(content, _LETTER).items():
@@ -87,6 +83,10 @@ def _answer(settings: NodeSettings, content: RecordDict) -> RecordDict:
     work = order.work_of(settings.client) if order else None
     if work is None or not order.is_open:
         return RecordDict()
+    began = time.monotonic()
+    from hf_fedlarge.trainers.join import join  # takes seconds, and only who trains needs it
+
+    _report(f"libraries loaded in {time.monotonic() - began:.1f} s")
     place = inbox(order.round, settings.client, order.attempt)
     # Who keeps the time is `_until`: an order that is closed would be waited on for the next one.
     write_document(mailbox, ORDER, order.model_copy(update={"closes_at": None}))
@@ -103,7 +103,8 @@ def _answer(settings: NodeSettings, content: RecordDict) -> RecordDict:
                 once=True,
                 report=_report,
             )
-    except FedLargeError as error:
+    except (FedLargeError, TooLate) as error:
+        _report(f"{error}")
         write_document(mailbox, f"{place}/{FAILED}", failure(str(error)))
     names = mailbox.names(place)
     return put_in({f"{place}/{name}": mailbox.read(f"{place}/{name}", work.update_bytes) for name in names})
@@ -111,10 +112,10 @@ def _answer(settings: NodeSettings, content: RecordDict) -> RecordDict:
 
 @contextmanager
 def _until(end: float | None) -> Iterator[None]:
-    """Within it, `TooLateError` is raised at `end`, in seconds since 1970: a node does one thing at a time."""
+    """Within it, `TooLate` is raised at `end`, in seconds since 1970: a node does one thing at a time."""
 
     def stop(*_: object) -> None:
-        raise TooLateError("The round was closed before the update was ready.")
+        raise TooLate("The round was closed before the update was ready.")
 
     if end is None:
         yield

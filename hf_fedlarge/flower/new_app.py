@@ -62,7 +62,7 @@ def write_app(directory: Path, store: str, checkpoint: str) -> None:
 
     Args:
         directory: to make, or an empty one.
-        store: the URL that packages are put to and read from.
+        store: the URL that packages are put to and read from, or a directory that all share.
         checkpoint: the model, for `federation.yaml`.
 
     Raises:
@@ -79,7 +79,7 @@ def write_app(directory: Path, store: str, checkpoint: str) -> None:
         "name": name,
         "federation": str(directory / "federation.yaml"),
         "output": str(directory / "run"),
-        "store": store,
+        "store": store if "://" in store else str(Path(store).absolute()),
     }
     quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
     files = {
