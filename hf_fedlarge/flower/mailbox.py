@@ -107,17 +107,20 @@ class Mailbox(Store):
 
     # Who is there
 
-    def _online(self) -> set[_Node]:
-        nodes = {_Node(node.node_id, node.last_activated_at, node.name) for node in self._reach(self._grid.get_nodes)}
+    def _online(self) -> list[_Node]:
+        nodes = [_Node(node.node_id, node.last_activated_at, node.name) for node in self._reach(self._grid.get_nodes)]
         self._clients = {client: node for client, node in self._clients.items() if node in nodes}
         for name in super().names(CHECK_INS):  # also of whoever was there for a server that was killed
             if name.removesuffix(".json") not in self._clients:
                 self.remove(f"{CHECK_INS}/{name}")
         return nodes
 
-    def _ask_who(self, nodes: set[_Node]) -> None:
-        asked = {letter.node for letter in self._letters.values() if letter.client is None}
-        for node in nodes - asked - self._strangers - set(self._clients.values()):
+    def _ask_who(self, nodes: list[_Node]) -> None:
+        known = {letter.node for letter in self._letters.values() if letter.client is None}
+        known |= self._strangers | set(self._clients.values())
+        for node in nodes:
+            if node in known:
+                continue
             letter = _Letter(node, time.time() + _WHO_SECONDS, _CHECK_IN, MAX_NOTE_BYTES)
             self._send(letter, RecordDict(), MessageType.QUERY)
 
