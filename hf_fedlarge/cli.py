@@ -10,8 +10,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from hf_fedlarge.errors import ConfigError, FedLargeError, os_problem
 from hf_fedlarge.options import (
     add_aggregation,
     add_evaluation,
+    add_flower,
     add_joining,
     add_keys,
     add_overwrite,
@@ -26,6 +26,7 @@ from hf_fedlarge.options import (
     add_serving,
     chosen_aggregation,
 )
+from hf_fedlarge.progress import hide_bars, progress_bar
 
 if TYPE_CHECKING:
     from hf_fedlarge.config import FederationConfig
@@ -152,6 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_serving(command("serve", _serve, "Run a federation of clients that join over a store; again, to go on."))
     add_joining(command("join", _join, "Take part in a federation that is served over a store, until it is over."))
+    add_flower(command("flower", _flower, "Federations on Flower: make a directory that `flwr run` starts one from."))
     add_keys(command("keys", _keys, "Keys that clients sign their updates with, and a server's list of them."))
 
     add_push(command("push", _push, "Publish a checkpoint, an adapter or a package on the Hub."))
@@ -174,8 +176,8 @@ def _shrink(options: argparse.Namespace) -> None:
     if options.dry_run:
         return
     with (
-        _progress("fitting", plan.layers, " layers") as fitting,
-        _progress("shrinking", plan.package_bytes) as writing,
+        progress_bar("fitting", plan.layers, " layers") as fitting,
+        progress_bar("shrinking", plan.package_bytes) as writing,
     ):
         manifest = make_package(
             plan,
@@ -240,7 +242,7 @@ def _merge(options: argparse.Namespace) -> None:
         print(plan_merge(checkpoint, options.adapter).describe())
         return
     total = sum(info.nbytes for info in CheckpointReader(checkpoint).infos.values())
-    with _progress("merging", total) as advance:
+    with progress_bar("merging", total) as advance:
         manifest = merge(checkpoint, options.adapter, options.output, overwrite=options.overwrite, progress=advance)
     print(f"{options.output}: {len(manifest.merged)} matrices merged, digest {manifest.digest[:12]}")
 
@@ -307,9 +309,16 @@ def _serve(options: argparse.Namespace) -> None:
 def _join(options: argparse.Namespace) -> None:
     from hf_fedlarge.trainers.join import join
 
-    _quietly()
+    hide_bars()
     given = {name: getattr(options, name) for name in ("eval_data", "cache", "once", "poll", "patience", "key")}
     join(options.store, options.client, options.data, report=_report, **given)
+
+
+def _flower(options: argparse.Namespace) -> None:
+    from hf_fedlarge.flower.new_app import write_app
+
+    write_app(options.directory, options.store, options.checkpoint)
+    print(f"{options.directory}: edit federation.yaml; docs/deployment.md has the commands that start it")
 
 
 def _federation(options: argparse.Namespace) -> tuple[FederationConfig, Path]:
@@ -319,22 +328,12 @@ def _federation(options: argparse.Namespace) -> tuple[FederationConfig, Path]:
 
     config = load_federation(options.federation)
     check_training(config.training)
-    _quietly()
+    hide_bars()
     return config, options.output or options.federation.parent / "run"
 
 
 def _report(line: str) -> None:
     print(line, flush=True)
-
-
-def _quietly() -> None:
-    """Of all the bars of all the clients, those of the training steps tell enough."""
-    from transformers.utils import logging
-
-    from hf_fedlarge.data import hide_progress
-
-    hide_progress()
-    logging.disable_progress_bar()
 
 
 def _print_run(summary: dict[str, Any], output: Path) -> None:
@@ -373,24 +372,6 @@ def _keys(options: argparse.Namespace) -> None:
         for client, listed in sorted(keys.read_allowed(options.list).clients.items()):
             for key in listed:
                 print(f"{client} {key.fingerprint} {key.state} since {key.since}")
-
-
-@contextmanager
-def _progress(what: str, total: int, unit: str = "B") -> Iterator[Callable[[int], None]]:
-    """A bar, shown from the first step on."""
-    from tqdm import tqdm
-
-    with ExitStack() as shown:
-        bar = None
-
-        def advance(done: int) -> None:
-            nonlocal bar
-            bar = bar or shown.enter_context(
-                tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", disable=None)
-            )
-            bar.update(done - bar.n)
-
-        yield advance
 
 
 if __name__ == "__main__":

@@ -92,6 +92,17 @@ def add_joining(parser: argparse.ArgumentParser) -> None:
     _poll(parser)
 
 
+def add_flower(parser: argparse.ArgumentParser) -> None:
+    """The subcommands of `flower`; the one chosen is `action`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    text = "Make an app: its pyproject.toml, its two modules, and a federation.yaml to edit."
+    one = actions.add_parser("init", help=text, description=text, allow_abbrev=False)
+    one.add_argument("directory", type=Path, help="to make; its name is the app's")
+    one.add_argument("--store", required=True, metavar="URL", help="where clients read packages: any fsspec URL")
+    model = "meta-llama/Llama-3.2-1B"
+    one.add_argument("--checkpoint", default=model, help=f"the full model: a directory, or a Hub id ({model})")
+
+
 def _poll(parser: argparse.ArgumentParser) -> None:
     def seconds(text: str) -> float:
         if not 0 < float(text) < float("inf"):

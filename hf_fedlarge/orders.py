@@ -16,10 +16,12 @@ import math
 import time
 from typing import Annotated, Any, Literal, TypeVar
 
+import psutil
 from pydantic import Field, ValidationError
 
 from hf_fedlarge.artifacts import Count, Digest
 from hf_fedlarge.config import ClientName, Codec, Record, first_problem
+from hf_fedlarge.data import load_examples
 from hf_fedlarge.errors import ArtifactError, ConfigError
 from hf_fedlarge.store import Store
 from hf_fedlarge.untrusted import parse_json, printable
@@ -38,6 +40,8 @@ _Batch = Annotated[int, Field(ge=1, le=4096)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 RunId = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 Reason = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,2000}$")]
+# Without fsspec's chains (`a::b`), of which other links than the first could be anything.
+StoreUrl = Annotated[str, Field(pattern=r"^(:?[^\x00-\x1f\x7f-\x9f:]){1,1000}$")]
 
 
 class TrainingOrder(Record):
@@ -78,11 +82,13 @@ class Work(Record):
     """What clients of one tier are given, and what they may send back.
 
     `package_bytes` and `adapter_bytes` are what will be downloaded at the most, `update_bytes` what will be taken.
+    `package_store` is the store that has the package, for orders that don't come through one.
     """
 
     clients: list[ClientName]
     package: Digest
     package_bytes: Count
+    package_store: StoreUrl | None = None
     adapter: Digest
     adapter_bytes: Count
     update_bytes: Count
@@ -177,13 +183,37 @@ def one_line(reason: str) -> str:
     return printable(reason)[:2000] or "no reason given"
 
 
+def describe_client(client: str, data: str) -> CheckInDocument:
+    """What a client says of itself when it checks in.
+
+    Raises:
+        ConfigError: a name that can't be a client's.
+        DataError: the examples can't be read.
+    """
+    memory = psutil.virtual_memory().total
+    try:
+        return CheckInDocument(client=client, examples=len(load_examples(data)), memory_bytes=memory)
+    except ValidationError as error:
+        raise ConfigError(f"--client or --data is wrong: {first_problem(error)}.") from error
+
+
+def failure(reason: str) -> FailureDocument:
+    """Why there is no update, shortened and made printable."""
+    return FailureDocument(reason=one_line(reason))
+
+
+def as_bytes(document: Record) -> bytes:
+    """A document as it is written."""
+    return (json.dumps(document.model_dump(mode="json", exclude_none=True), indent=1) + "\n").encode()
+
+
 def write_document(store: Store, path: str, document: Record) -> None:
     """Write a document.
 
     Raises:
         StoreError: the store can't be written.
     """
-    store.write(path, (json.dumps(document.model_dump(mode="json", exclude_none=True), indent=1) + "\n").encode())
+    store.write(path, as_bytes(document))
 
 
 def read_document(store: Store, path: str, kind: type[DocumentT]) -> DocumentT | None:

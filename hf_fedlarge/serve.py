@@ -94,12 +94,21 @@ class StoreClients:
         report: told what is wrong with a check-in or the store, and who is waited for.
         poll: seconds between two looks into the store.
         patience: seconds after which waiting for clients ends with an error.
+        packages: another store, for packages; None: they lie with the orders.
     """
 
     whole_adapters = True
 
-    def __init__(self, store: Store, report: Report, poll: float, patience: float = PATIENCE_SECONDS) -> None:
+    def __init__(
+        self,
+        store: Store,
+        report: Report,
+        poll: float,
+        patience: float = PATIENCE_SECONDS,
+        packages: Store | None = None,
+    ) -> None:
         self._store, self._report, self._poll, self._patience = store, report, poll, patience
+        self._package_store = packages or store
         self._said: set[str] = set()
         self._packages: dict[Path, str] = {}
         self._told: set[tuple[int, int, str]] = set()
@@ -236,7 +245,7 @@ class StoreClients:
             if not clients:
                 continue
             if tier.package not in self._packages:  # read and checked once
-                self._packages[tier.package] = self._store.put(tier.package)
+                self._packages[tier.package] = self._package_store.put(tier.package)
             adapter = jobs.adapter(tier, order.round)
             files = read_manifest(adapter, AdapterManifest).files
             work.append(
@@ -244,6 +253,7 @@ class StoreClients:
                     clients=clients,
                     package=self._packages[tier.package],
                     package_bytes=tier.manifest.total_bytes,
+                    package_store=None if self._package_store is self._store else self._package_store.url,
                     adapter=self._store.put(adapter, leave_out=SERVER_FILES),
                     adapter_bytes=sum(entry.size for name, entry in files.items() if name not in SERVER_FILES),
                     update_bytes=jobs.upload_bytes(clients[0], order.round),

@@ -1,8 +1,11 @@
 """A tiny federation's pieces for tests: a checkpoint, its package, clients' examples, updates made without training."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from families import make_checkpoint
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -10,15 +13,18 @@ from transformers import PreTrainedModel
 from hf_fedlarge.adapters import AdapterReader, initial_factors, peft_warnings
 from hf_fedlarge.architectures import describe
 from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, UpdateManifest, read_manifest
-from hf_fedlarge.config import Codec, LoraSettings
+from hf_fedlarge.config import Codec, LoraSettings, load_federation
 from hf_fedlarge.data import from_rows, write_jsonl
 from hf_fedlarge.keys import read_key
 from hf_fedlarge.package import package_architecture, package_config
+from hf_fedlarge.rounds import run_federation
 from hf_fedlarge.shrink import plan_shrink, shrink
 from hf_fedlarge.tensors import Factors
+from hf_fedlarge.trainers.launch import LAUNCHERS
 from hf_fedlarge.update import write_update
 from hf_fedlarge.wire import Wire
 
+TEAMS = ("blue", "green", "red")
 LORA = LoraSettings(rank=4, alpha=8.0)
 TRAINING = {
     "max_steps": 4,
@@ -106,3 +112,36 @@ def plug_in(model: PreTrainedModel, directory: Path) -> PeftModel:
     """A full model with an adapter directory plugged in, by nothing but PEFT."""
     with peft_warnings():
         return PeftModel.from_pretrained(model, directory)
+
+
+def run_teams(home: Path) -> None:
+    """A federation's file in `home`, for simulated clients and for real ones, and its run with simulated ones."""
+    make_checkpoint(home / "checkpoint", layers=2, tokenizer=True)
+    rows = [{"text": f"{TEAMS[index % 3]} {index}", "team": TEAMS[index % 3]} for index in range(18)]
+    write_jsonl(from_rows(rows), home / "data.jsonl")
+    write_jsonl(from_rows([{"text": f"{team} 100"} for team in TEAMS]), home / "public.jsonl")
+    federation = {
+        "checkpoint": str(home / "checkpoint"),
+        "data": {"source": str(home / "data.jsonl"), "split": "column", "column": "team", "held_out": 0.2},
+        "eval_data": str(home / "public.jsonl"),
+        "clients": dict.fromkeys(TEAMS, 6),
+        "keep_layers": 1.0,
+        "lora": {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]},
+        "rounds": 2,
+        "codec": "int8",
+        "training": {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "disable_tqdm": True},
+    }
+    (home / "federation.yaml").write_text(yaml.safe_dump(federation))
+    run_federation(load_federation(home / "federation.yaml"), home / "run", LAUNCHERS["inprocess"](), stop=False)
+
+
+def adapter_digests(run: Path) -> list[str]:
+    """Of the adapters that a run has, in the order of rounds."""
+    return [read_manifest(path, AdapterManifest).digest for path in sorted(run.glob("rounds/0*/adapter"))]
+
+
+def events(run: Path, *names: str) -> list[dict[str, Any]]:
+    """What a journal that is being written says so far."""
+    path = run / "journal.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [entry for entry in map(json.loads, lines) if entry["event"] in names]

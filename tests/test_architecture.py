@@ -35,6 +35,7 @@ LEVELS = [
         "hub",
         "loss",
         "products",
+        "progress",
         "rounding",
         "server_optimizer",
         "walk",
@@ -104,9 +105,32 @@ def test_imports_point_down(module):
             assert LEVEL[parts[1]] < LEVEL[module], f"{module} imports {parts[1]}"
 
 
-@pytest.mark.parametrize("module", MODULES)
+# Flower's own, above the library and beside the command line; of all others only that may import them.
+FLOWER = [{"letters", "new_app"}, {"mailbox", "client"}, {"server"}]
+
+
+def test_flower_is_known_to_its_own_modules_alone():
+    level = {module: number for number, modules in enumerate(FLOWER) for module in modules}
+    assert {path.stem for path in (LIBRARY / "flower").glob("*.py")} - {"__init__"} == set(level)
+    for module in level:
+        for name in imported(LIBRARY / "flower" / f"{module}.py"):
+            assert not name.startswith(("hf_fedlarge.cli", "hf_fedlarge.scripts"))
+            if name.startswith("hf_fedlarge.flower."):
+                assert level[name.split(".")[2]] < level[module], f"flower/{module} imports {name}"
+    outside = [*LIBRARY.glob("*.py"), *(ROOT / "trainers").glob("*.py"), *(ROOT / "scripts").rglob("*.py")]
+    for path in outside:
+        for name in imported(path):
+            assert name.split(".")[0] != "flwr", f"{path} imports flwr"
+            assert not name.startswith("hf_fedlarge.flower") or path.name == "cli.py", f"{path} imports {name}"
+
+
+FILES = {module: LIBRARY / f"{module}.py" for module in MODULES}
+FILES |= {f"flower/{path.stem}": path for path in sorted((LIBRARY / "flower").glob("*.py"))}
+
+
+@pytest.mark.parametrize("module", FILES)
 def test_each_library_has_one_importer(module):
-    roots = {name.split(".")[0] for name in imported(LIBRARY / f"{module}.py")}
+    roots = {name.split(".")[0] for name in imported(FILES[module])}
     for library, importers in ONE_IMPORTER.items():
         assert library not in roots or module in importers, f"{module} imports {library}"
 

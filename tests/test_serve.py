@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from families import make_checkpoint
-from federation import LORA, make_examples, make_federation, make_update
-from round_driver import config
+from federation import LORA, TEAMS, adapter_digests, events, make_update, run_teams
+from served import CLIENTS, Server, make_home
 from test_store import objects
 
 from hf_fedlarge.artifacts import (
@@ -33,12 +32,9 @@ from hf_fedlarge.artifacts import (
 )
 from hf_fedlarge.cli import main
 from hf_fedlarge.clients import write_check_ins
-from hf_fedlarge.collect import aggregate_updates, start_adapter
+from hf_fedlarge.collect import start_adapter
 from hf_fedlarge.config import LoraSettings, load_federation
-from hf_fedlarge.data import from_rows, write_jsonl
 from hf_fedlarge.errors import ArtifactError, ConfigError, DataError, OutputError, StoreError
-from hf_fedlarge.jobs import Jobs, Tier
-from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import allow, new_key, revoke
 from hf_fedlarge.memory import used_bytes
 from hf_fedlarge.orders import (
@@ -60,17 +56,10 @@ from hf_fedlarge.orders import (
 )
 from hf_fedlarge.plan import CheckIn
 from hf_fedlarge.retention import discard
-from hf_fedlarge.rounds import run_federation
 from hf_fedlarge.serve import StoreClients, serve_federation
 from hf_fedlarge.server import RoundServer
 from hf_fedlarge.store import Store
 from hf_fedlarge.trainers.join import join
-from hf_fedlarge.trainers.launch import LAUNCHERS
-from hf_fedlarge.update import validate_update
-
-TEAMS = ("blue", "green", "red")
-CLIENTS = ("ann", "ben", "cleo", "dan")
-
 
 # A whole federation, in processes
 
@@ -79,28 +68,8 @@ CLIENTS = ("ann", "ben", "cleo", "dan")
 def whole(tmp_path_factory):
     """A federation's file, and its run with simulated clients."""
     home = tmp_path_factory.mktemp("whole")
-    make_checkpoint(home / "checkpoint", layers=2, tokenizer=True)
-    rows = [{"text": f"{TEAMS[index % 3]} {index}", "team": TEAMS[index % 3]} for index in range(18)]
-    write_jsonl(from_rows(rows), home / "data.jsonl")
-    write_jsonl(from_rows([{"text": f"{team} 100"} for team in TEAMS]), home / "public.jsonl")
-    federation = {
-        "checkpoint": str(home / "checkpoint"),
-        "data": {"source": str(home / "data.jsonl"), "split": "column", "column": "team", "held_out": 0.2},
-        "eval_data": str(home / "public.jsonl"),
-        "clients": dict.fromkeys(TEAMS, 6),
-        "keep_layers": 1.0,
-        "lora": {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]},
-        "rounds": 2,
-        "codec": "int8",
-        "training": {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "disable_tqdm": True},
-    }
-    (home / "federation.yaml").write_text(yaml.safe_dump(federation))
-    run_federation(load_federation(home / "federation.yaml"), home / "run", LAUNCHERS["inprocess"](), stop=False)
+    run_teams(home)
     return home
-
-
-def digests(run):
-    return [read_manifest(path, AdapterManifest).digest for path in sorted(run.glob("rounds/0*/adapter"))]
 
 
 def command(words, log):
@@ -149,13 +118,6 @@ def until(true, processes, seconds=240):
         time.sleep(0.05)
 
 
-def events(run, *names):
-    """What a journal that is being written says so far."""
-    path = run / "journal.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [entry for entry in map(json.loads, lines) if entry["event"] in names]
-
-
 def test_processes_that_share_a_directory_end_with_the_bytes_of_one_process_whoever_is_killed(
     whole, tmp_path, processes
 ):
@@ -189,8 +151,8 @@ def test_processes_that_share_a_directory_end_with_the_bytes_of_one_process_whoe
     for process in (server, blue, green, red):
         process.join(240)
         assert process.exitcode == 0, processes.logs()
-    assert digests(run) == digests(whole / "run")
-    assert len(digests(run)) == 3
+    assert adapter_digests(run) == adapter_digests(whole / "run")
+    assert len(adapter_digests(run)) == 3
     assert not [entry for entry in events(run, "validated") if not entry["accepted"]]
     assert len(list((cache / "packages").glob("[0-9a-f]*"))) == 1
     assert {path.name for path in store.iterdir()} == {
@@ -201,7 +163,7 @@ def test_processes_that_share_a_directory_end_with_the_bytes_of_one_process_whoe
         log = (tmp_path / f"{team}.log").read_text()
         assert [log.count(f"round {number}: the update counts") for number in (1, 2)] == [1, 1], log
     over = read_document(Store(str(store)), ORDER, OrderDocument)
-    assert (over.state, over.adapter) == ("over", digests(run)[-1])
+    assert (over.state, over.adapter) == ("over", adapter_digests(run)[-1])
 
 
 def test_serving_needs_public_examples_and_a_store_of_its_own(whole, tmp_path, capsys):
@@ -230,62 +192,13 @@ def test_serving_needs_public_examples_and_a_store_of_its_own(whole, tmp_path, c
 def home(tmp_path_factory):
     """A package, the adapter to start from, and the updates of four clients."""
     path = tmp_path_factory.mktemp("serve")
-    make_federation(path)
-    start_adapter(path / "package", path / "start", LORA, seed=0)
-    make_examples(path / "data.jsonl")
-    for number, client in enumerate(CLIENTS):
-        make_update(path / client, path / "package", client, seed=number, adapter=path / "start")
+    make_home(path)
     return path
 
 
 def reseal(package):
     manifest = read_manifest(package, PackageManifest)
     write_manifest(package, manifest.model_copy(update={"files": describe_files(package)}))
-
-
-class Server:
-    """The server's side of rounds over a store, without a checkpoint to evaluate."""
-
-    def __init__(self, home, run, store, **changes):
-        self.home, self.store, self.said = home, store, []
-        shutil.copytree(home / "start", run / "rounds" / "0000" / "adapter", dirs_exist_ok=True)
-        changes = {"eval_data": str(home / "data.jsonl"), "clients": dict.fromkeys(CLIENTS, 10)} | changes
-        self.config = config(**{"cohort": None, "min_updates": 1} | changes)
-        self.run, self.journal = run, Journal(run / "journal.jsonl")
-        self.clients = StoreClients(store, self.said.append, poll=0.02)
-        self.clients.prepare(self.config, run, lambda: None)
-        size = read_manifest(home / "package", PackageManifest).total_bytes
-        self.jobs = Jobs(self.config, run, self.adapter, [Tier("", home / "package", LORA, size)])
-
-    def adapter(self, number):
-        return self.run / "rounds" / f"{number:04d}" / "adapter"
-
-    def validate(self, number, client, update):
-        return validate_update(update, self.jobs.expected(client, number))
-
-    def open(self, number=1):
-        self.round = RoundServer(self.run / "rounds", number, self.journal, self.config, self.validate)
-        if not (self.run / "check_ins.json").exists():
-            write_check_ins(self.run, [CheckIn(client, 10) for client in CLIENTS])
-        self.order = self.round.open(list(self.jobs.check_ins.values()))
-        return self.order
-
-    def ask(self):
-        """Until nobody is waited for."""
-        asked = lambda client: self.round.asked(client, 1)  # noqa: E731
-        for client, problem in self.clients.answers(self.jobs, self.round, self.order, asked):
-            if problem is None:
-                self.round.receive(self.order, client, self.round.work / client)
-            else:
-                self.round.fail(self.order, client, problem)
-
-    def close(self):
-        def aggregate(updates, late, adapter):
-            settings = {"round_number": self.order.round, "older": [self.adapter(n - 1) for n in set(late.values())]}
-            previous = self.adapter(self.order.round - 1)
-            aggregate_updates([*updates, *late], self.home / "package", adapter, previous=previous, **settings)
-
-        return self.round.close(self.order, aggregate, lambda _: {}, lambda *_: {})
 
 
 @pytest.fixture

@@ -24,9 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 from filelock import FileLock, Timeout
-from pydantic import ValidationError
 
 from hf_fedlarge.artifacts import (
     MANIFEST_NAME,
@@ -38,9 +36,8 @@ from hf_fedlarge.artifacts import (
     write_json,
     writing,
 )
-from hf_fedlarge.config import first_problem
 from hf_fedlarge.data import load_examples
-from hf_fedlarge.errors import ArtifactError, ConfigError, FedLargeError, OutputError, StoreError
+from hf_fedlarge.errors import ArtifactError, FedLargeError, OutputError, StoreError
 from hf_fedlarge.jobs import ClientJob, Train, training_of
 from hf_fedlarge.keys import read_key
 from hf_fedlarge.orders import (
@@ -49,12 +46,12 @@ from hf_fedlarge.orders import (
     ORDER,
     PATIENCE_SECONDS,
     CheckInDocument,
-    FailureDocument,
     OrderDocument,
     VerdictDocument,
     Work,
+    describe_client,
+    failure,
     inbox,
-    one_line,
     read_document,
     verdict,
     write_document,
@@ -81,6 +78,7 @@ def join(
     report: Callable[[str], None] = logger.info,
     train: Train | None = None,
     key: Path | None = None,
+    packages: str | None = None,
 ) -> None:
     """Take part in a federation until it is over. A client that was killed goes on when it is started again.
 
@@ -96,6 +94,7 @@ def join(
         report: told of each step in a line.
         train: trains and writes the update; None: in this process.
         key: the file of its private key, which signs its updates; None: they are not signed.
+        packages: the URL of another store that has the packages; None: they lie with the orders.
 
     Raises:
         ConfigError: a name that can't be a client's.
@@ -104,21 +103,16 @@ def join(
         OutputError: another process of this client is at work, or `cache` can't be written.
         StoreError: there was no new order for as long as `patience`.
     """
-    try:
-        check_in = CheckInDocument(
-            client=client, examples=len(load_examples(data)), memory_bytes=psutil.virtual_memory().total
-        )
-    except ValidationError as error:
-        raise ConfigError(f"--client or --data is wrong: {first_problem(error)}.") from error
+    check_in = describe_client(client, data)
     if eval_data is not None:
         load_examples(eval_data)
     if key is not None:
         read_key(key)
     store, cache = Store(url), (cache or DEFAULT_CACHE).expanduser()
+    package_store = Store(packages) if packages else store
     with _alone(cache / "clients", client):
-        _Member(store, check_in, data, eval_data, cache, report, train or in_process(), key).take_part(
-            once, poll, patience
-        )
+        member = _Member(store, package_store, check_in, data, eval_data, cache, report, train or in_process(), key)
+        member.take_part(once, poll, patience)
 
 
 @contextmanager
@@ -145,6 +139,7 @@ class _Member:
     def __init__(
         self,
         store: Store,
+        package_store: Store,
         check_in: CheckInDocument,
         data: str,
         eval_data: str | None,
@@ -153,7 +148,7 @@ class _Member:
         train: Train,
         key: Path | None,
     ) -> None:
-        self._key = key
+        self._key, self._package_store = key, package_store
         self._store, self._check_in, self._client = store, check_in, check_in.client
         self._data, self._eval_data, self._cache, self._report, self._train = data, eval_data, cache, report, train
         self._answered: tuple[str, int, int] | None = None
@@ -201,7 +196,7 @@ class _Member:
             raise
         except FedLargeError as error:
             self._report(f"round {order.round}: no update: {error}")
-            write_document(self._store, f"{place}/{FAILED}", FailureDocument(reason=one_line(str(error))))
+            write_document(self._store, f"{place}/{FAILED}", failure(str(error)))
             return
         self._report(f"round {order.round}: {outcome(update)}")
         if order.late == "refuse" and not self._is_in_time(order):
@@ -237,7 +232,7 @@ class _Member:
         package, adapter = self._cache / "packages" / work.package, update.with_name("adapter")
         if not package.exists():
             self._report(f"fetching a package of {work.package_bytes / 1e6:.1f} MB")
-        self._store.get(work.package, package, PackageManifest, most_bytes=work.package_bytes)
+        self._package_store.get(work.package, package, PackageManifest, most_bytes=work.package_bytes)
         bounds = {"most_bytes": work.adapter_bytes, "leave_out": SERVER_FILES}
         self._store.get(work.adapter, adapter, AdapterManifest, **bounds)
         if update.exists() and read_manifest(update, UpdateManifest).adapter != work.adapter:

@@ -1,0 +1,138 @@
+"""The ClientApp: does what `trainers/join.py` does, for the one order that a message brings.
+
+    flower-supernode … --node-config 'client="lab-3" data="mine.jsonl"'
+
+The node's configuration is the client's own; nothing in it comes from the server. Flower starts a process for every
+message, so a package is loaded anew for every round (docs/deployment.md has what that costs). What has to outlive it is
+in the cache: the package, the training in progress, the finished update.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from hf_fedlarge.config import ClientName, Record, checked
+from hf_fedlarge.errors import FedLargeError
+from hf_fedlarge.flower.letters import put_in, take_out
+from hf_fedlarge.orders import (
+    CHECK_INS,
+    FAILED,
+    ORDER,
+    OrderDocument,
+    as_bytes,
+    describe_client,
+    failure,
+    inbox,
+    read_document,
+    write_document,
+)
+from hf_fedlarge.store import Store
+
+app = ClientApp()
+_LETTER = re.compile(rf"{re.escape(ORDER)}|artifacts/[0-9a-f]{{64}}\.json|objects/[0-9a-f]{{2}}/[0-9a-f]{{64}}")
+
+
+class NodeSettings(Record):
+    """What `--node-config` holds, with `-` for `_`: as the options of `hf-fedlarge join`.
+
+    `store` is where this client reads packages, instead of at the URL that the server gives.
+    """
+
+    client: ClientName
+    data: str
+    eval_data: str | None = None
+    cache: str | None = None
+    key: str | None = None
+    store: str | None = None
+
+
+class TooLate(BaseException):
+    """The round was closed while its update was made; not an `Exception`, of which libraries make others."""
+
+
+@app.query()
+def check_in(message: Message, context: Context) -> Message:
+    """Say who this is, with how many examples and how much memory."""
+    settings = _settings(context)
+    said = describe_client(settings.client, settings.data)
+    return Message(put_in({f"{CHECK_INS}/{settings.client}.json": as_bytes(said)}), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train and answer with the update, or with why there is none; nothing where it was too late to begin."""
+    _report(f"begun {time.time() - message.metadata.created_at:.1f} s after the order was sent")
+    return Message(_answer(_settings(context), message.content), reply_to=message)
+
+
+def _answer(settings: NodeSettings, content: RecordDict) -> RecordDict:
+    """Do what an order says, in a store that lives as long as this process."""
+    mailbox = Store("memory://flower")
+    mailbox.remove("")
+    for path, raw in take_out(content, _LETTER).items():
+        mailbox.write(path, raw)
+    order = read_document(mailbox, ORDER, OrderDocument)
+    work = order.work_of(settings.client) if order else None
+    if work is None or not order.is_open:
+        return RecordDict()
+    began = time.monotonic()
+    from hf_fedlarge.trainers.join import join  # takes seconds, and only who trains needs it
+
+    _report(f"libraries loaded in {time.monotonic() - began:.1f} s")
+    place = inbox(order.round, settings.client, order.attempt)
+    # Who keeps the time is `_until`: an order that is closed would be waited on for the next one.
+    write_document(mailbox, ORDER, order.model_copy(update={"closes_at": None}))
+    try:
+        with _until(order.closes_at if order.late == "refuse" else None):
+            join(
+                mailbox.url,
+                settings.client,
+                settings.data,
+                eval_data=settings.eval_data,
+                cache=Path(settings.cache) if settings.cache else None,
+                key=Path(settings.key) if settings.key else None,
+                packages=settings.store or work.package_store,
+                once=True,
+                report=_report,
+            )
+    except (FedLargeError, TooLate) as error:
+        _report(f"{error}")
+        write_document(mailbox, f"{place}/{FAILED}", failure(str(error)))
+    names = mailbox.names(place)
+    return put_in({f"{place}/{name}": mailbox.read(f"{place}/{name}", work.update_bytes) for name in names})
+
+
+@contextmanager
+def _until(end: float | None) -> Iterator[None]:
+    """Within it, `TooLate` is raised at `end`, in seconds since 1970: a node does one thing at a time."""
+
+    def stop(*_: object) -> None:
+        raise TooLate("The round was closed before the update was ready.")
+
+    if end is None:
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(end - time.time(), 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _settings(context: Context) -> NodeSettings:
+    values = {name.replace("-", "_"): value for name, value in context.node_config.items()}
+    return checked(NodeSettings, values, "--node-config")
+
+
+def _report(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,233 @@
+"""The server's store, whose files Flower carries: what `StoreClients` writes goes to the clients, and answers come in.
+
+    order.json, artifacts/, objects/    sent to each client that the order asks, with nobody else's name in it
+    check_ins/NAME.json                 what a node answered when it was asked who it is
+    inbox/0001/NAME/1/                  what the message for this client, round and attempt was answered with
+
+A message is sent again where the node that had it is gone and the client is there again, be it as another node; what a
+client has finished it sends without training again. An answer belongs to the message that it answers (`reply_to`),
+whatever it says, and is taken only for the place that the message was about: late ones, foreign ones and second ones
+have no message that is waited for. The answers themselves are believed as little as those of any store.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from flwr.app import Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+
+from hf_fedlarge.artifacts import MANIFEST_NAME, SERVER_FILES, AdapterManifest
+from hf_fedlarge.errors import ArtifactError, StoreError
+from hf_fedlarge.flower.letters import put_in, take_out
+from hf_fedlarge.orders import (
+    CHECK_INS,
+    FAILED,
+    INBOX,
+    MAX_NOTE_BYTES,
+    ORDER,
+    OrderDocument,
+    as_bytes,
+    failure,
+    inbox,
+    read_document,
+    write_document,
+)
+from hf_fedlarge.rounds import Report
+from hf_fedlarge.store import Store, artifact_path, object_path
+
+# How long after a round's end its messages live: for clients to say that they are late, and be free for the next one.
+GRACE_SECONDS = 60.0
+_LONG = 30 * 86400.0  # where there is no deadline, or late updates are kept
+_WHO_SECONDS = 300.0
+_CHECK_IN = re.compile(rf"{CHECK_INS}/(?P<client>[A-Za-z0-9][A-Za-z0-9._-]{{0,127}})\.json")
+_FILE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}"
+# The message or its node is gone: nothing that the client did or said.
+_LOST = {ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE}
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A SuperNode since it was last started; `name` is what the SuperLink's operator registered it as, if anything."""
+
+    id: int
+    since: str
+    name: str
+
+
+@dataclass(frozen=True)
+class _Letter:
+    """A message that is not answered yet; without a client it asks the node who it is."""
+
+    node: _Node
+    expires: float
+    allowed: re.Pattern[str]
+    most_bytes: int
+    client: str | None = None
+    place: str = ""
+
+
+class Mailbox(Store):
+    """A store in a directory of the server's own; looking into it has Flower's messages sent and fetched.
+
+    Args:
+        home: the directory.
+        grid: Flower's.
+        report: told who answered what can't be taken, and which messages were lost.
+    """
+
+    def __init__(self, home: Path, grid: Grid, report: Report) -> None:
+        super().__init__(str(home.absolute()))
+        self.url = "Flower"  # where people see what comes in
+        self._grid, self._report = grid, report
+        self._clients: dict[str, _Node] = {}
+        self._strangers: set[_Node] = set()
+        self._letters: dict[str, _Letter] = {}
+
+    def names(self, path: str) -> list[str]:
+        """What lies directly under `path`, after what came for it was fetched.
+
+        Raises:
+            StoreError: the SuperLink can't be reached, or the directory can't be read.
+        """
+        if path == CHECK_INS or path.startswith(f"{INBOX}/"):
+            nodes = self._online()
+            self._collect()
+            self._ask_who(nodes)
+            if path != CHECK_INS:
+                self._send_order(path)
+        return super().names(path)
+
+    # Who is there
+
+    def _online(self) -> list[_Node]:
+        nodes = [_Node(node.node_id, node.last_activated_at, node.name) for node in self._reach(self._grid.get_nodes)]
+        self._clients = {client: node for client, node in self._clients.items() if node in nodes}
+        for name in super().names(CHECK_INS):  # also of whoever was there for a server that was killed
+            if name.removesuffix(".json") not in self._clients:
+                self.remove(f"{CHECK_INS}/{name}")
+        return nodes
+
+    def _ask_who(self, nodes: list[_Node]) -> None:
+        known = {letter.node for letter in self._letters.values() if letter.client is None}
+        known |= self._strangers | set(self._clients.values())
+        for node in nodes:
+            if node in known:
+                continue
+            letter = _Letter(node, time.time() + _WHO_SECONDS, _CHECK_IN, MAX_NOTE_BYTES)
+            self._send(letter, RecordDict(), MessageType.QUERY)
+
+    def _welcome(self, node: _Node, files: dict[str, bytes]) -> None:
+        """A node said who it is: as it was registered, or, where it has no name there, as no other node is called."""
+        if len(files) != 1:
+            raise ArtifactError(f"it answered with {len(files)} check-ins; expected one.")
+        [(path, raw)] = files.items()
+        client = _CHECK_IN.fullmatch(path)["client"]
+        if node.name not in ("", client):
+            raise ArtifactError(f"it says that it is {client}; it is registered as {node.name!a:.200}.")
+        if client in self._clients:
+            raise ArtifactError(f"it says that it is {client}, as another node did; give each a name of its own.")
+        self._clients[client] = node
+        self.write(path, raw)
+
+    # What is sent
+
+    def _send_order(self, path: str) -> None:
+        """Send the order that is open, if it is for the round at `path`, to whom it asks and didn't send it to."""
+        order = read_document(self, ORDER, OrderDocument)
+        if order is None or not order.is_open or path != inbox(order.round):
+            return
+        places = {client: inbox(order.round, client, order.attempt) for work in order.work for client in work.clients}
+        if order.late == "refuse":
+            wanted = {"", *places.values()}
+            self._letters = {id: letter for id, letter in self._letters.items() if letter.place in wanted}
+        sent = {(letter.place, letter.node) for letter in self._letters.values()}
+        for work in order.work:
+            files = None
+            for client in work.clients:
+                node, place = self._clients.get(client), places[client]
+                if node is None or (place, node) in sent or super().names(place):
+                    continue
+                files = files or self._adapter(work.adapter)
+                own = order.model_copy(update={"work": [work.model_copy(update={"clients": [client]})]})
+                if order.late == "buffer" or order.closes_at is None:
+                    expires = time.time() + _LONG
+                else:
+                    expires = order.closes_at + GRACE_SECONDS
+                allowed = re.compile(f"{re.escape(place)}/{_FILE}")
+                letter = _Letter(node, expires, allowed, work.update_bytes, client, place)
+                self._send(letter, put_in({ORDER: as_bytes(own)} | files), MessageType.TRAIN, str(order.round))
+
+    def _adapter(self, digest: str) -> dict[str, bytes]:
+        """An adapter's files as a client's store has to have them, without those that only the server needs."""
+        raw = self.read(artifact_path(digest), AdapterManifest.max_bytes)
+        files = AdapterManifest.model_validate_json(raw).files
+        entries = {object_path(entry.sha256): entry.size for name, entry in files.items() if name not in SERVER_FILES}
+        return {artifact_path(digest): raw} | {path: self.read(path, size) for path, size in entries.items()}
+
+    def _send(self, letter: _Letter, content: RecordDict, kind: str, group: str = "") -> None:
+        ttl = letter.expires - time.time()
+        message = Message(content, letter.node.id, kind, ttl=ttl, group_id=group)
+        for id in self._reach(self._grid.push_messages, [message]):
+            if id:  # else the node has gone since
+                self._letters[id] = letter
+
+    # What comes
+
+    def _collect(self) -> None:
+        """Fetch the answers that are there, one at a time: one that can't be read spoils no other."""
+        for id, letter in list(self._letters.items()):
+            try:
+                reply = self._reply_to(id)
+                if reply is not None:
+                    del self._letters[id]
+                    self._take(letter, reply)
+                elif time.time() > letter.expires:
+                    del self._letters[id]
+            except ArtifactError as error:
+                self._letters.pop(id, None)
+                self._refuse(letter, str(error))
+
+    def _reply_to(self, id: str) -> Message | None:
+        try:
+            replies = list(self._reach(self._grid.pull_messages, [id]))
+        except StoreError:
+            raise
+        except Exception as error:  # whatever Flower's parsers say of bytes that somebody else made
+            raise ArtifactError(f"its message can't be read ({type(error).__name__}: {error!s:.200}).") from error
+        return next((reply for reply in replies if reply.metadata.reply_to_message_id == id), None)
+
+    def _take(self, letter: _Letter, reply: Message) -> None:
+        if reply.has_error():
+            if reply.error.code not in _LOST:
+                raise ArtifactError(f"its app failed: {reply.error.reason!s:.1000}")
+            self._report(f"  no answer from {letter.client or letter.node.id}: {reply.error.reason!s:.200}")
+            return
+        files = take_out(reply.content, letter.allowed, letter.most_bytes)
+        if letter.client is None:
+            self._welcome(letter.node, files)
+        elif not files:
+            self._report(f"  {letter.client} had no time left for {letter.place}")
+        for path in sorted(files, key=lambda path: path.endswith(f"/{MANIFEST_NAME}")):  # the manifest last
+            self.write(path, files[path])
+
+    def _refuse(self, letter: _Letter, reason: str) -> None:
+        if letter.client is None:
+            self._strangers.add(letter.node)
+            self._report(f"node {letter.node.id} can't take part: {reason}")
+            return
+        write_document(self, f"{letter.place}/{FAILED}", failure(reason))
+
+    def _reach(self, method: Callable[..., Iterable[Any]], *arguments: Any) -> Iterable[Any]:
+        """What the grid gives; a SuperLink that can't be reached just now is what a store that can't be is."""
+        try:
+            return method(*arguments)
+        except httpx.TransportError as error:
+            raise StoreError(f"The SuperLink can't be reached ({error}).") from error

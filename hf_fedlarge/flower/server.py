@@ -1,0 +1,81 @@
+"""The ServerApp: a federation's rounds, whose clients Flower reaches.
+
+    [tool.flwr.app.components]
+    serverapp = "…:app", in a module that says `from hf_fedlarge.flower.server import app`
+
+    [tool.flwr.app.config]
+    federation = "/srv/federation/federation.yaml"    with eval_data, and clients where not whoever joins may take part
+    output = "/srv/federation/run"                    the run directory, which is all of the federation's state
+    store = "s3://bucket/packages"                    any fsspec URL that clients can read packages from
+
+A run that was stopped or killed goes on with another `flwr run`: Flower's own state of a run is not needed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from pydantic import Field
+
+from hf_fedlarge.config import FederationConfig, Record, checked, load_federation
+from hf_fedlarge.flower.mailbox import Mailbox
+from hf_fedlarge.rounds import Report, drive
+from hf_fedlarge.serve import StoreClients
+from hf_fedlarge.store import Store
+
+app = ServerApp()
+
+
+class ServerSettings(Record):
+    """What `[tool.flwr.app.config]` holds; `poll` is the seconds between two looks for messages."""
+
+    federation: str
+    output: str
+    store: str
+    stop: bool = True
+    poll: Annotated[float, Field(gt=0)] = 1.0
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation, or go on with it."""
+    from hf_fedlarge.tables import print_summary
+    from hf_fedlarge.trainers.launch import check_training
+
+    settings = checked(ServerSettings, dict(context.run_config), "[tool.flwr.app.config]")
+    config, run = load_federation(Path(settings.federation)), Path(settings.output)
+    check_training(config.training)
+    how = {"stop": settings.stop, "poll": settings.poll}
+    print_summary(serve_over_flower(config, run, settings.store, grid, _report, **how))
+
+
+def serve_over_flower(
+    config: FederationConfig, run: Path, url: str, grid: Grid, report: Report, *, stop: bool = True, poll: float = 1.0
+) -> dict[str, Any]:
+    """Run a federation of clients that Flower reaches, or go on with one that was interrupted.
+
+    Args:
+        config: the federation; `eval_data` is what it is evaluated on, and `clients`, if given, who may join.
+        run: the server's own directory, as `run_federation` makes it.
+        url: of the store that packages are put into, for clients to read.
+        grid: Flower's.
+        report: told of each step in a line.
+        stop: end with an error where two rounds in a row made the full model worse than the base.
+        poll: seconds between two looks for messages.
+
+    Returns:
+        The summary, as `summary.json` has it.
+
+    Raises:
+        FedLargeError: as `run_federation`.
+    """
+    packages = Store(url)
+    mailbox = Mailbox(run / "mailbox", grid, report)
+    return drive(config, run, StoreClients(mailbox, report, poll, packages=packages), report, stop=stop)
+
+
+def _report(line: str) -> None:
+    print(line, flush=True)

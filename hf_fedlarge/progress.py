@@ -1,0 +1,34 @@
+"""Bars of progress: the command line's own, and those of libraries that it hides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+
+@contextmanager
+def progress_bar(what: str, total: int, unit: str = "B") -> Iterator[Callable[[int], None]]:
+    """A bar, shown from the first step on; what it yields is called with how much is done."""
+    from tqdm import tqdm
+
+    with ExitStack() as shown:
+        bar = None
+
+        def advance(done: int) -> None:
+            nonlocal bar
+            bar = bar or shown.enter_context(
+                tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", disable=None)
+            )
+            bar.update(done - bar.n)
+
+        yield advance
+
+
+def hide_bars() -> None:
+    """Of all the bars of all the clients, those of the training steps tell enough."""
+    from transformers.utils import logging
+
+    from hf_fedlarge.data import hide_progress
+
+    hide_progress()
+    logging.disable_progress_bar()

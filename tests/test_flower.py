@@ -1,0 +1,600 @@
+"""A federation on Flower: the bytes of any other, whoever is killed, and whatever is answered."""
+
+import io
+import json
+import math
+import re
+import shutil
+import signal
+import time
+import warnings
+import zipfile
+
+import pytest
+
+pytest.importorskip("flwr", reason="flwr is not installed: pip install 'hf-fedlarge[flower]'")
+
+import httpx
+import torch
+from federation import LORA, TEAMS, adapter_digests, events, make_update, run_teams
+from flower_processes import Flower, make_certificates, make_node_key
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.cli.build import build_fab_from_disk
+from flwr.common.constant import ErrorCode
+from grid_double import GridDouble, Node
+from served import CLIENTS, Server, make_home
+
+from hf_fedlarge.artifacts import (
+    MANIFEST_NAME,
+    SERVER_FILES,
+    AdapterManifest,
+    PackageManifest,
+    UpdateManifest,
+    describe_files,
+    read_manifest,
+    write_manifest,
+)
+from hf_fedlarge.cli import main
+from hf_fedlarge.clients import write_check_ins
+from hf_fedlarge.config import load_federation
+from hf_fedlarge.flower import client as client_app
+from hf_fedlarge.flower.letters import put_in
+from hf_fedlarge.flower.mailbox import GRACE_SECONDS, Mailbox
+from hf_fedlarge.keys import allow, new_key
+from hf_fedlarge.orders import ORDER, OrderDocument, as_bytes, inbox
+from hf_fedlarge.plan import CheckIn
+from hf_fedlarge.store import Store
+
+TRACED = shutil.which("strace") is not None
+
+# The server's and the client's side, with a grid that is none
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A package, the adapter to start from, and the updates of four clients."""
+    path = tmp_path_factory.mktemp("flower")
+    make_home(path)
+    return path
+
+
+class Cohort:
+    """Nodes with the real ClientApp, which send updates that were made beforehand, and a server that reaches them."""
+
+    def __init__(self, home, path, monkeypatch):
+        self.home, self.path, self.trained, self.said = home, path, [], []
+        self.nodes = {name: Node(number, self.answering(name)) for number, name in enumerate(CLIENTS, 11)}
+        self.grid = GridDouble(*self.nodes.values())
+        self.made = {name: home / name for name in CLIENTS}
+        monkeypatch.setattr("hf_fedlarge.trainers.join.in_process", lambda: self.train)
+
+    def train(self, job):
+        self.trained.append(job)
+        shutil.copytree(self.made[job.client], job.output)
+
+    def answering(self, name, **settings):
+        values = {"client": name, "data": str(self.home / "data.jsonl"), "cache": str(self.path / f"cache-{name}")}
+        context = Context(1, 2, values | settings, RecordDict(), {})
+        return lambda message: client_app.app(message, context)
+
+    def serve(self, **changes):
+        self.mailbox = Mailbox(self.path / "run" / "mailbox", self.grid, self.said.append)
+        packages = Store(str(self.path / "packages"))
+        return Server(self.home, self.path / "run", self.mailbox, self.said, packages, **changes)
+
+
+@pytest.fixture
+def cohort(home, tmp_path, monkeypatch):
+    return Cohort(home, tmp_path, monkeypatch)
+
+
+def trains(node):
+    return [message for message in node.seen if message.metadata.message_type == "train"]
+
+
+def accepted(server):
+    return sorted(server.round.accepted)
+
+
+def test_a_round_has_the_bytes_that_a_store_would_give(home, tmp_path, cohort):
+    server = cohort.serve(deadline_seconds=60, training={"max_steps": 3})
+    server.open()
+    server.ask()
+    server.close()
+    store = Store(str(tmp_path / "store"))
+    other = Server(home, tmp_path / "other", store)
+    other.open()
+    for name in CLIENTS:
+        store.send(home / name, inbox(1, name, 1))
+    other.ask()
+    other.close()
+    assert (
+        read_manifest(server.adapter(1), AdapterManifest).digest
+        == read_manifest(other.adapter(1), AdapterManifest).digest
+    )
+    assert accepted(server) == list(CLIENTS)
+    assert {job.client: job.training["max_steps"] for job in cohort.trained} == dict.fromkeys(CLIENTS, 3)
+
+
+def test_a_message_has_the_order_and_the_adapter_and_neither_the_package_nor_other_names(home, cohort):
+    server = cohort.serve(deadline_seconds=60)
+    server.open()
+    server.ask()
+    [message] = trains(cohort.nodes["ben"])
+    files = {path: array.data for path, array in message.content["files"].items()}
+    order = OrderDocument.model_validate_json(files.pop(ORDER))
+    [work] = order.work
+    assert work.clients == ["ben"]
+    assert work.package_store == str(cohort.path / "packages")
+    package = read_manifest(home / "package", PackageManifest)
+    assert (work.package, work.package_bytes) == (package.digest, package.total_bytes)
+    adapter = read_manifest(home / "start", AdapterManifest)
+    needed = {entry.sha256 for name, entry in adapter.files.items() if name not in SERVER_FILES}
+    assert {path.rpartition("/")[2] for path in files} == {f"{adapter.digest}.json"} | needed
+    assert 0 < order.closes_at - time.time() < 60
+    assert message.metadata.group_id == "1"
+    assert math.isclose(message.metadata.created_at + message.metadata.ttl, order.closes_at + GRACE_SECONDS, abs_tol=1)
+    assert {path.name for path in (cohort.path / "cache-ben" / "packages").glob("[0-9a-f]*")} == {package.digest}
+
+
+def with_files(change):
+    """A reply like the real one, of which `change` was made to the files by name."""
+
+    def hostile(reply, message, home):
+        files = {path: array.data for path, array in reply.content["files"].items()}
+        [place] = {path.rpartition("/")[0] for path in files}
+        changed = change({path.rpartition("/")[2]: raw for path, raw in files.items()}, home)
+        return Message(
+            put_in({name if "/" in name else f"{place}/{name}": raw for name, raw in changed.items()}), reply_to=message
+        )
+
+    return hostile
+
+
+def with_update(**changes):
+    """A reply with an update that was made with these arguments of `make_update`."""
+
+    def change(_, home):
+        output = home / "hostile"
+        shutil.rmtree(output, ignore_errors=True)
+        make_update(output, home / "package", "ben", **{"seed": 1, "adapter": home / "start"} | changes)
+        return {path.name: path.read_bytes() for path in output.iterdir()}
+
+    return with_files(change)
+
+
+def of_nan(files, home):
+    name = "adapter_model.safetensors"
+    content = bytearray(files[name])
+    content[-4:] = b"\xff\xff\xff\x7f"
+    output = home / "hostile"
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir()
+    for other, raw in files.items():
+        (output / other).write_bytes(bytes(content) if other == name else raw)
+    manifest = read_manifest(output, UpdateManifest)
+    write_manifest(output, manifest.model_copy(update={"files": describe_files(output)}))
+    return {path.name: path.read_bytes() for path in output.iterdir()}
+
+
+def raw_reply(content):
+    return lambda reply, message, home: Message(content, reply_to=message)
+
+
+def manifest_of(**changes):
+    def change(files, home):
+        said = json.loads(files[MANIFEST_NAME]) | changes
+        return files | {MANIFEST_NAME: json.dumps(said).encode()}
+
+    return with_files(change)
+
+
+HOSTILE = {
+    "NaN": (with_files(of_nan), "holds NaN or infinity"),
+    "negative weight": (manifest_of(examples=-1), "is refused: .*examples"),
+    "huge weight": (manifest_of(tokens=10**30), "is refused: .*tokens"),
+    "more weight than it can have": (with_update(examples=10**6), "claims 1000000 examples"),
+    "another round": (with_update(round_number=7), "it is for round 7; expected round 1"),
+    "other shapes": (with_update(lora=LORA.model_copy(update={"rank": 3})), "its LoRA settings are"),
+    "garbage": (with_files(lambda files, _: dict.fromkeys(files, b"\x00\xff" * 50)), "is not JSON"),
+    "another file's bytes": (
+        with_files(
+            lambda files, _: files | {"adapter_model.safetensors": files["adapter_model.safetensors"][:-1] + b"x"}
+        ),
+        "it was discarded",
+    ),
+    "huge": (with_files(lambda files, _: files | {"more": bytes(10**7)}), "has 10[0-9]{6} bytes of files; expected"),
+    "many": (with_files(lambda files, _: {f"f{number}": b"x" for number in range(99)}), "something else than up to 16"),
+    "somebody else's place": (
+        with_files(lambda files, _: {f"inbox/0001/ann/1/{name}": raw for name, raw in files.items()}),
+        "which nobody asked for",
+    ),
+    "a way out": (with_files(lambda files, _: {"../../../x": b"x"}), "which nobody asked for"),
+    "other records": (
+        raw_reply(RecordDict({"metrics": ConfigRecord({"weight": 1e30})})),
+        "something else than up to 16",
+    ),
+    "arrays": (
+        raw_reply(RecordDict({"files": ArrayRecord({"w": Array(torch.full((2,), math.nan).numpy())})})),
+        "which nobody",
+    ),
+    "an error": (
+        lambda reply, message, home: Message(
+            Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "\x1b[2J no"), reply_to=message
+        ),
+        "its app failed:  .2J no",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_what_is_hostile_is_refused_by_name_and_the_others_count(home, cohort, kind):
+    hostile, sentence = HOSTILE[kind]
+    honest = cohort.nodes["ben"].answer
+
+    def answer(message):
+        reply = honest(message)
+        return hostile(reply, message, home) if message.metadata.message_type == "train" else reply
+
+    cohort.nodes["ben"].answer = answer
+    server = cohort.serve(deadline_seconds=60)
+    server.open()
+    server.ask()
+    assert accepted(server) == ["ann", "cleo", "dan"]
+    [refused] = server.round.refused
+    assert refused["client"] == "ben"
+    assert re.search(sentence, refused["reason"]), refused
+
+
+# Who is there, who comes late, who is gone
+
+
+def silent(answer, seen=None):
+    """A node that says who it is, and then trains for ever; its answers are put into `seen` in place of sent."""
+
+    def answering(message):
+        if message.metadata.message_type == "query":
+            return answer(message)
+        if seen is not None:
+            seen[message.metadata.message_id] = answer(message)
+        return None
+
+    return answering
+
+
+def test_who_never_answers_holds_up_no_round_and_gets_the_next_one(home, cohort):
+    for name in ("ben", "cleo"):
+        cohort.nodes[name].answer = silent(cohort.nodes[name].answer)
+    server = cohort.serve(deadline_seconds=1.0, min_updates=2)
+    for number in (1, 2, 3):
+        server.open(number)
+        before = time.monotonic()
+        server.ask()
+        assert time.monotonic() - before < 3
+        assert accepted(server) == ["ann", "dan"]
+        server.close()
+        for name in CLIENTS:  # what they train in the next round
+            cohort.made[name] = home / f"{name}-{number}"
+            start = {"adapter": server.adapter(number), "round_number": number + 1}
+            make_update(cohort.made[name], home / "package", name, **start)
+    for node in cohort.nodes.values():
+        assert [message.metadata.group_id for message in trains(node)] == ["1", "2", "3"]
+        assert max(message.metadata.ttl for message in trains(node)) < 1.0 + GRACE_SECONDS
+
+
+def test_a_client_stops_training_when_its_round_is_closed(home, cohort):
+    """A node does one thing at a time: who trains on would not get the next round's order in time."""
+    server = cohort.serve(deadline_seconds=60)
+    server.open()
+    server.ask()
+    [message] = trains(cohort.nodes["cleo"])
+    order = OrderDocument.model_validate_json(message.content["files"][ORDER].data)
+    soon = order.model_copy(update={"closes_at": time.time() + 0.5, "attempt": 2, "round": 3})
+    message.content["files"][ORDER] = put_in({ORDER: as_bytes(soon)})["files"][ORDER]
+
+    def stubborn(_):
+        try:
+            time.sleep(30)
+        except Exception:
+            time.sleep(30)
+
+    cohort.train = stubborn
+    before = time.monotonic()
+    reply = cohort.nodes["cleo"].answer(message)
+    assert time.monotonic() - before < 5
+    [(path, failed)] = reply.content["files"].items()
+    assert path == "inbox/0003/cleo/2/failed.json"
+    assert b"The round was closed before the update was ready." in failed.data
+
+
+def test_a_client_whose_round_is_closed_begins_nothing(home, cohort):
+    server = cohort.serve(deadline_seconds=60)
+    server.open()
+    server.ask()
+    [message] = trains(cohort.nodes["ann"])
+    order = OrderDocument.model_validate_json(message.content["files"][ORDER].data)
+    closed = order.model_copy(update={"closes_at": time.time() - 1})
+    message.content["files"][ORDER] = put_in({ORDER: as_bytes(closed)})["files"][ORDER]
+    trained = len(cohort.trained)
+    assert not cohort.nodes["ann"].answer(message).content
+    assert len(cohort.trained) == trained
+
+
+def test_the_alarm_of_whoever_called_is_left_as_it_was():
+    before = signal.getsignal(signal.SIGALRM)
+    late = pytest.raises(client_app.TooLate, match="was closed before the update was ready")
+    with late, client_app._until(time.time() + 0.05):
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGALRM) is before
+
+
+@pytest.mark.parametrize("again", ["the same node", "another node"])
+def test_a_client_that_was_killed_gets_the_order_again_and_sends_what_it_finished(cohort, again):
+    ben, calls = cohort.nodes["ben"], []
+    honest = ben.answer
+
+    def dies(message):
+        if message.metadata.message_type == "train":
+            calls.append(message)
+            honest(message)  # trained, and killed before it was sent
+            if again == "the same node":
+                ben.since = "2"
+                ben.answer = honest
+            else:
+                ben.online = False
+                cohort.grid.nodes.append(Node(99, honest))
+            return None
+        return honest(message)
+
+    ben.answer = dies
+    server = cohort.serve(deadline_seconds=60)
+    server.open()
+    server.ask()
+    assert accepted(server) == list(CLIENTS)
+    assert [job.client for job in cohort.trained].count("ben") == 1
+    assert len(calls) == 1
+
+
+def test_a_name_belongs_to_the_node_that_has_it(cohort):
+    cohort.grid.nodes.append(Node(99, cohort.answering("ann")))
+    server = cohort.serve(deadline_seconds=60)
+    server.open()
+    server.ask()
+    assert accepted(server) == list(CLIENTS)
+    assert not trains(cohort.grid.nodes[-1])
+    assert any("it says that it is ann, as another node did" in line for line in cohort.said)
+    assert len(cohort.grid.nodes[-1].seen) == 1  # and is not asked again
+
+
+def test_a_node_is_who_it_was_registered_as(cohort):
+    cohort.nodes["ann"].name = "ann"
+    cohort.nodes["ben"].name = "lab-9"
+    server = cohort.serve(deadline_seconds=1)
+    server.open()
+    server.ask()
+    assert accepted(server) == ["ann", "cleo", "dan"]
+    assert "node 12 can't take part: it says that it is ben; it is registered as 'lab-9'." in cohort.said
+
+
+@pytest.mark.parametrize(
+    ("reply", "sentence"),
+    [
+        (lambda message: Message(put_in({"order.json": b"{}"}), reply_to=message), "which nobody asked for"),
+        (lambda message: Message(put_in({"check_ins/eve.json": bytes(10**5)}), reply_to=message), "has 100000 bytes"),
+        (lambda message: Message(RecordDict(), reply_to=message), "0 check-ins; expected one"),
+    ],
+)
+def test_a_node_that_does_not_say_who_it_is_takes_no_part(cohort, reply, sentence):
+    cohort.grid.nodes.append(Node(99, reply))
+    server = cohort.serve(deadline_seconds=60)
+    server.open()
+    server.ask()
+    assert accepted(server) == list(CLIENTS)
+    assert re.search(f"node 99 can't take part: .*{sentence}", "\n".join(cohort.said))
+
+
+def test_who_is_offline_is_not_checked_in(cohort):
+    server = cohort.serve(clients=dict.fromkeys(CLIENTS, 12))
+    assert cohort.mailbox.names("check_ins") == []
+    assert len(cohort.mailbox.names("check_ins")) == len(CLIENTS)
+    cohort.nodes["dan"].online = False
+    assert cohort.mailbox.names("check_ins") == ["ann.json", "ben.json", "cleo.json"]
+    assert [known.client for known in server.clients._checked_in()] == ["ann", "ben", "cleo"]
+
+
+def test_answers_to_other_messages_and_replies_that_cannot_be_read_spoil_nothing(cohort, monkeypatch):
+    pull, spoiled = cohort.grid._pull, []
+
+    def foreign(id):
+        reply = pull(id)
+        node, message = cohort.grid._pushed[id]
+        if reply is not None and message.metadata.message_type == "train":
+            if node.id == 11:  # ann's answer comes as one to another message
+                reply.metadata.__dict__["_reply_to_message_id"] = "0" * 64
+            if node.id == 12:
+                spoiled.append(id)
+                raise ValueError("Mismatch in children")
+        return reply
+
+    monkeypatch.setattr(cohort.grid, "_pull", foreign)
+    server = cohort.serve(deadline_seconds=2, min_updates=2)
+    server.open()
+    server.ask()
+    assert accepted(server) == ["cleo", "dan"]
+    [refused] = server.round.refused
+    assert refused["client"] == "ben"
+    assert "its message can't be read (ValueError: Mismatch in children)" in refused["reason"]
+    assert len(spoiled) == 1
+
+
+def test_a_superlink_that_cannot_be_reached_is_waited_for(cohort):
+    server = cohort.serve(deadline_seconds=60)
+    server.open()
+    cohort.grid.unreachable = [httpx.ConnectError("refused")] * 3
+    server.ask()
+    assert accepted(server) == list(CLIENTS)
+    assert "The SuperLink can't be reached (refused)." in cohort.said
+
+
+def test_a_late_update_is_kept_where_the_policy_says_so(cohort):
+    answers = {}
+    cohort.nodes["cleo"].answer = silent(cohort.nodes["cleo"].answer, answers)
+    server = cohort.serve(deadline_seconds=1, late="buffer", min_updates=2)
+    server.open()
+    server.ask()
+    server.close()
+    [message] = trains(cohort.nodes["cleo"])
+    assert message.metadata.ttl > 86400
+    cohort.grid.late = answers
+    server.open(2)
+    server.ask()
+    assert any("is kept for a later one" in line for line in cohort.said)
+    assert [entry["client"] for entry in server.journal.find("late")] == ["cleo"]
+
+
+def test_signatures_are_asked_for_as_anywhere(home, cohort):
+    """Ann signs; ben doesn't, and eve's node says that it is cleo, with a key of its own."""
+    listed = cohort.path / "allowed.json"
+    for name in CLIENTS:
+        allow(listed, new_key(cohort.path / f"{name}.pem", name))
+    new_key(cohort.path / "eve.pem", "cleo")
+    for name, key in (("ann", "ann"), ("cleo", "eve")):
+        cohort.made[name] = cohort.path / f"signed-{name}"
+        private = cohort.path / f"{key}.pem"
+        make_update(cohort.made[name], home / "package", name, adapter=home / "start", key=private)
+    server = cohort.serve(deadline_seconds=60, keys=str(listed))
+    server.open()
+    server.ask()
+    assert accepted(server) == ["ann"]
+    reasons = {entry["client"]: entry["reason"] for entry in server.round.refused}
+    assert "has no signature.json" in reasons["ben"]
+    assert "which is not one of cleo's" in reasons["cleo"]
+
+
+def test_a_client_can_read_packages_elsewhere_than_the_server_says(home, cohort):
+    mirror = Store(str(cohort.path / "mirror"))
+    mirror.put(home / "package")
+    cohort.nodes["ann"].answer = cohort.answering("ann", store=mirror.url)
+    server = cohort.serve(deadline_seconds=60, clients={"ann": 10})
+    write_check_ins(server.run, [CheckIn("ann", 10)])
+    server.open()
+    cohort.nodes = {"ann": cohort.nodes["ann"]}
+    shutil.rmtree(cohort.path / "packages", ignore_errors=True)
+    server.clients._packages[home / "package"] = read_manifest(home / "package", PackageManifest).digest  # put already
+    server.ask()
+    assert accepted(server) == ["ann"]
+
+
+# The app that users begin with
+
+
+def test_init_makes_an_app_that_flower_takes_and_that_holds_nothing_of_the_server_s(tmp_path, capsys):
+    app = tmp_path / "my-app"
+    assert main(["flower", "init", str(app), "--store", "s3://bucket/packages", "--checkpoint", "me/model"]) == 0
+    (app / "run").mkdir()
+    (app / "run" / "secret.json").write_text("{}")
+    (app / "mine.jsonl").write_text("{}")
+    with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):  # of how flwr calls pathspec
+        bundle = build_fab_from_disk(app)
+    names = zipfile.ZipFile(io.BytesIO(bundle)).namelist()
+    assert sorted(name for name in names if name != ".info/CONTENT") == [
+        "fedlarge_app/__init__.py",
+        "fedlarge_app/client.py",
+        "fedlarge_app/server.py",
+        "pyproject.toml",
+    ]
+    assert load_federation(app / "federation.yaml").checkpoint == "me/model"
+    assert main(["flower", "init", str(app), "--store", "x"]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main(["flower", "init", str(tmp_path / "My App"), "--store", "x"]) == 2
+    assert "can't be an app's name" in capsys.readouterr().err
+
+
+# Flower's own processes
+
+
+@pytest.fixture
+def flower(tmp_path):
+    """Starts programs, and ends them."""
+    started = []
+
+    def start(**options):
+        started.append(Flower(tmp_path, **options))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.end()
+
+
+def test_flower_ends_with_the_bytes_of_one_process_whoever_is_killed(tmp_path, flower):
+    """A node is killed in training, the ServerApp and the SuperLink in a round; all but the last are started again."""
+    whole, app, cache = tmp_path / "whole", tmp_path / "teams", tmp_path / "cache"
+    whole.mkdir()
+    run_teams(whole)
+    assert main(["flower", "init", str(app), "--store", str(tmp_path / "packages")]) == 0
+    shutil.copy(whole / "federation.yaml", app)
+    with (app / "pyproject.toml").open("a") as file:  # its last table is the ServerApp's settings
+        file.write("stop = false\npoll = 0.2\n")
+    run, processes = app / "run", flower(trace=TRACED)
+
+    def joins(team):
+        own = whole / "run" / "clients" / team
+        data = {"data": own / "train.jsonl", "eval-data": own / "held_out.jsonl", "cache": cache}
+        processes.supernode(team, **data)
+
+    processes.superlink()
+    processes.superexec()
+    for team in TEAMS:
+        joins(team)
+    processes.run(app)
+    processes.until(lambda: list(cache.glob("clients/*/green/0001/adapter")))
+    processes.kill("green")
+    processes.until(lambda: events(run, "validated"))
+    processes.server_app().kill()
+    processes.until(lambda: processes.server_app() is None)
+    assert not events(run, "committed")
+    joins("green")
+    processes.run(app)
+    processes.until(lambda: [entry for entry in events(run, "asked") if entry["round"] == 2])
+    processes.kill("superlink")
+    processes.superlink()
+    processes.until((run / "summary.json").exists)
+    assert adapter_digests(run) == adapter_digests(whole / "run")
+    assert len(adapter_digests(run)) == 3
+    assert not [entry for entry in events(run, "validated") if not entry["accepted"]]
+    assert [entry["event"] for entry in events(run, "failed", "abandoned")] == []
+    assert len(list((cache / "packages").glob("[0-9a-f]*"))) == 1
+    if TRACED:
+        processes.end()
+        traces = "".join(path.read_text() for path in tmp_path.glob("*.trace"))
+        connected = re.findall(r"sa_family=AF_INET6?, [^}]*", traces)
+        assert connected
+        assert [line for line in connected if "127.0.0.1" not in line and '"::1"' not in line] == []
+
+
+def test_no_node_is_let_in_without_its_key_nor_connects_without_the_superlink_s(tmp_path, flower):
+    processes = flower(authenticated=True)
+    processes.superlink()
+    (tmp_path / "others").mkdir()
+    other = make_certificates(tmp_path / "others" / "tls")
+    ca = ("--root-certificates", processes.tls / "ca.pem")
+    known, unknown = make_node_key(tmp_path / "known"), make_node_key(tmp_path / "unknown")
+    refused = {
+        "wrong-ca": ("--root-certificates", other / "ca.pem", "--auth-supernode-private-key", known),
+        "no-key": ca,
+        "other-key": (*ca, "--auth-supernode-private-key", unknown),
+        "plaintext": ("--insecure",),
+    }
+    for name, words in refused.items():
+        processes.supernode(name, *words, "--max-retries", 1)
+    processes.command("supernode", "register", known.with_suffix(".pub"), "test", "--name", "known")
+    processes.supernode("known", *ca, "--auth-supernode-private-key", known)
+    said = {name: (tmp_path / f"{name}.log").read_text for name in ("known", *refused)}
+    processes.until(lambda: "SuperNode ID" in said["known"]())
+    for name in refused:
+        process = processes.processes[name]
+        processes.until(lambda process=process: process.poll() is not None)
+        assert process.returncode != 0, said[name]()
+        assert "SuperNode ID" not in said[name]()
+    assert "CERTIFICATE_VERIFY_FAILED" in said["wrong-ca"]()
