@@ -308,7 +308,7 @@ def _join(options: argparse.Namespace) -> None:
     from hf_fedlarge.trainers.join import join
 
     _quietly()
-    given = {name: getattr(options, name) for name in ("eval_data", "cache", "once", "poll", "key")}
+    given = {name: getattr(options, name) for name in ("eval_data", "cache", "once", "poll", "key", "keys")}
     join(options.store, options.client, options.data, report=_report, **given)
 
 

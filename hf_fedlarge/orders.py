@@ -3,6 +3,9 @@
     order.json                              what the federation asks for now; only the server writes it
     check_ins/CLIENT.json                   a client that is there
     inbox/0001/CLIENT/1/                    its update for an attempt at a round, or failed.json
+    secure/0001/1/                          with secure aggregation: who takes part, and what each client is to get
+
+With secure aggregation an order is for one stage of a round, and the inbox has a client's other messages, too.
 
 An order says how to train, and a client does what it says on its own machine: so it may hold these training arguments
 and no others, within these bounds. What names files, loads code, reports or pushes somewhere isn't among them.
@@ -26,9 +29,12 @@ from hf_fedlarge.untrusted import parse_json
 ORDER = "order.json"
 CHECK_INS = "check_ins"
 INBOX = "inbox"
+SECURE = "secure"
 FAILED = "failed.json"
+KEYS, SHARES, REVEALED, ROSTER = "keys.json", "shares.json", "revealed.json", "roster.json"
 MAX_ORDER_BYTES = 4 * 2**20  # some ten thousand names
 MAX_NOTE_BYTES = 4096
+CLIENT_BYTES = 1024  # for each client that a message of secure aggregation is about; its name and keys are less
 
 _Steps = Annotated[int, Field(ge=1, le=10**6)]
 _Batch = Annotated[int, Field(ge=1, le=4096)]
@@ -83,6 +89,24 @@ class Work(Record):
     update_bytes: Count
 
 
+Stage = Literal["keys", "shares", "masked", "reveal"]
+
+
+class SecureOrder(Record):
+    """What secure aggregation asks of clients now (`secagg.py`), and how they make whole numbers of their changes.
+
+    Numbers are clipped to ± `limit`. A client weighs as `weighting` says, which is at most `most`. `sharers` and
+    `survivors` are those who came through the stages before.
+    """
+
+    stage: Stage
+    limit: Annotated[float, Field(gt=0, le=2**20)]
+    weighting: Literal["equal", "tokens", "examples"]
+    most: Annotated[int, Field(ge=1, le=2**53)]
+    sharers: list[ClientName] = []
+    survivors: list[ClientName] = []
+
+
 class OrderDocument(Record):
     """What a federation asks for now.
 
@@ -105,6 +129,22 @@ class OrderDocument(Record):
     late: Literal["refuse", "buffer"] = "refuse"
     closes_at: float | None = None
     adapter: Digest | None = None
+    secure: SecureOrder | None = None
+
+    @property
+    def context(self) -> str:
+        """The attempt that keys and masks of secure aggregation are for."""
+        return context(self.run, self.round, self.attempt)
+
+    @property
+    def step(self) -> tuple[str, int, int, str]:
+        """What can be answered once: an attempt, or a stage of it."""
+        return *self.attempt_id, self.secure.stage if self.secure else ""
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether who answers has done all that the round asks for."""
+        return self.secure is None or self.secure.stage == "reveal"
 
     @property
     def attempt_id(self) -> tuple[str, int, int]:
@@ -135,7 +175,12 @@ class FailureDocument(Record):
     reason: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,2000}$")]
 
 
-DocumentT = TypeVar("DocumentT", OrderDocument, CheckInDocument, FailureDocument)
+DocumentT = TypeVar("DocumentT", bound=Record)
+
+
+def context(run: str, round_number: int, attempt: int) -> str:
+    """An attempt, in words."""
+    return f"{run}/{round_number}/{attempt}"
 
 
 def inbox(round_number: int, client: str | None = None, attempt: int | None = None) -> str:
@@ -144,23 +189,44 @@ def inbox(round_number: int, client: str | None = None, attempt: int | None = No
     return home if client is None else f"{home}/{client}/{attempt}"
 
 
+def secure(round_number: int, attempt: int | None = None) -> str:
+    """Where the server leaves what clients get in an attempt at a round with secure aggregation, or in all of them."""
+    home = f"{SECURE}/{round_number:04d}"
+    return home if attempt is None else f"{home}/{attempt}"
+
+
 def write_document(store: Store, path: str, document: Record) -> None:
     """Write a document.
 
     Raises:
         StoreError: the store can't be written.
     """
-    store.write(path, (json.dumps(document.model_dump(mode="json", exclude_none=True), indent=1) + "\n").encode())
+    store.write(path, _written(document))
 
 
-def read_document(store: Store, path: str, kind: type[DocumentT]) -> DocumentT | None:
+def document_bytes(document: Record) -> int:
+    """How many bytes a document has."""
+    return len(_written(document))
+
+
+def _written(document: Record) -> bytes:
+    return (json.dumps(document.model_dump(mode="json", exclude_none=True), indent=1) + "\n").encode()
+
+
+def read_document(store: Store, path: str, kind: type[DocumentT], most_bytes: int | None = None) -> DocumentT | None:
     """A document that somebody else wrote; None if there is none.
+
+    Args:
+        store: where it lies.
+        path: as what.
+        kind: what it must be.
+        most_bytes: that it may have; None: as an order may, or a note.
 
     Raises:
         ArtifactError: it is too long, or isn't a document of this kind; the message names the key.
         StoreError: the store can't be read.
     """
-    raw = store.read(path, MAX_ORDER_BYTES if kind is OrderDocument else MAX_NOTE_BYTES)
+    raw = store.read(path, most_bytes or (MAX_ORDER_BYTES if kind is OrderDocument else MAX_NOTE_BYTES))
     if raw is None:
         return None
     where = f"{store.url}/{path}"

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_fedlarge.artifacts import SERVER_FILES, AdapterManifest, UpdateManifest, read_manifest, write_json
+from hf_fedlarge.ciphers import check_that_secrets_can_be_shared
 from hf_fedlarge.clients import HELD_OUT, write_check_ins
 from hf_fedlarge.config import FederationConfig
 from hf_fedlarge.data import load_examples, write_jsonl
-from hf_fedlarge.errors import ArtifactError, ConfigError, StoreError
+from hf_fedlarge.errors import ArtifactError, ConfigError, StoreError, UpdateRefusedError
 from hf_fedlarge.jobs import Jobs
 from hf_fedlarge.keys import MAX_SIGNATURE_BYTES, SIGNATURE_NAME
 from hf_fedlarge.orders import (
@@ -30,9 +31,11 @@ from hf_fedlarge.orders import (
     FAILED,
     INBOX,
     ORDER,
+    SECURE,
     CheckInDocument,
     FailureDocument,
     OrderDocument,
+    SecureOrder,
     Work,
     inbox,
     read_document,
@@ -41,6 +44,7 @@ from hf_fedlarge.orders import (
 )
 from hf_fedlarge.plan import CheckIn
 from hf_fedlarge.rounds import Report, drive
+from hf_fedlarge.secure_serve import SecureRound
 from hf_fedlarge.server import Order, RoundServer
 from hf_fedlarge.store import Store
 from hf_fedlarge.update import MAX_SMALL_BYTES
@@ -83,7 +87,7 @@ class StoreClients:
     whole_adapters = True
 
     def __init__(self, store: Store, report: Report, poll: float) -> None:
-        self._store, self._report, self._poll = store, report, poll
+        self.store, self.poll, self._report = store, poll, report
         self._said: set[str] = set()
         self._packages: dict[Path, str] = {}
 
@@ -93,6 +97,8 @@ class StoreClients:
             raise ConfigError("The federation has no eval_data; give it public examples that the server evaluates on.")
         if config.keys == "auto":
             raise ConfigError("keys: auto makes the keys of simulated clients; give the list that real ones are in.")
+        if config.secure:
+            check_that_secrets_can_be_shared()
         self._config, self._run = config, run
         self._training = training_order(config.training)
         identity = run / _IDENTITY
@@ -102,7 +108,8 @@ class StoreClients:
             self._check_that_it_is_free("")
             examples = load_examples(config.eval_data)
             begin()
-            self._store.remove(INBOX)
+            for old in (INBOX, SECURE):
+                self.store.remove(old)
             write_jsonl(examples, run / HELD_OUT)
             write_json(identity, {"run": uuid.uuid4().hex})
         self._id = json.loads(identity.read_text())["run"]
@@ -112,43 +119,43 @@ class StoreClients:
         return None
 
     def _check_that_it_is_free(self, own: str) -> OrderDocument | None:
-        found = read_document(self._store, ORDER, OrderDocument)
+        found = read_document(self.store, ORDER, OrderDocument)
         if found is not None and found.run != own and found.state != "over":
             raise ConfigError(
-                f"{self._store.url} serves another federation, whose {ORDER} is for its round {found.round}; choose "
+                f"{self.store.url} serves another federation, whose {ORDER} is for its round {found.round}; choose "
                 f"another --store, or remove {ORDER} there if that federation was given up."
             )
         return found
 
     def _close(self, number: int, attempt: int) -> None:
         closed = OrderDocument(run=self._id, state="closed", round=number, attempt=attempt)
-        write_document(self._store, ORDER, closed)
+        write_document(self.store, ORDER, closed)
 
     def check_in(self, jobs: Jobs, server: RoundServer) -> None:
         """Wait for as many as are wanted, but no longer than for updates if there are enough for a round."""
         if server.is_open:
             return  # what its clients said of themselves when they were drawn goes on to hold
-        least = max(self._config.cohort or 1, self._config.min_updates)
+        least = max(self._config.cohort or 1, self._config.min_updates, 2 if self._config.secure else 1)
         wanted = max(least, len(self._config.clients or ()) if self._config.cohort is None else 0)
         until = time.monotonic() + (self._config.deadline_seconds or math.inf)
         while True:
-            known = self._patiently(self._checked_in) or []
+            known = self.patiently(self._checked_in) or []
             able = [one for one in known if one.memory_bytes is None or one.memory_bytes >= jobs.least_bytes]
             if len(able) >= (wanted if time.monotonic() < until else least):
                 break
-            self._say(f"waiting at {self._store.url} for {wanted} clients to check in")
-            time.sleep(self._poll)
+            self.say(f"waiting at {self.store.url} for {wanted} clients to check in")
+            time.sleep(self.poll)
         write_check_ins(self._run, known)
         jobs.read_check_ins()
 
     def _checked_in(self) -> list[CheckIn]:
         known, declared = [], self._config.clients
-        for name in self._store.names(CHECK_INS):
+        for name in self.store.names(CHECK_INS):
             client = name.removesuffix(".json")
             try:
                 if declared is not None and client not in declared:
                     raise ArtifactError("it is not among the federation's clients")
-                said = read_document(self._store, f"{CHECK_INS}/{name}", CheckInDocument)
+                said = read_document(self.store, f"{CHECK_INS}/{name}", CheckInDocument)
                 if said is None:
                     continue
                 if name != f"{said.client}.json":
@@ -156,7 +163,7 @@ class StoreClients:
                 if declared is not None and said.examples > declared[client]:
                     raise ArtifactError(f"it says {said.examples} examples; expected {declared[client]} at most")
             except ArtifactError as error:
-                self._say(f"{client!a:.140} can't take part: {error}")
+                self.say(f"{client!a:.140} can't take part: {error}")
                 continue
             known.append(CheckIn(client, said.examples, said.memory_bytes))
         return known
@@ -165,18 +172,32 @@ class StoreClients:
         self, jobs: Jobs, server: RoundServer, order: Order, asked: Callable[[str], None]
     ) -> Iterator[tuple[str, str | None]]:
         """Publish the order, and look into the inbox until the round has what it wants."""
-        self._patiently(self._clear, order.round - (self._config.late == "buffer"))
-        if waiting := server.waiting(order):
-            for client in waiting:
-                asked(client)
-            write_document(self._store, ORDER, self._order(jobs, server, order, waiting))
+        self.patiently(self._clear, order.round - (self._config.late == "buffer"))
+        waiting = server.waiting(order)
+        for client in waiting:
+            asked(client)
+        try:
+            if self._config.secure:
+                yield from SecureRound(self, self._id, self._config, jobs, server, order).answers()
+            else:
+                yield from self._plain_answers(jobs, server, order, waiting)
+        except UpdateRefusedError:  # the attempt is abandoned
+            self._close(order.round, order.attempt)
+            raise
+        self._close(order.round, order.attempt)
+
+    def _plain_answers(
+        self, jobs: Jobs, server: RoundServer, order: Order, waiting: list[str]
+    ) -> Iterator[tuple[str, str | None]]:
+        if waiting:
+            self.publish(jobs, server, order, waiting)
         while waiting := server.waiting(order):
             heard = False
-            for client in self._patiently(self._present, order, waiting) or []:
+            for client in self.patiently(self.present, order, waiting) or []:
                 if client not in server.waiting(order):
                     continue
                 update = server.work / client
-                came = self._patiently(self._answer, jobs, order, client, update)
+                came = self.patiently(self.fetched, jobs, order, client, update)
                 if came is not None:
                     heard = True
                     yield client, came or None
@@ -184,25 +205,27 @@ class StoreClients:
                 self._take_late(jobs, server.earlier(order.round - 1), server.work / ".late")
             if not heard:
                 left = server.seconds_left
-                time.sleep(self._poll if left is None else max(0.0, min(self._poll, left + 0.01)))
-        self._close(order.round, order.attempt)
+                time.sleep(self.poll if left is None else max(0.0, min(self.poll, left + 0.01)))
 
     def end(self, adapter: Path) -> None:
         """Tell the clients, and leave them what came of it."""
-        digest = self._store.put(adapter, leave_out=SERVER_FILES)
+        digest = self.store.put(adapter, leave_out=SERVER_FILES)
         number = read_manifest(adapter, AdapterManifest).round
         over = OrderDocument(run=self._id, state="over", round=number, attempt=0, adapter=digest)
-        write_document(self._store, ORDER, over)
-        self._patiently(self._clear, number + 1)
+        write_document(self.store, ORDER, over)
+        self.patiently(self._clear, number + 1)
 
-    def _order(self, jobs: Jobs, server: RoundServer, order: Order, waiting: list[str]) -> OrderDocument:
+    def publish(
+        self, jobs: Jobs, server: RoundServer, order: Order, waiting: list[str], secure: SecureOrder | None = None
+    ) -> None:
+        """Ask clients for what an order wants of them, or for a stage of it."""
         work = []
         for tier in jobs.tiers:
             clients = [client for client in waiting if jobs.tier_of(client) is tier]
             if not clients:
                 continue
             if tier.package not in self._packages:  # read and checked once
-                self._packages[tier.package] = self._store.put(tier.package)
+                self._packages[tier.package] = self.store.put(tier.package)
             adapter = jobs.adapter(tier, order.round)
             files = read_manifest(adapter, AdapterManifest).files
             work.append(
@@ -210,13 +233,13 @@ class StoreClients:
                     clients=clients,
                     package=self._packages[tier.package],
                     package_bytes=tier.manifest.total_bytes,
-                    adapter=self._store.put(adapter, leave_out=SERVER_FILES),
+                    adapter=self.store.put(adapter, leave_out=SERVER_FILES),
                     adapter_bytes=sum(entry.size for name, entry in files.items() if name not in SERVER_FILES),
                     update_bytes=jobs.upload_bytes(clients[0], order.round),
                 )
             )
         left = server.seconds_left
-        return OrderDocument(
+        document = OrderDocument(
             run=self._id,
             state="open",
             round=order.round,
@@ -229,37 +252,48 @@ class StoreClients:
             codec=self._config.wire_codec,
             late=self._config.late,
             closes_at=None if left is None else time.time() + left,
+            secure=secure,
         )
+        write_document(self.store, ORDER, document)
 
-    def _present(self, order: Order, clients: list[str]) -> list[str]:
+    def present(self, order: Order, clients: list[str]) -> list[str]:
         """Those of the clients of whom there is something in the inbox."""
-        there = set(self._store.names(inbox(order.round)))
+        there = set(self.store.names(inbox(order.round)))
         return [client for client in clients if client in there]
 
-    def _answer(self, jobs: Jobs, order: Order, client: str, update: Path) -> str | None:
+    def fetched(self, jobs: Jobs, order: Order, client: str, update: Path) -> str | None:
         """Fetch an update to `update`; None: it isn't there yet, or why there is none, or an empty string."""
         if update.exists():
             return ""  # fetched before the server was killed
         place = inbox(order.round, client, order.attempt)
         try:
-            failure = read_document(self._store, f"{place}/{FAILED}", FailureDocument)
-            if failure is not None:
-                return (
-                    "".join(letter if letter.isprintable() else " " for letter in failure.reason) or "no reason given"
-                )
+            if failure := self.failure(place):
+                return failure
             most = jobs.upload_bytes(client, order.round)
             bounds = {"most_bytes": most, "manifest_bytes": MAX_SMALL_BYTES}
             bounds["beside"] = (SIGNATURE_NAME, MAX_SIGNATURE_BYTES)
-            found = self._store.fetch(place, update, UpdateManifest, **bounds)
+            found = self.store.fetch(place, update, UpdateManifest, **bounds)
         except ArtifactError as error:
             return f"{client} refused: {error}"
         return None if found is None else ""
 
+    def failure(self, place: str) -> str | None:
+        """Why a client gives up, as it says in its inbox.
+
+        Raises:
+            ArtifactError: it says it in another form.
+            StoreError: the store can't be read.
+        """
+        found = read_document(self.store, f"{place}/{FAILED}", FailureDocument)
+        if found is None:
+            return None
+        return "".join(letter if letter.isprintable() else " " for letter in found.reason) or "no reason given"
+
     def _take_late(self, jobs: Jobs, server: RoundServer, home: Path) -> None:
         """Hand updates for the round before to it, which keeps them."""
         order = server.last_order
-        for client in self._patiently(self._present, order, server.unheard(order)) or []:
-            came = self._patiently(self._answer, jobs, order, client, home / client)
+        for client in self.patiently(self.present, order, server.unheard(order)) or []:
+            came = self.patiently(self.fetched, jobs, order, client, home / client)
             if came:
                 server.fail(order, client, came)
             elif came is not None:
@@ -268,11 +302,12 @@ class StoreClients:
 
     def _clear(self, before: int) -> None:
         """Remove what came for rounds before one, and counts or not."""
-        for name in self._store.names(INBOX):
-            if name.isdecimal() and int(name) < before:
-                self._store.remove(f"{INBOX}/{name}")
+        for home in (INBOX, SECURE):
+            for name in self.store.names(home):
+                if name.isdecimal() and int(name) < before:
+                    self.store.remove(f"{home}/{name}")
 
-    def _patiently(self, look: Callable[..., Any], *arguments: Any) -> Any:
+    def patiently(self, look: Callable[..., Any], *arguments: Any) -> Any:
         """What `look` gives; None where the store can't be reached just now, which the next look may mend."""
         try:
             return look(*arguments)
@@ -280,7 +315,7 @@ class StoreClients:
             self._report(f"{error}")
             return None
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
         """Report something once."""
         if line not in self._said:
             self._said.add(line)
