@@ -141,6 +141,10 @@ class OrderDocument(Record):
         """What can be answered once: an attempt, or a stage of it."""
         return *self.attempt_id, self.secure.stage if self.secure else ""
 
+    def goes_on(self, step: tuple[str, int, int, str]) -> bool:
+        """Whether there may be more to answer of the attempt that a step is of; when one stage's time is over, too."""
+        return self.state == "open" and self.attempt_id == step[:3]
+
     @property
     def is_last_stage(self) -> bool:
         """Whether who answers has done all that the round asks for."""

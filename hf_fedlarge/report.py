@@ -15,7 +15,7 @@ def traffic(journal: Journal, number: int) -> dict[str, Any]:
     by_client: dict[str, dict[str, int]] = {}
     for entry in journal.find("asked", "received", "told", round=number):
         bytes_of = by_client.setdefault(entry["client"], {"down": 0, "up": 0})
-        bytes_of[{"asked": "down", "received": "up"}.get(entry["event"]) or entry["way"]] += entry["bytes"]
+        bytes_of[entry.get("way") or {"asked": "down", "received": "up"}[entry["event"]]] += entry["bytes"]
     down, up = (sum(entry[way] for entry in by_client.values()) for way in ("down", "up"))
     return {
         "bytes_by_client": by_client,

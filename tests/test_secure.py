@@ -27,7 +27,17 @@ from hf_fedlarge.fixed_point import levels
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import allow, new_key
 from hf_fedlarge.ledger import Draw
-from hf_fedlarge.orders import FAILED, KEYS, REVEALED, SHARES, FailureDocument, inbox, read_document
+from hf_fedlarge.orders import (
+    CLIENT_BYTES,
+    FAILED,
+    KEYS,
+    MAX_NOTE_BYTES,
+    REVEALED,
+    SHARES,
+    FailureDocument,
+    inbox,
+    read_document,
+)
 from hf_fedlarge.package import package_config
 from hf_fedlarge.report import traffic
 from hf_fedlarge.secure_sum import aggregate_sum
@@ -307,6 +317,16 @@ def test_clients_that_were_killed_go_on(home, federation, tmp_path, stage):
     assert sorted(members.trained) == [(client, 1) for client in CLIENTS]
 
 
+def test_once_is_one_round_with_all_of_its_stages(federation):
+    server, members = federation(options={"once": True}, secure={"stage_seconds": 3.0})
+    members.away = {("dan", "shares")}
+    with together(server, members):
+        server.whole()
+        for thread in members.threads:
+            thread.join(20)
+            assert not thread.is_alive()
+
+
 def test_a_server_killed_at_any_entry_of_its_journal_goes_on_with_what_it_asked_before(
     home, federation, store, tmp_path, monkeypatch
 ):
@@ -416,6 +436,8 @@ def test_bytes_are_those_of_the_journal_and_within_what_was_announced(federation
     assert words == sum(pair.B_OR.numel() for pair in start.values()) + 2
     assert all(size[MASKED_WORDS] == 4 * words for size in sizes.values())
     by_client = traffic(server.journal, 1)["bytes_by_client"]
+    told = sum(entry["bytes"] for entry in server.journal.find("told"))
+    assert 0 < told <= len(CLIENTS) * (MAX_NOTE_BYTES + CLIENT_BYTES * len(CLIENTS))  # what a budget counts with
     for client, size in sizes.items():
         assert by_client[client]["up"] == sum(size.values())
         assert sum(size[name] for name in (MANIFEST_NAME, MASKED_WORDS)) <= server.jobs.upload_bytes(client, 1)
@@ -617,7 +639,7 @@ def test_a_server_that_swaps_a_key_learns_nothing_of_clients_that_know_each_othe
 # What a client answers once
 
 
-@pytest.mark.parametrize("what", ["survivors", "sharers", "roster", "update"])
+@pytest.mark.parametrize("what", ["survivors", "sharers", "limit", "roster", "update"])
 def test_a_client_that_is_asked_again_with_something_else_reveals_nothing(
     home, federation, store, tmp_path, monkeypatch, what
 ):
@@ -637,6 +659,10 @@ def test_a_client_that_is_asked_again_with_something_else_reveals_nothing(
             fewer = secagg.Shares(boxes={name: boxes[name] for name in changed})
             write(store, "secure/0001/1/ann.json", fewer.model_dump_json().encode())
             secure = secure.model_copy(update={"sharers": changed})
+        if what == "limit" and secure.stage == "masked":
+            publish(jobs, round_server, order, waiting, secure)
+            until(lambda: '"limit": 0.05' in (home_of_ann / "secure" / "1.json").read_text())
+            secure = secure.model_copy(update={"limit": 0.1})
         if what == "roster" and secure.stage == "masked":
             roster = read_document(store, "secure/0001/1/roster.json", secagg.Roster, 10**6)
             forged = [*roster.clients[:3], secagg.advertised("dan", secagg.new_secrets(), roster.context)]
@@ -647,6 +673,8 @@ def test_a_client_that_is_asked_again_with_something_else_reveals_nothing(
             for name in ("adapter_model.safetensors", MANIFEST_NAME):
                 (home_of_ann / "update" / name).write_bytes((tmp_path / "other" / name).read_bytes())
         publish(jobs, round_server, order, waiting, secure)
+        if what == "survivors" and secure.stage == "reveal":  # or the others would be enough, and end the round
+            wait_for(store, f"{inbox(1, 'ann', 1)}/{FAILED}", FailureDocument)
 
     def writing(self, path, raw):
         """Nothing that ann reveals gets through at first."""
@@ -654,8 +682,16 @@ def test_a_client_that_is_asked_again_with_something_else_reveals_nothing(
             raise StoreError("the line is dead.")
         write(self, path, raw)
 
+    def sending(self, directory, place):
+        """Nor does its masked update, where a server wants it with other steps."""
+        if what == "limit" and place == inbox(1, "ann", 1):
+            raise StoreError("the line is dead.")
+        send(self, directory, place)
+
+    send = Store.send
     monkeypatch.setattr(server.clients, "publish", publishing)
     monkeypatch.setattr(Store, "write", writing)
+    monkeypatch.setattr(Store, "send", sending)
     with together(server, members):
         server.open()
         if what in ("sharers", "roster"):
@@ -668,6 +704,7 @@ def test_a_client_that_is_asked_again_with_something_else_reveals_nothing(
     assert {
         "survivors": "ann was asked before with another survivors",
         "sharers": "ann was asked before with another sharers",
+        "limit": "ann was asked before with another limit",
         "roster": "ann was asked before with another roster",
         "update": "ann's update is another one than when it advertised its keys",
     }[what] in failure.reason

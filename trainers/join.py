@@ -174,7 +174,7 @@ class _Member:
                     if once and order.is_last_stage:
                         return
                     continue
-                if once and self._answered and not (order.is_open and order.attempt_id == self._answered[:3]):
+                if once and self._answered and (order is None or not order.goes_on(self._answered)):
                     return  # left out of a round's later stages
             except StoreError as error:
                 self._report(f"{error} Trying again.")

@@ -44,6 +44,9 @@ class _Attempt(Record):
     update: Digest
     roster: Digest | None = None
     sharers: list[ClientName] | None = None
+    limit: float | None = None
+    weighting: str | None = None
+    most: int | None = None
     survivors: list[ClientName] | None = None
 
 
@@ -105,7 +108,9 @@ class SecureMember:
         boxes = self._needed(order, f"{self._client}.json", secagg.Shares).boxes
         if sorted(boxes) != order.secure.sharers:
             raise ArtifactError(f"{self._client} has shares of others than the order's sharers.")
-        attempt = self._once(path, attempt, sharers=order.secure.sharers)
+        # Two vectors of other steps or weights under the same masks would tell what they differ by.
+        numbers = {name: getattr(order.secure, name) for name in ("limit", "weighting", "most")}
+        attempt = self._once(path, attempt, sharers=order.secure.sharers, **numbers)
         opened = secagg.opened(attempt.secrets, roster, self._client, boxes)
         if order.secure.stage == "masked":
             self._send_masked(order, work, update, roster, attempt, home / "masked")
