@@ -180,7 +180,8 @@ def check_roster(
     """
     if roster.context != context:
         raise ArtifactError(f"The roster is for {roster.context}; expected {context}.")
-    if client not in roster.names or roster.of(client).mask != advertised(client, secrets, context).mask:
+    own = advertised(client, secrets, context)
+    if client not in roster.names or roster.of(client).signed(context) != own.signed(context):
         raise ArtifactError(f"The roster of {context} has other keys of {client} than it advertised.")
     if allowed:
         check_signatures(roster.clients, context, allowed)
@@ -203,11 +204,11 @@ def check_signatures(clients: Collection[Keys], context: str, allowed: AllowedKe
 
 def shared(secrets: Secrets, roster: Roster, client: str) -> Shares:
     """A client's secrets in shares, one of each for every client, itself among them, in a box that only it can open."""
-    count = len(roster.clients)
+    count, digest = len(roster.clients), roster.digest
     halves = [split(bytes.fromhex(secret), roster.threshold, count) for secret in (secrets.seed, secrets.mask)]
     boxes = {}
     for keys, seed, mask in zip(roster.clients, *halves, strict=True):
-        key, about = _box(secrets, keys, roster, client, keys.client)
+        key, about = _box(secrets, keys, digest, client, keys.client)
         boxes[keys.client] = seal(key, seed + mask, about).hex()
     return Shares(boxes=boxes)
 
@@ -218,9 +219,9 @@ def opened(secrets: Secrets, roster: Roster, client: str, boxes: Mapping[str, st
     Raises:
         ArtifactError: a box is not what its sender sealed for this client in this attempt.
     """
-    found = {}
+    found, digest = {}, roster.digest
     for sender, box in boxes.items():
-        key, about = _box(secrets, roster.of(sender), roster, sender, client)
+        key, about = _box(secrets, roster.of(sender), digest, sender, client)
         try:
             content = unseal(key, bytes.fromhex(box), about)
         except ArtifactError as error:
@@ -368,9 +369,9 @@ def _pair_mask(private: bytes, roster: Roster, other: str) -> bytes:
     return agreed(private, public, b"hf-fedlarge pair mask v1 " + roster.context.encode())
 
 
-def _box(secrets: Secrets, other: Keys, roster: Roster, sender: str, recipient: str) -> tuple[bytes, bytes]:
-    """The key of a box, and what it is about."""
-    about = f"hf-fedlarge shares v1 {roster.digest} {sender} {recipient}".encode()
+def _box(secrets: Secrets, other: Keys, roster: str, sender: str, recipient: str) -> tuple[bytes, bytes]:
+    """The key of a box, and what it is about; `roster` is the roster's digest."""
+    about = f"hf-fedlarge shares v1 {roster} {sender} {recipient}".encode()
     return agreed(bytes.fromhex(secrets.box), bytes.fromhex(other.box), about), about
 
 

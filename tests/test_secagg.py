@@ -290,6 +290,12 @@ def test_a_roster_that_does_not_hold_together_is_refused():
     ]:
         with pytest.raises(ArtifactError, match=sentence):
             secagg.check_roster(attempt.roster, client, mine, context)
+    other = attempt.roster.of("c01")
+    for kind in ("box", "mask", "commitment"):
+        swapped = attempt.roster.of("c00").model_copy(update={kind: getattr(other, kind)})
+        bad = attempt.roster.model_copy(update={"clients": [swapped, *attempt.roster.clients[1:]]})
+        with pytest.raises(ArtifactError, match="has other keys of c00 than it advertised"):
+            secagg.check_roster(bad, "c00", mine, CONTEXT)
 
 
 def test_keys_that_the_server_swapped_are_seen_where_clients_know_each_other(tmp_path):
