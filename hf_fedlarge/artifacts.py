@@ -15,13 +15,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import AfterValidator, Field, ValidationError
 
 from hf_fedlarge.config import ClientName, Codec, LoraSettings, Record, first_problem
 from hf_fedlarge.errors import ArtifactError, OutputError, os_problem
 from hf_fedlarge.ledger import PrivacyEntry
+from hf_fedlarge.records import Growing
 from hf_fedlarge.untrusted import read_json, without_code
 
 MANIFEST_NAME = "fedlarge.json"
@@ -71,25 +72,21 @@ class LayerEntry(Record):
     neurons: Annotated[int, Field(ge=1)] | None = None
 
 
-class SurrogateEntry(Record):
+class SurrogateEntry(Growing):
     """What stands for a run of dropped layers: the layers, how its matrix is stored, and how well it fits.
 
     `unexplained` is the share of the calibration's (weighted) squared change over the run that it does not explain.
     `rank` is that of a map stored as two matrices; without one it is a single matrix, and isn't written down.
     """
 
+    later: ClassVar[str | None] = "rank"
     layers: Annotated[list[Count], Field(min_length=1)]
     codec: Literal["nf4", "int8", "dense"]
     unexplained: Annotated[float, Field(ge=0, le=1)]
     rank: Annotated[int, Field(ge=1)] | None = None
 
-    @model_serializer(mode="wrap")
-    def _without_no_rank(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Digests of packages from before there were ranks stay what they are."""
-        return {key: value for key, value in plain(self).items() if key != "rank" or value is not None}
 
-
-class Manifest(Record):
+class Manifest(Growing):
     """What every manifest has. `measured` holds figures of one machine and one run; the digest leaves it out."""
 
     max_bytes: ClassVar[int] = MAX_MANIFEST_BYTES
@@ -136,9 +133,13 @@ class PackageManifest(Manifest):
 
 
 class UpdateManifest(Manifest):
-    """What one client trained in one round, on which package, from which adapter."""
+    """What one client trained in one round, on which package, from which adapter.
+
+    With a `roster` it is masked for the clients of it (`secagg.py`), and says neither examples, tokens nor losses.
+    """
 
     max_bytes: ClassVar[int] = 2**16
+    later: ClassVar[str | None] = "roster"
     kind: Literal["update"] = "update"
     client: ClientName
     round: Count
@@ -150,6 +151,7 @@ class UpdateManifest(Manifest):
     tokens: Count
     loss_before: float | None = None
     loss_after: float | None = None
+    roster: Digest | None = None
 
 
 class Contribution(Record):
@@ -172,6 +174,7 @@ class AdapterManifest(Manifest):
     in neither. With `privacy` clients clip what they send, and nothing of any single one is here.
     """
 
+    later: ClassVar[str | None] = "privacy"
     kind: Literal["adapter"] = "adapter"
     files: DataFiles
     base: BaseModelEntry
@@ -189,11 +192,6 @@ class AdapterManifest(Manifest):
     trains: Literal["both", "A", "B"] = "both"
     server_optimizer: str | None = None
     privacy: PrivacyEntry | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_no_privacy(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Digests of adapters without privacy stay what they are."""
-        return {key: value for key, value in plain(self).items() if key != "privacy" or value is not None}
 
 
 class CheckpointManifest(Manifest):

@@ -310,7 +310,8 @@ def _join(options: argparse.Namespace) -> None:
     from hf_fedlarge.trainers.join import join
 
     hide_bars()
-    given = {name: getattr(options, name) for name in ("eval_data", "cache", "once", "poll", "patience", "key")}
+    names = ("eval_data", "cache", "once", "poll", "patience", "key", "keys")
+    given = {name: getattr(options, name) for name in names}
     join(options.store, options.client, options.data, report=_report, **given)
 
 

@@ -104,6 +104,11 @@ class SimulatedClients:
 
     def prepare(self, config: FederationConfig, run: Path, begin: Callable[[], None]) -> str | None:
         """Split the data among them, once."""
+        if config.secure:
+            raise ConfigError(
+                "secure hides clients' updates from a server, but simulated clients are on it; serve a store, or leave "
+                "it out."
+            )
         if (run / CHECK_INS).exists():
             return None
         clients = split_clients(config)

@@ -97,7 +97,7 @@ def start_adapter(
         write_adapter(staging, factors, lora, architecture, small.base.id)
         if scaffold:
             write_control(staging, difference(factors, factors))
-        return _seal(staging, manifest)
+        return seal(staging, manifest)
 
 
 def aggregate_updates(
@@ -166,10 +166,10 @@ def aggregate_updates(
     allowed = read_allowed(keys) if keys else None
     small = read_manifest(package, PackageManifest)
     architecture = describe(package_config(package))
-    parent = _read_previous(previous, small) if previous else None
+    parent = read_previous(previous, small) if previous else None
     if parent:
         lora, number = parent.lora, parent.round + 1 if round_number is None else round_number
-        _check_continues(previous, parent, settings, number)
+        check_continues(previous, parent, settings, number)
     else:
         lora, number = _majority(updates, small, architecture, round_number, allowed)
     bases: dict[str | None, _Base] = {}
@@ -249,7 +249,7 @@ def aggregate_updates(
             server_optimizer=None if settings.server_optimizer == "none" else settings.server_optimizer,
             privacy=spent(settings.privacy, drawn_again(parent.privacy.draws, draw)) if settings.privacy else None,
         )
-        return Collected(_seal(staging, manifest), tuple(refused))
+        return Collected(seal(staging, manifest), tuple(refused))
 
 
 def expected_from(
@@ -315,7 +315,7 @@ def _started_from(
     else:
         yield previous, parent, package
     for directory in older:
-        manifest = _read_previous(directory, small)
+        manifest = read_previous(directory, small)
         if manifest.lora != parent.lora or manifest.trains != parent.trains or manifest.round >= parent.round:
             raise ConfigError(
                 f"{directory} is of round {manifest.round}, {manifest.lora}, for training {manifest.trains}; expected "
@@ -323,13 +323,13 @@ def _started_from(
             )
         yield directory, manifest, package
     for directory, own in tiers.items():
-        manifest = _read_previous(directory, read_manifest(own, PackageManifest))
+        manifest = read_previous(directory, read_manifest(own, PackageManifest))
         if parent is None or manifest.parent != parent.digest:
             raise ConfigError(f"{directory} is not a tier's part of the adapter before; derive it from that one.")
         yield directory, manifest, own
 
 
-def _check_continues(previous: Path, parent: AdapterManifest, settings: AggregationSettings, number: int) -> None:
+def check_continues(previous: Path, parent: AdapterManifest, settings: AggregationSettings, number: int) -> None:
     """What clients were asked to train and what the server kept must be what the settings go on with."""
     name, optimizer = settings.aggregator, settings.server_optimizer
     trains = trained_in(name, number)
@@ -382,7 +382,8 @@ def _majority(
     return choices[winner] if winner is not None else (LoraSettings(), round_number)
 
 
-def _read_previous(previous: Path, small: PackageManifest) -> AdapterManifest:
+def read_previous(previous: Path, small: PackageManifest) -> AdapterManifest:
+    """The manifest of an adapter that belongs to a package."""
     manifest = read_manifest(previous, AdapterManifest)
     verify_files(previous, manifest, published=True)
     if manifest.package != small.digest:
@@ -392,7 +393,8 @@ def _read_previous(previous: Path, small: PackageManifest) -> AdapterManifest:
     return manifest
 
 
-def _seal(staging: Path, manifest: AdapterManifest) -> AdapterManifest:
+def seal(staging: Path, manifest: AdapterManifest) -> AdapterManifest:
+    """Write an adapter's manifest with its files."""
     manifest = manifest.model_copy(update={"files": describe_files(staging)})
     write_manifest(staging, manifest)
     return manifest

@@ -49,7 +49,8 @@ class Part:
     """One accepted update: its factors, how much it counts, and what it started from if that was another adapter.
 
     `late` is the number of rounds that have passed since; such a change counts (1 + late)^-1/2 (FedBuff,
-    arXiv 2106.06639) and the others no more for it, so that the step becomes smaller.
+    arXiv 2106.06639) and the others no more for it, so that the step becomes smaller. `clients` is of how many clients
+    it is the mean.
     """
 
     reader: AdapterReader | EncodedReader
@@ -57,6 +58,7 @@ class Part:
     scale: float
     base: Path | None = None
     late: int = 0
+    clients: int = 1
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def combine(
         raise ConfigError(f"{what} needs the adapter that clients started from; start one first and give --adapter.")
     before = _Before(parent)
     bases = {part.base: AdapterReader(part.base) for part in parts if part.base is not None}
-    weights = [1 / cohort] * len(parts) if settings.privacy else shares([part.weight for part in parts])
+    weights = [part.clients / cohort for part in parts] if settings.privacy else shares([part.weight for part in parts])
     clients = [
         _Client(part.reader, bases.get(part.base), part.scale, weight, (1 + part.late) ** -0.5)
         for part, weight in zip(parts, weights, strict=True)

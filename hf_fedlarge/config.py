@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.records import Record, checked, first_problem
 
 Embeddings = Literal["int8", "nf4", "bf16"]
 SurrogateCodec = Literal["nf4", "int8", "bf16"]
@@ -18,39 +19,6 @@ CodecName = Literal["fp32", "bf16", "int8", "nf4", "topk"]
 TopkShare = Annotated[float, Field(gt=0, le=1)]
 ClientName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 _NEURONS = 2 / 3
-
-
-def first_problem(error: ValidationError) -> str:
-    """The first of pydantic's complaints as `where: what`; a key may be hostile, so it is shown short and printable."""
-    problem = error.errors()[0]
-    where = ascii(".".join(str(part) for part in problem["loc"]))[1:-1][:120]
-    return f"{where}: {problem['msg']}" if where else problem["msg"]
-
-
-class Record(BaseModel):
-    """A frozen record that refuses unknown keys and never converts types."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-RecordT = TypeVar("RecordT", bound=Record)
-
-
-def checked(kind: type[RecordT], values: dict[str, Any], where: str = "") -> RecordT:
-    """A record of a user's values.
-
-    Args:
-        kind: of what kind.
-        values: by key.
-        where: the file they are from.
-
-    Raises:
-        ConfigError: the message names `where` and the key.
-    """
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"{where and f'{where}: '}{first_problem(error)}.") from error
 
 
 class LoraSettings(Record):
@@ -183,6 +151,18 @@ class PrivacySettings(Record):
     delta: Annotated[float, Field(gt=0, lt=1)]
 
 
+class SecureSettings(Record):
+    """Secure aggregation: the server learns sums of updates, and none alone (`docs/privacy.md`).
+
+    Numbers of a client's change are clipped to ± `limit`. More than the share `threshold` of a round's clients have to
+    stay to its end, or it is abandoned. Once they have trained they have `stage_seconds` for each of three messages.
+    """
+
+    limit: Annotated[float, Field(gt=0, le=2**20)] = 1.0
+    threshold: Annotated[float, Field(ge=0.5, lt=1)] = 2 / 3
+    stage_seconds: Annotated[float, Field(gt=0)] = 300.0
+
+
 class AggregationSettings(Record):
     """How updates become the next adapter; `docs/aggregation.md` says what each choice assumes.
 
@@ -309,8 +289,8 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
     `keys` is the list of keys that must have signed clients' updates (`keys.py`), or `auto`: the run makes keys for its
     simulated clients. `codec` is how updates are encoded, `topk_share` what share of the entries `topk` sends; `budget`
     is the most that the run may send, both ways together (`500MB`): a round that could overstep it is not begun.
-    `server_optimizer` is momentum here where the aggregator is `exact` and nothing else is said: of what was measured,
-    that learns most (`docs/aggregation.md`).
+    `server_optimizer` is momentum with `exact` if nothing else is said, which learned most (`docs/aggregation.md`).
+    `secure` hides single updates from the server (`secagg.py`).
     """
 
     checkpoint: str
@@ -333,6 +313,7 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
     eval_examples: Annotated[int, Field(ge=1)] | None = None
     client_eval_examples: Annotated[int, Field(ge=0)] = 64
     sample_prompt: str | None = None
+    secure: SecureSettings | None = None
 
     @property
     def wire_codec(self) -> Codec:
@@ -342,9 +323,8 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
     @model_validator(mode="before")
     @classmethod
     def _best_by_default(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("aggregator", "exact") == "exact":
-            return {"server_optimizer": "momentum"} | given
-        return given
+        best = isinstance(given, dict) and given.get("aggregator", "exact") == "exact"
+        return {"server_optimizer": "momentum"} | given if best else given
 
     @model_validator(mode="after")
     def _quorum_can_be_reached(self) -> Self:
@@ -378,6 +358,26 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
                     "can't be used with tiers, whose adapters have shapes of their own": bool(self.tiers),
                     "takes a round of however few answers, for a second draw would keep the first one's updates; leave "
                     "min_updates at 1": self.min_updates > 1,
+                },
+            )
+        if self.secure:
+            alone = min(self.cohort or 2, len(self.clients or "ab")) < 2
+            _refuse(
+                "secure",
+                {
+                    f"gives the server a sum of factors, but {self.aggregator} needs each client's own; use ffa or "
+                    "fedavg": self.aggregator not in ("ffa", "fedavg"),
+                    f"shows the server nothing that weighting {self.weighting} could be computed of; use equal, tokens "
+                    "or examples": self.weighting not in ("equal", "tokens", "examples"),
+                    "shows the server no update whose norm it could clip; leave out clip": self.clip is not None,
+                    "sends whole numbers of its own, which can't be encoded again; leave codec at fp32": self.codec
+                    != "fp32",
+                    "can't be used with scaffold, whose control variates aren't masked": self.scaffold,
+                    "masks an update for one round's clients; use late: refuse": self.late == "buffer",
+                    "can't be used with tiers, whose updates have shapes of their own": bool(self.tiers),
+                    "shows the server no tokens, and so no speeds; use another selection": self.selection
+                    == "resources",
+                    "needs two clients in a round, for the sum of one is its update": alone,
                 },
             )
         return self

@@ -22,10 +22,14 @@ from hf_fedlarge.clients import read_check_ins
 from hf_fedlarge.collect import expected_from
 from hf_fedlarge.config import Codec, FederationConfig, LoraSettings, PackageSettings
 from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.fixed_point import WORD_BYTES
+from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import MAX_SIGNATURE_BYTES, AllowedKeys, make_allowed, read_allowed
+from hf_fedlarge.orders import CLIENT_BYTES, MAX_NOTE_BYTES
 from hf_fedlarge.plan import CheckIn
+from hf_fedlarge.secure_sum import count_words
 from hf_fedlarge.tiers import client_bytes, derive_adapter, describe_fit, fit_memory
-from hf_fedlarge.traffic import changed_bytes
+from hf_fedlarge.traffic import Budget, changed_bytes
 from hf_fedlarge.update import MAX_SMALL_BYTES, Asked, Expected, update_bytes
 
 DEFAULT_MAX_LENGTH = 1024  # of SFTConfig
@@ -161,7 +165,10 @@ class Jobs:
         if directory not in self._expected:
             adapter = read_manifest(directory, AdapterManifest)
             codec = self.config.wire_codec
-            self._expected[directory] = expected_from(directory, adapter, tier.package, number, codec)
+            expected = expected_from(directory, adapter, tier.package, number, codec)
+            if self.config.secure:
+                expected = replace(expected, words=count_words(expected, adapter.trains))
+            self._expected[directory] = expected
         return self._expected[directory]
 
     def asked(self, client: str) -> Asked:
@@ -187,9 +194,32 @@ class Jobs:
             return tier.manifest.total_bytes + self._changed_bytes(adapter, None)
         return self._changed_bytes(adapter, None if whole else self.adapter(tier, has))
 
+    def missing_bytes(self, journal: Journal, client: str, number: int, whole: bool) -> int:
+        """`download_bytes` of a client that was asked as the journal says."""
+        had = [entry["round"] for entry in journal.find("asked", client=client) if entry["round"] < number]
+        return self.download_bytes(client, number, had[-1] if had else None, whole)
+
+    def check_budget(self, journal: Journal, clients: list[str], number: int, whole: bool) -> None:
+        """Refuse a round that could overstep the budget, before anything of it is sent.
+
+        Raises:
+            BudgetError: it could.
+        """
+        if self.config.budget is None:
+            return
+        spent = sum(entry["bytes"] for entry in journal.find("asked", "received", "told"))
+        down = {entry["client"] for entry in journal.find("asked", round=number)}
+        needed = sum(self.missing_bytes(journal, client, number, whole) for client in clients if client not in down)
+        needed += sum(self.upload_bytes(client, number) for client in clients)
+        if self.config.secure:
+            needed += len(clients) * (MAX_NOTE_BYTES + CLIENT_BYTES * len(clients))
+        Budget(parse_bytes(self.config.budget), spent).spend(needed, f"Round {number} with {len(clients)} clients")
+
     def upload_bytes(self, client: str, number: int) -> int:
         """The most that its update may have; a larger one is refused."""
         expected = self._of_tier(self.tier_of(client), number)
+        if expected.words is not None:
+            return expected.words * WORD_BYTES + MAX_SMALL_BYTES + (MAX_SIGNATURE_BYTES if self.config.keys else 0)
         codec = self.config.wire_codec
         tensors = update_bytes(expected.architecture, expected.package.kept_layers, expected.lora, codec)
         # A control variate is as large as an adapter in fp32, which it goes with.

@@ -91,6 +91,15 @@ class AllowedKeys(Record):
                 f"it has no {SIGNATURE_NAME}; expected a signature by a key that is allowed for {client}: train with "
                 "--key."
             )
+        what = f"this manifest; expected one of the digest {manifest.digest[:12]}…"
+        self.check_signed(client, PREFIX + manifest.canonical, signature, what)
+
+    def check_signed(self, client: str, content: bytes, signature: Signature, what: str) -> None:
+        """Check that a key which is allowed for a client signed `content`, which errors call `what`.
+
+        Raises:
+            ArtifactError: an unknown or revoked key, or the signature is of something else.
+        """
         listed = {key.fingerprint: key for key in self.clients.get(client, [])}
         key = listed.get(signature.key)
         if key is None:
@@ -106,12 +115,11 @@ class AllowedKeys(Record):
             )
         try:
             Ed25519PublicKey.from_public_bytes(bytes.fromhex(key.public)).verify(
-                bytes.fromhex(signature.signature), PREFIX + manifest.canonical
+                bytes.fromhex(signature.signature), content
             )
         except InvalidSignature as error:
             raise ArtifactError(
-                f"its signature by the key {signature.key} is not of this manifest; expected one of the digest "
-                f"{manifest.digest[:12]}…: send the update as it was signed."
+                f"its signature by the key {signature.key} is not of {what}: send it as it was signed."
             ) from error
 
 
@@ -165,9 +173,13 @@ def read_key(path: Path) -> PrivateKey:
 
 def sign_update(directory: Path, manifest: UpdateManifest, key: PrivateKey) -> None:
     """Write the signature of `manifest` beside it; its digest stays what it was."""
+    write_json(directory / SIGNATURE_NAME, sign(key, PREFIX + manifest.canonical).model_dump(mode="json"))
+
+
+def sign(key: PrivateKey, content: bytes) -> Signature:
+    """A signature of `content`, which begins with a prefix of its own kind."""
     name = _fingerprint(key.public_key().public_bytes_raw().hex())
-    signature = Signature(key=name, signature=key.sign(PREFIX + manifest.canonical).hex())
-    write_json(directory / SIGNATURE_NAME, signature.model_dump(mode="json"))
+    return Signature(key=name, signature=key.sign(content).hex())
 
 
 def read_signature(directory: Path) -> Signature | None:

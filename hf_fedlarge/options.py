@@ -88,6 +88,7 @@ def add_joining(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-data", help="its held-out examples (a tenth of --data)")
     parser.add_argument("--cache", type=Path, help="for packages and unfinished work (~/.cache/hf_fedlarge)")
     parser.add_argument("--key", type=Path, metavar="PEM", help="its private key, to sign updates with (none)")
+    parser.add_argument("--keys", type=Path, metavar="LIST", help="everybody's keys, for secure aggregation (none)")
     parser.add_argument("--once", action="store_true", help="leave after one round")
     _poll(parser)
 

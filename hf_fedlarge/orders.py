@@ -4,6 +4,9 @@
     check_ins/CLIENT.json                   a client that is there
     inbox/0001/CLIENT/1/                    its update for an attempt at a round, or failed.json
     verdicts/0001/CLIENT/1.json             what became of that, for this client alone; only the server writes it
+    secure/0001/1/                          with secure aggregation: who takes part, and what each client is to get
+
+With secure aggregation an order is for one stage of a round, and the inbox has a client's other messages, too.
 
 An order says how to train, and a client does what it says on its own machine: so it may hold these training arguments
 and no others, within these bounds. What names files, loads code, reports or pushes somewhere isn't among them.
@@ -30,10 +33,13 @@ ORDER = "order.json"
 CHECK_INS = "check_ins"
 INBOX = "inbox"
 VERDICTS = "verdicts"
+SECURE = "secure"
 FAILED = "failed.json"
+KEYS, SHARES, REVEALED, ROSTER = "keys.json", "shares.json", "revealed.json", "roster.json"
 PATIENCE_SECONDS = 7 * 86400.0  # that either side waits for the other
 MAX_ORDER_BYTES = 4 * 2**20  # some ten thousand names
 MAX_NOTE_BYTES = 2**15  # a reason of 2,000 letters, each as two escapes
+CLIENT_BYTES = 1024  # for each client that a message of secure aggregation is about; its name and keys are less
 
 _Steps = Annotated[int, Field(ge=1, le=10**6)]
 _Batch = Annotated[int, Field(ge=1, le=4096)]
@@ -94,6 +100,24 @@ class Work(Record):
     update_bytes: Count
 
 
+Stage = Literal["keys", "shares", "masked", "reveal"]
+
+
+class SecureOrder(Record):
+    """What secure aggregation asks of clients now (`secagg.py`), and how they make whole numbers of their changes.
+
+    Numbers are clipped to ± `limit`. A client weighs as `weighting` says, which is at most `most`. `sharers` and
+    `survivors` are those who came through the stages before.
+    """
+
+    stage: Stage
+    limit: Annotated[float, Field(gt=0, le=2**20)]
+    weighting: Literal["equal", "tokens", "examples"]
+    most: Annotated[int, Field(ge=1, le=2**53)]
+    sharers: list[ClientName] = []
+    survivors: list[ClientName] = []
+
+
 class OrderDocument(Record):
     """What a federation asks for now.
 
@@ -116,6 +140,26 @@ class OrderDocument(Record):
     late: Literal["refuse", "buffer"] = "refuse"
     closes_at: float | None = None
     adapter: Digest | None = None
+    secure: SecureOrder | None = None
+
+    @property
+    def context(self) -> str:
+        """The attempt that keys and masks of secure aggregation are for."""
+        return context(self.run, self.round, self.attempt)
+
+    @property
+    def step(self) -> tuple[str, int, int, str]:
+        """What can be answered once: an attempt, or a stage of it."""
+        return *self.attempt_id, self.secure.stage if self.secure else ""
+
+    def goes_on(self, step: tuple[str, int, int, str]) -> bool:
+        """Whether there may be more to answer of the attempt that a step is of; when one stage's time is over, too."""
+        return self.state == "open" and self.attempt_id == step[:3]
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether who answers has done all that the round asks for."""
+        return self.secure is None or self.secure.stage == "reveal"
 
     @property
     def attempt_id(self) -> tuple[str, int, int]:
@@ -164,7 +208,12 @@ class VerdictDocument(Record):
         return f"round {self.round}: " + (f"the server says: {self.cause}" if self.cause else "the update counts")
 
 
-DocumentT = TypeVar("DocumentT", OrderDocument, CheckInDocument, FailureDocument, VerdictDocument)
+DocumentT = TypeVar("DocumentT", bound=Record)
+
+
+def context(run: str, round_number: int, attempt: int) -> str:
+    """An attempt, in words."""
+    return f"{run}/{round_number}/{attempt}"
 
 
 def inbox(round_number: int, client: str | None = None, attempt: int | None = None) -> str:
@@ -202,6 +251,12 @@ def failure(reason: str) -> FailureDocument:
     return FailureDocument(reason=one_line(reason))
 
 
+def secure(round_number: int, attempt: int | None = None) -> str:
+    """Where the server leaves what clients get in an attempt at a round with secure aggregation, or in all of them."""
+    home = f"{SECURE}/{round_number:04d}"
+    return home if attempt is None else f"{home}/{attempt}"
+
+
 def as_bytes(document: Record) -> bytes:
     """A document as it is written."""
     return (json.dumps(document.model_dump(mode="json", exclude_none=True), indent=1) + "\n").encode()
@@ -216,14 +271,20 @@ def write_document(store: Store, path: str, document: Record) -> None:
     store.write(path, as_bytes(document))
 
 
-def read_document(store: Store, path: str, kind: type[DocumentT]) -> DocumentT | None:
+def read_document(store: Store, path: str, kind: type[DocumentT], most_bytes: int | None = None) -> DocumentT | None:
     """A document that somebody else wrote; None if there is none.
+
+    Args:
+        store: where it lies.
+        path: as what.
+        kind: what it must be.
+        most_bytes: that it may have; None: as an order may, or a note.
 
     Raises:
         ArtifactError: it is too long, or isn't a document of this kind; the message names the key.
         StoreError: the store can't be read.
     """
-    raw = store.read(path, MAX_ORDER_BYTES if kind is OrderDocument else MAX_NOTE_BYTES)
+    raw = store.read(path, most_bytes or (MAX_ORDER_BYTES if kind is OrderDocument else MAX_NOTE_BYTES))
     if raw is None:
         return None
     where = f"{store.url}/{path}"

@@ -13,10 +13,9 @@ from hf_fedlarge.update import measured
 def traffic(journal: Journal, number: int) -> dict[str, Any]:
     """Bytes that a round moves on a real network, as the journal has them: to each client asked, and from it."""
     by_client: dict[str, dict[str, int]] = {}
-    for event, way in (("asked", "down"), ("received", "up")):
-        for entry in journal.find(event, round=number):
-            bytes_of = by_client.setdefault(entry["client"], {"down": 0, "up": 0})
-            bytes_of[way] += entry["bytes"]
+    for entry in journal.find("asked", "received", "told", round=number):
+        bytes_of = by_client.setdefault(entry["client"], {"down": 0, "up": 0})
+        bytes_of[entry.get("way") or {"asked": "down", "received": "up"}[entry["event"]]] += entry["bytes"]
     down, up = (sum(entry[way] for entry in by_client.values()) for way in ("down", "up"))
     return {
         "bytes_by_client": by_client,

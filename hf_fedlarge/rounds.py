@@ -41,7 +41,6 @@ from hf_fedlarge.artifacts import (
     verify_files,
     write_json,
 )
-from hf_fedlarge.budget import parse_bytes
 from hf_fedlarge.calibrate import make_package, plan_package
 from hf_fedlarge.clients import HELD_OUT, SimulatedClients
 from hf_fedlarge.collect import aggregate_updates, start_adapter
@@ -58,8 +57,8 @@ from hf_fedlarge.merge import merge
 from hf_fedlarge.package import load_tokenizer
 from hf_fedlarge.privacy import spent
 from hf_fedlarge.report import peaks, traffic
+from hf_fedlarge.secure_sum import aggregate_sum
 from hf_fedlarge.server import Order, RoundServer
-from hf_fedlarge.traffic import Budget
 from hf_fedlarge.transfer import transfer_report
 from hf_fedlarge.update import outcome, validate_update
 
@@ -241,6 +240,9 @@ class _Federation:
         started, number = time.monotonic(), server.number
 
         def aggregate(updates: list[Path], late: dict[Path, int], adapter: Path) -> None:
+            if self.config.secure:
+                aggregate_sum(server, self.package, adapter, self._adapter(number - 1), self.config)
+                return
             updates = [*updates, *late]
             aggregate_updates(
                 updates,
@@ -273,6 +275,7 @@ class _Federation:
                 **peaks(updates),
                 "clients": [entry.model_dump() for entry in adapter.contributions],
                 "privacy": adapter.privacy and adapter.privacy.model_dump(),
+                "secure": server.stage(order, "reveal"),
             }
 
         for attempt in range(1, _ATTEMPTS + 1):
@@ -280,13 +283,13 @@ class _Federation:
             order = server.open(list(self.jobs.check_ins.values()), self.jobs.least_bytes)
             few = len(order.clients) <= _NAMED
             self.report(f"round {number}: {', '.join(order.clients) if few else f'{len(order.clients)} clients'}")
-            self._ask(server, order)
             try:
+                self._ask(server, order)
                 record = server.close(order, aggregate, evaluate, describe_round)
                 break
             except UpdateRefusedError as error:
-                # Without a cohort all clients were asked, and nobody else can be drawn.
-                if attempt == _ATTEMPTS or self.config.cohort is None:
+                # Without a cohort all clients were asked, and nobody else can be drawn. Of masked updates none is left.
+                if attempt == _ATTEMPTS or (self.config.cohort is None and not self.config.secure):
                     raise
                 self.report(f"{error}")
         epsilon = f"; {PrivacyEntry(**record['privacy']).sentence}" if record["privacy"] else ""
@@ -297,10 +300,11 @@ class _Federation:
 
     def _ask(self, server: RoundServer, order: Order) -> None:
         """Hand what the order's clients answer to the round, until it has what it wants."""
-        self._check_budget(server.waiting(order), order.round)
+        whole = self.clients.whole_adapters
+        self.jobs.check_budget(self.journal, server.waiting(order), order.round, whole)
 
         def asked(client: str) -> None:
-            server.asked(client, self._download_bytes(client, order.round))
+            server.asked(client, self.jobs.missing_bytes(self.journal, client, order.round, whole))
 
         for client, problem in self.clients.answers(self.jobs, server, order, asked):
             if problem is not None:
@@ -311,20 +315,6 @@ class _Federation:
             receipt = server.receive(order, client, server.work / client)
             if not receipt.accepted:
                 self.report(f"  {receipt.reason}")
-
-    def _download_bytes(self, client: str, number: int) -> int:
-        had = [entry["round"] for entry in self.journal.find("asked", client=client) if entry["round"] < number]
-        return self.jobs.download_bytes(client, number, had[-1] if had else None, self.clients.whole_adapters)
-
-    def _check_budget(self, clients: list[str], number: int) -> None:
-        """Refuse a round that could overstep the budget, before anything of it is sent."""
-        if self.config.budget is None:
-            return
-        spent = sum(entry["bytes"] for entry in self.journal.find("asked", "received"))
-        down = {entry["client"] for entry in self.journal.find("asked", round=number)}
-        needed = sum(self._download_bytes(client, number) for client in clients if client not in down)
-        needed += sum(self.jobs.upload_bytes(client, number) for client in clients)
-        Budget(parse_bytes(self.config.budget), spent).spend(needed, f"Round {number} with {len(clients)} clients")
 
     def _finish(self, package: PackageManifest) -> dict[str, Any]:
         last = self._adapter(self.config.rounds)

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_fedlarge.artifacts import SERVER_FILES, AdapterManifest, UpdateManifest, read_manifest, write_json
+from hf_fedlarge.ciphers import check_that_secrets_can_be_shared
 from hf_fedlarge.clients import HELD_OUT, write_check_ins
 from hf_fedlarge.config import FederationConfig
 from hf_fedlarge.data import load_examples, write_jsonl
-from hf_fedlarge.errors import ArtifactError, ConfigError, StoreError
+from hf_fedlarge.errors import ArtifactError, ConfigError, StoreError, UpdateRefusedError
 from hf_fedlarge.jobs import Jobs
 from hf_fedlarge.keys import MAX_SIGNATURE_BYTES, SIGNATURE_NAME
 from hf_fedlarge.orders import (
@@ -31,10 +32,12 @@ from hf_fedlarge.orders import (
     INBOX,
     ORDER,
     PATIENCE_SECONDS,
+    SECURE,
     VERDICTS,
     CheckInDocument,
     FailureDocument,
     OrderDocument,
+    SecureOrder,
     VerdictDocument,
     Work,
     inbox,
@@ -47,6 +50,7 @@ from hf_fedlarge.orders import (
 from hf_fedlarge.plan import CheckIn
 from hf_fedlarge.retention import discard
 from hf_fedlarge.rounds import Report, drive
+from hf_fedlarge.secure_serve import SecureRound
 from hf_fedlarge.server import Order, RoundServer
 from hf_fedlarge.store import Store
 from hf_fedlarge.update import MAX_SMALL_BYTES
@@ -107,7 +111,7 @@ class StoreClients:
         patience: float = PATIENCE_SECONDS,
         packages: Store | None = None,
     ) -> None:
-        self._store, self._report, self._poll, self._patience = store, report, poll, patience
+        self.store, self._report, self.poll, self._patience = store, report, poll, patience
         self._package_store = packages or store
         self._said: set[str] = set()
         self._packages: dict[Path, str] = {}
@@ -120,6 +124,8 @@ class StoreClients:
             raise ConfigError("The federation has no eval_data; give it public examples that the server evaluates on.")
         if config.keys == "auto":
             raise ConfigError("keys: auto makes the keys of simulated clients; give the list that real ones are in.")
+        if config.secure:
+            check_that_secrets_can_be_shared()
         self._config, self._run = config, run
         self._training = training_order(config.training)
         identity = run / _IDENTITY
@@ -129,8 +135,8 @@ class StoreClients:
             self._check_that_it_is_free("")
             examples = load_examples(config.eval_data)
             begin()
-            self._store.remove(INBOX)
-            self._store.remove(VERDICTS)
+            for old in (INBOX, SECURE, VERDICTS):
+                self.store.remove(old)
             write_jsonl(examples, run / HELD_OUT)
             write_json(identity, {"run": uuid.uuid4().hex})
         self._id = json.loads(identity.read_text())["run"]
@@ -140,49 +146,49 @@ class StoreClients:
         return None
 
     def _check_that_it_is_free(self, own: str) -> OrderDocument | None:
-        found = read_document(self._store, ORDER, OrderDocument)
+        found = read_document(self.store, ORDER, OrderDocument)
         if found is not None and found.run != own and found.state != "over":
             raise ConfigError(
-                f"{self._store.url} serves another federation, whose {ORDER} is for its round {found.round}; choose "
+                f"{self.store.url} serves another federation, whose {ORDER} is for its round {found.round}; choose "
                 f"another --store, or remove {ORDER} there if that federation was given up."
             )
         return found
 
     def _close(self, number: int, attempt: int) -> None:
         closed = OrderDocument(run=self._id, state="closed", round=number, attempt=attempt)
-        write_document(self._store, ORDER, closed)
+        write_document(self.store, ORDER, closed)
 
     def check_in(self, jobs: Jobs, server: RoundServer) -> None:
         """Wait for as many as are wanted, but no longer than for updates if there are enough for a round."""
         if server.is_open:
             return  # what its clients said of themselves when they were drawn goes on to hold
-        least = max(self._config.cohort or 1, self._config.min_updates)
+        least = max(self._config.cohort or 1, self._config.min_updates, 2 if self._config.secure else 1)
         wanted = max(least, len(self._config.clients or ()) if self._config.cohort is None else 0)
         since = time.monotonic()
         until = since + (self._config.deadline_seconds or math.inf)
         while True:
-            known = self._patiently(self._checked_in) or []
+            known = self.patiently(self._checked_in) or []
             able = [one for one in known if one.memory_bytes is None or one.memory_bytes >= jobs.least_bytes]
             if len(able) >= (wanted if time.monotonic() < until else least):
                 break
-            self._say(f"waiting at {self._store.url} for {wanted} clients to check in")
+            self.say(f"waiting at {self.store.url} for {wanted} clients to check in")
             self._check_patience(since, f"{wanted} clients to check in, of whom {len(able)} have")
-            time.sleep(self._poll)
+            time.sleep(self.poll)
         write_check_ins(self._run, known)
         jobs.read_check_ins()
 
     def _checked_in(self) -> list[CheckIn]:
         known, declared = [], self._config.clients
-        names = self._store.names(CHECK_INS)
+        names = self.store.names(CHECK_INS)
         if len(names) > _MAX_CHECK_INS:
-            self._say(f"{len(names)} names checked in; {_MAX_CHECK_INS} are looked at, the federation's own first")
+            self.say(f"{len(names)} names checked in; {_MAX_CHECK_INS} are looked at, the federation's own first")
             names.sort(key=lambda name: name.removesuffix(".json") not in (declared or ()))
         for name in names[:_MAX_CHECK_INS]:
             client = name.removesuffix(".json")
             try:
                 if declared is not None and client not in declared:
                     raise ArtifactError("it is not among the federation's clients")
-                said = read_document(self._store, f"{CHECK_INS}/{name}", CheckInDocument)
+                said = read_document(self.store, f"{CHECK_INS}/{name}", CheckInDocument)
                 if said is None:
                     continue
                 if name != f"{said.client}.json":
@@ -190,7 +196,7 @@ class StoreClients:
                 if declared is not None and said.examples > declared[client]:
                     raise ArtifactError(f"it says {said.examples} examples; expected {declared[client]} at most")
             except ArtifactError as error:
-                self._say(f"{client!a:.140} can't take part: {error}")
+                self.say(f"{client!a:.140} can't take part: {error}")
                 continue
             known.append(CheckIn(client, said.examples, said.memory_bytes))
         return known
@@ -199,24 +205,40 @@ class StoreClients:
         self, jobs: Jobs, server: RoundServer, order: Order, asked: Callable[[str], None]
     ) -> Iterator[tuple[str, str | None]]:
         """Publish the order, and look into the inbox until the round has what it wants."""
-        self._patiently(self._clear, INBOX, order.round - (self._config.late == "buffer"))
-        self._patiently(self._forget, order.round)
-        if waiting := server.waiting(order):
-            for client in waiting:
-                asked(client)
-            write_document(self._store, ORDER, self._order(jobs, server, order, waiting))
+        late = order.round - (self._config.late == "buffer")
+        for home in (INBOX, SECURE):
+            self.patiently(self._clear, home, late)
+        self.patiently(self._forget, order.round)
+        waiting = server.waiting(order)
+        for client in waiting:
+            asked(client)
+        try:
+            if self._config.secure:
+                yield from SecureRound(self, self._id, self._config, jobs, server, order).answers()
+            else:
+                yield from self._plain_answers(jobs, server, order, waiting)
+        except UpdateRefusedError:  # the attempt is abandoned
+            self._close(order.round, order.attempt)
+            raise
+        self._close(order.round, order.attempt)
+
+    def _plain_answers(
+        self, jobs: Jobs, server: RoundServer, order: Order, waiting: list[str]
+    ) -> Iterator[tuple[str, str | None]]:
+        if waiting:
+            self.publish(jobs, server, order, waiting)
         since = time.monotonic()
         while waiting := server.waiting(order):
             heard = False
-            for client in self._patiently(self._present, order, waiting) or []:
+            for client in self.patiently(self.present, order, waiting) or []:
                 if client not in server.waiting(order):
                     continue
                 update = server.work / client
-                came = self._patiently(self._answer, jobs, order, client, update)
+                came = self.patiently(self.fetched, jobs, order, client, update)
                 if came is not None:
                     heard = True
                     yield client, came or None
-            self._patiently(self._tell, server, order)
+            self.patiently(self._tell, server, order)
             if self._config.late == "buffer" and order.round > 1:
                 self._take_late(jobs, server.earlier(order.round - 1), server.work / ".late")
             if heard:
@@ -225,20 +247,23 @@ class StoreClients:
                 left = server.seconds_left
                 if left is None:
                     self._check_patience(since, f"{', '.join(waiting[:5])}, and there is no deadline_seconds")
-                time.sleep(self._poll if left is None else max(0.0, min(self._poll, left + 0.01)))
-        self._patiently(self._tell, server, order)
-        self._close(order.round, order.attempt)
+                time.sleep(self.poll if left is None else max(0.0, min(self.poll, left + 0.01)))
+        self.patiently(self._tell, server, order)
 
     def end(self, adapter: Path) -> None:
         """Tell the clients, and leave them what came of it."""
-        digest = self._store.put(adapter, leave_out=SERVER_FILES)
+        digest = self.store.put(adapter, leave_out=SERVER_FILES)
         number = read_manifest(adapter, AdapterManifest).round
         over = OrderDocument(run=self._id, state="over", round=number, attempt=0, adapter=digest)
-        write_document(self._store, ORDER, over)
-        self._patiently(self._clear, INBOX, number + 1)
-        self._patiently(self._forget, number + 1)
+        write_document(self.store, ORDER, over)
+        for home in (INBOX, SECURE):
+            self.patiently(self._clear, home, number + 1)
+        self.patiently(self._forget, number + 1)
 
-    def _order(self, jobs: Jobs, server: RoundServer, order: Order, waiting: list[str]) -> OrderDocument:
+    def publish(
+        self, jobs: Jobs, server: RoundServer, order: Order, waiting: list[str], secure: SecureOrder | None = None
+    ) -> None:
+        """Ask clients for what an order wants of them, or for a stage of it."""
         work = []
         for tier in jobs.tiers:
             clients = [client for client in waiting if jobs.tier_of(client) is tier]
@@ -253,14 +278,14 @@ class StoreClients:
                     clients=clients,
                     package=self._packages[tier.package],
                     package_bytes=tier.manifest.total_bytes,
-                    package_store=None if self._package_store is self._store else self._package_store.url,
-                    adapter=self._store.put(adapter, leave_out=SERVER_FILES),
+                    package_store=None if self._package_store is self.store else self._package_store.url,
+                    adapter=self.store.put(adapter, leave_out=SERVER_FILES),
                     adapter_bytes=sum(entry.size for name, entry in files.items() if name not in SERVER_FILES),
                     update_bytes=jobs.upload_bytes(clients[0], order.round),
                 )
             )
         left = server.seconds_left
-        return OrderDocument(
+        document = OrderDocument(
             run=self._id,
             state="open",
             round=order.round,
@@ -273,41 +298,52 @@ class StoreClients:
             codec=self._config.wire_codec,
             late=self._config.late,
             closes_at=None if left is None else time.time() + left,
+            secure=secure,
         )
+        write_document(self.store, ORDER, document)
 
-    def _present(self, order: Order, clients: list[str]) -> list[str]:
+    def present(self, order: Order, clients: list[str]) -> list[str]:
         """Those of the clients of whom there is something in the inbox."""
-        there = set(self._store.names(inbox(order.round)))
+        there = set(self.store.names(inbox(order.round)))
         return [client for client in clients if client in there]
 
-    def _answer(self, jobs: Jobs, order: Order, client: str, update: Path) -> str | None:
+    def fetched(self, jobs: Jobs, order: Order, client: str, update: Path) -> str | None:
         """Fetch an update to `update`; None: it isn't there yet, or why there is none, or an empty string."""
         if update.exists():
             return ""  # fetched before the server was killed
         place = inbox(order.round, client, order.attempt)
         try:
-            failure = read_document(self._store, f"{place}/{FAILED}", FailureDocument)
-            if failure is not None:
-                return one_line(failure.reason)
+            if failure := self.failure(place):
+                return failure
             most = jobs.upload_bytes(client, order.round)
             bounds = {"most_bytes": most, "manifest_bytes": MAX_SMALL_BYTES}
             bounds["beside"] = (SIGNATURE_NAME, MAX_SIGNATURE_BYTES)
-            found = self._store.fetch(place, update, UpdateManifest, **bounds)
+            found = self.store.fetch(place, update, UpdateManifest, **bounds)
         except ArtifactError as error:
             return f"{client} refused: {error}"
         return None if found is None else ""
 
+    def failure(self, place: str) -> str | None:
+        """Why a client gives up, as it says in its inbox.
+
+        Raises:
+            ArtifactError: it says it in another form.
+            StoreError: the store can't be read.
+        """
+        found = read_document(self.store, f"{place}/{FAILED}", FailureDocument)
+        return None if found is None else one_line(found.reason)
+
     def _take_late(self, jobs: Jobs, server: RoundServer, home: Path) -> None:
         """Hand updates for the round before to it, which keeps them."""
         order = server.last_order
-        for client in self._patiently(self._present, order, server.unheard(order)) or []:
-            came = self._patiently(self._answer, jobs, order, client, home / client)
+        for client in self.patiently(self.present, order, server.unheard(order)) or []:
+            came = self.patiently(self.fetched, jobs, order, client, home / client)
             if came:
                 server.fail(order, client, came)
             elif came is not None:
                 self._report(f"  {server.receive(order, client, home / client).reason}")
                 shutil.rmtree(home / client)
-        self._patiently(self._tell, server, order)
+        self.patiently(self._tell, server, order)
 
     def _tell(self, server: RoundServer, order: Order) -> None:
         """Leave each client that was heard in an attempt what became of its update, where it alone is meant to look."""
@@ -316,16 +352,16 @@ class StoreClients:
             if answer in self._told:
                 continue
             if cause is not None:  # in which the server's own directories, and how it reaches the store, are no news
-                cause = one_line(cause.replace(f"{self._run}/", "").replace(self._store.url, "the store"))
+                cause = one_line(cause.replace(f"{self._run}/", "").replace(self.store.url, "the store"))
             said = VerdictDocument(run=self._id, client=client, round=order.round, attempt=order.attempt, cause=cause)
-            write_document(self._store, verdict(order.round, client, order.attempt), said)
+            write_document(self.store, verdict(order.round, client, order.attempt), said)
             self._told.add(answer)
 
     def _clear(self, place: str, before: int) -> None:
         """Remove what came or was said in rounds before one."""
-        for name in self._store.names(place):
+        for name in self.store.names(place):
             if name.isdecimal() and int(name) < before:
-                self._store.remove(f"{place}/{name}")
+                self.store.remove(f"{place}/{name}")
 
     def _forget(self, number: int) -> None:
         """Remove what clients of rounds before the last one started from, and what they were told.
@@ -339,12 +375,12 @@ class StoreClients:
                 if adapter in self._forgotten:
                     continue
                 try:
-                    discard(self._store, read_manifest(adapter, AdapterManifest))
+                    discard(self.store, read_manifest(adapter, AdapterManifest))
                 except ArtifactError as error:  # not a reason to end a federation
-                    self._say(f"{adapter} stays in the store: {error}")
+                    self.say(f"{adapter} stays in the store: {error}")
                 self._forgotten.add(adapter)
 
-    def _patiently(self, look: Callable[..., Any], *arguments: Any) -> Any:
+    def patiently(self, look: Callable[..., Any], *arguments: Any) -> Any:
         """What `look` gives; None where the store can't be reached just now, which the next look may mend."""
         try:
             return look(*arguments)
@@ -356,7 +392,7 @@ class StoreClients:
         if time.monotonic() - since > self._patience:
             raise StoreError(f"Waited {self._patience:g} s (--patience) for {what}; the same command goes on.")
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
         """Report something once."""
         if line not in self._said:
             self._said.add(line)

@@ -22,11 +22,10 @@ import secrets
 import shutil
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hf_fedlarge.artifacts import (
     AdapterManifest,
@@ -39,6 +38,7 @@ from hf_fedlarge.artifacts import (
 )
 from hf_fedlarge.config import FederationConfig
 from hf_fedlarge.errors import ArtifactError, UpdateRefusedError
+from hf_fedlarge.experience import seen
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import SIGNATURE_NAME, read_signature
 from hf_fedlarge.ledger import Draw
@@ -92,7 +92,7 @@ class RoundServer:
         self.committed = rounds / f"{number:04d}"
         self.work = rounds / f".{number:04d}.work"
         self._late = rounds / ".late"
-        self._since = time.monotonic()
+        self.begin_wait(config.deadline_seconds)
         # Whoever reaches the clients may have a thread for each: what is looked up and then written is one step.
         self._lock = threading.Lock()
 
@@ -112,6 +112,8 @@ class RoundServer:
                 + f", but {self.work / missing[0] if missing else self.committed} is missing; restore it from a copy, "
                 "or begin again with another --output."
             )
+        if self.config.secure and not self.is_open:
+            shutil.rmtree(self.work, ignore_errors=True)  # masked for an attempt that was abandoned
         self.work.mkdir(parents=True, exist_ok=True)
         if not self.is_open:
             attempt, config = len(self._of("selected")) + 1, self.config
@@ -129,7 +131,7 @@ class RoundServer:
             goal = config.cohort or len(cohort)
             of = {"of": len(who_can(check_ins, needed_bytes))} if config.privacy else {}
             self._write("selected", attempt=attempt, clients=cohort, goal=goal, **of)
-            self._since = time.monotonic()
+            self.begin_wait(config.deadline_seconds)
         return self.last_order
 
     @property
@@ -165,11 +167,14 @@ class RoundServer:
         heard = {entry["client"] for entry in self._of("validated", "failed", attempt=order.attempt)}
         return [client for client in order.clients if client not in heard | self.accepted.keys()]
 
+    def begin_wait(self, seconds: float | None) -> None:
+        """Have the deadline in so many seconds; None: there is none."""
+        self._until = None if seconds is None else time.monotonic() + seconds
+
     @property
     def seconds_left(self) -> float | None:
         """Until the deadline, which is counted from when this server took up the attempt; None: there is none."""
-        deadline = self.config.deadline_seconds
-        return None if deadline is None else deadline - (time.monotonic() - self._since)
+        return None if self._until is None else self._until - time.monotonic()
 
     @property
     def is_late(self) -> bool:
@@ -187,7 +192,10 @@ class RoundServer:
     @property
     def accepted(self) -> dict[str, str]:
         """Client → digest of its update, of those that count in this round."""
-        return {entry["client"]: entry["digest"] for entry in self._of("validated", accepted=True)}
+        entries = self._of("validated", accepted=True)
+        if self.config.secure:  # masked for one attempt
+            entries = [entry for entry in entries if self.is_open and entry["attempt"] == self.last_order.attempt]
+        return {entry["client"]: entry["digest"] for entry in entries}
 
     def receive(self, order: Order, client: str, directory: Path) -> Receipt:
         """Take a client's update and check it; what `directory` holds may be removed when this returns.
@@ -313,11 +321,8 @@ class RoundServer:
         if not self._of("closed"):
             needed = max(self.config.min_updates, self.config.fewest_updates)
             if len(self.accepted) < needed:
-                self._write("abandoned", attempt=order.attempt, accepted=self.accepted)
-                raise UpdateRefusedError(
-                    f"Round {self.number} is abandoned: {len(self.accepted)} valid updates of {len(order.clients)} "
-                    f"clients; at least {needed} are needed. " + " ".join(entry["reason"] for entry in self.refused)
-                )
+                found = f"{len(self.accepted)} valid updates of {len(order.clients)} clients"
+                self.abandon(order, f"{found}; at least {needed} are needed.")
             self._write("closed", attempt=order.attempt, clients=self.accepted, late=self._kept())
         [closed] = self._of("closed")
         updates = [self.work / client for client in sorted(closed["clients"])]
@@ -339,6 +344,33 @@ class RoundServer:
         self.finish()
         return record
 
+    def abandon(self, order: Order, why: str) -> NoReturn:
+        """End the attempt without a result; the run's state is what it was.
+
+        Raises:
+            UpdateRefusedError: always, with the reasons.
+        """
+        self._write("abandoned", attempt=order.attempt, accepted=self.accepted)
+        raise UpdateRefusedError(
+            f"Round {self.number} is abandoned: {why} " + " ".join(entry["reason"] for entry in self.refused)
+        )
+
+    # Stages of secure aggregation
+
+    def staged(self, order: Order, stage: str, **found: Any) -> None:
+        """Write down that a stage of the attempt is over, and what it found, which goes on to hold."""
+        self._write("staged", attempt=order.attempt, stage=stage, found=found)
+
+    def stage(self, order: Order, stage: str) -> dict[str, Any] | None:
+        """What a stage found; None: it isn't over."""
+        return next((entry["found"] for entry in self._of("staged", attempt=order.attempt, stage=stage)), None)
+
+    def told(self, order: Order, client: str, way: str, what: str, size: int) -> None:
+        """Write down a message beside updates, once: `up` from a client or `down` to it, in bytes."""
+        about = {"attempt": order.attempt, "client": client, "way": way, "what": what}
+        if not self._of("told", **about):
+            self._write("told", **about, bytes=size)
+
     def finish(self) -> None:
         """Write down that the round is committed, and remove what it was made of."""
         if not self._of("committed"):
@@ -352,23 +384,3 @@ class RoundServer:
 
     def _write(self, event: str, **fields: Any) -> None:
         self.journal.write(event, round=self.number, **fields)
-
-
-def seen(check_ins: Sequence[CheckIn], journal: Journal) -> list[CheckIn]:
-    """The check-ins with what the server saw of each client in earlier rounds: its answers and its speed."""
-    asked = Counter(entry["client"] for entry in journal.find("asked"))
-    answered = Counter(entry["client"] for entry in journal.find("validated", accepted=True))
-    speed = {
-        entry["client"]: entry["tokens"] / entry["seconds"]
-        for entry in journal.find("received")
-        if entry.get("tokens") and 1e-3 <= (entry.get("seconds") or 0) <= 1e9  # the client's word: no speed overflows
-    }
-    return [
-        replace(
-            check_in,
-            asked=asked[check_in.client],
-            answered=answered[check_in.client],
-            tokens_per_second=speed.get(check_in.client, check_in.tokens_per_second),
-        )
-        for check_in in check_ins
-    ]

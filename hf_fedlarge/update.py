@@ -43,6 +43,7 @@ from hf_fedlarge.codec import Layout, decode, encode
 from hf_fedlarge.config import Codec, LoraSettings
 from hf_fedlarge.errors import ArtifactError, ConfigError, UpdateRefusedError
 from hf_fedlarge.feedback import Lost, write_lost
+from hf_fedlarge.fixed_point import WORD_BYTES
 from hf_fedlarge.keys import SIGNATURE_NAME, AllowedKeys, PrivateKey, read_signature, sign_update
 from hf_fedlarge.quantize import Infos
 from hf_fedlarge.scaffold import write_control
@@ -50,6 +51,7 @@ from hf_fedlarge.tensors import Factors, file_bytes, header_bytes, read_header
 from hf_fedlarge.untrusted import parse_json, printable
 from hf_fedlarge.wire import ENCODED_WEIGHTS, EncodedReader, Wire, rank_first, write_encoded
 
+MASKED_WORDS = "masked.bin"
 # What comes on top of `update_bytes`: the manifest, adapter_config.json, and a longer header than ours; each.
 MAX_SMALL_BYTES = UpdateManifest.max_bytes
 # What one round of one client can't exceed; beyond it a weight is a mistake or an attack. `Asked` knows better.
@@ -57,6 +59,7 @@ MAX_EXAMPLES = 10**9
 MAX_TOKENS = 10**12
 # Frobenius norm of one A or B. Training stays below 10**3; finite factors near fp32's end have products beyond it.
 MAX_NORM = 1e6
+Frozen = tuple[Literal["A", "B"], AdapterReader]
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Expected:
         wire: the codec that updates must have, and their parent; None: fp32, as plain adapters.
         control: whether they bring what changed in their client's control variate (`scaffold.py`).
         keys: one of which must have signed it; None: nobody need have.
+        words: how many numbers of 32 bits it must be, masked; None: it must not be masked.
     """
 
     package: PackageManifest
@@ -91,10 +95,11 @@ class Expected:
     round: int | None = None
     adapter: str | None = None
     asked: Asked | None = None
-    frozen: tuple[Literal["A", "B"], AdapterReader] | None = None
+    frozen: Frozen | None = None
     wire: Wire | None = None
     control: bool = False
     keys: AllowedKeys | None = None
+    words: int | None = None
 
 
 def write_update(
@@ -223,6 +228,12 @@ def validate_update(directory: Path, expected: Expected) -> UpdateManifest:
         raise refuse(str(error)) from error
     if manifest.lora != expected.lora:
         raise refuse(f"its LoRA settings are {manifest.lora}; expected {expected.lora}.")
+    if expected.words is not None or manifest.roster is not None:
+        try:
+            _check_masked(directory, manifest, expected.words)
+        except (ArtifactError, OSError) as error:
+            raise refuse(str(error)) from error
+        return manifest
     if not 1 <= manifest.examples <= asked.examples or not 1 <= manifest.tokens <= asked.tokens:
         raise refuse(
             f"it claims {manifest.examples} examples and {manifest.tokens} tokens; expected 1 to {asked.examples} "
@@ -263,11 +274,19 @@ def validate_update(directory: Path, expected: Expected) -> UpdateManifest:
     return manifest
 
 
-def _check_values(
-    reader: AdapterReader | EncodedReader,
-    frozen: tuple[Literal["A", "B"], AdapterReader] | None = None,
-    whose: str = "",
-) -> None:
+def _check_masked(directory: Path, manifest: UpdateManifest, words: int | None) -> None:
+    """All that can be said of numbers that look like noise: that they are as many as they should be."""
+    if manifest.roster is None or words is None:
+        raise ArtifactError(f"its update is {'not ' if words else ''}masked; this round takes others.")
+    if manifest.examples or manifest.tokens or manifest.loss_before is not None or manifest.loss_after is not None:
+        raise ArtifactError("it says examples, tokens or losses; expected none in a masked update.")
+    sizes = {name: entry.size for name, entry in manifest.files.items()}
+    if sizes != {MASKED_WORDS: words * WORD_BYTES}:
+        raise ArtifactError(f"its files are {sizes!s:.200}; expected {MASKED_WORDS} of {words * WORD_BYTES} bytes.")
+    verify_files(directory, manifest, beside=SIGNATURE_NAME)
+
+
+def _check_values(reader: AdapterReader | EncodedReader, frozen: Frozen | None = None, whose: str = "") -> None:
     """That all factors are finite, none so large that a sum of them may not be, and frozen ones as they were."""
     for module in reader.modules:
         factors = dict(zip("AB", reader.read(module), strict=True))
@@ -350,6 +369,8 @@ def outcome(update: Path) -> str:
         manifest = read_update(update)
     except ArtifactError as error:
         return printable(str(error))
+    if manifest.roster is not None:
+        return "its update is masked"
     if manifest.loss_before is None or manifest.loss_after is None:
         loss = "loss not evaluated"
     else:

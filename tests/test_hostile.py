@@ -36,11 +36,12 @@ from hf_fedlarge.cli import main
 from hf_fedlarge.collect import aggregate_updates, expected_from, start_adapter
 from hf_fedlarge.config import Codec, LoraSettings
 from hf_fedlarge.errors import ArtifactError, FedLargeError, UpdateRefusedError
+from hf_fedlarge.experience import seen
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import SIGNATURE_NAME, allow, new_key, read_allowed
 from hf_fedlarge.package import load_package, load_tokenizer, package_config
 from hf_fedlarge.plan import sample_cohort
-from hf_fedlarge.server import RoundServer, seen
+from hf_fedlarge.server import RoundServer
 from hf_fedlarge.store import Store
 from hf_fedlarge.trainers.client import parse_arguments, train_client
 from hf_fedlarge.update import (

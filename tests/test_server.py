@@ -17,10 +17,11 @@ from hf_fedlarge.architectures import describe
 from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, read_manifest
 from hf_fedlarge.collect import aggregate_updates, start_adapter
 from hf_fedlarge.errors import ArtifactError, UpdateRefusedError
+from hf_fedlarge.experience import seen
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.package import package_config
 from hf_fedlarge.plan import SELECTIONS, CheckIn, sample_cohort
-from hf_fedlarge.server import RoundServer, seen
+from hf_fedlarge.server import RoundServer
 from hf_fedlarge.update import Expected, validate_update
 
 

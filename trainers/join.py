@@ -5,8 +5,8 @@
 What is kept between rounds, and when the process is killed, lies in the cache:
 
     packages/DIGEST/             fetched once, for every client on this machine
-    clients/RUN/NAME/0001/       the round's adapter, the training in progress, the update; sent.json while the server
-                                 has not said what became of it
+    clients/RUN/NAME/0001/       the round's adapter, the training in progress, the update, secrets of its attempts;
+                                 sent.json while the server has not said what became of the update
     clients/RUN/NAME/state/      what it keeps from round to round
 
 The store is not trusted: an order may hold nothing but bounded training arguments (`orders.py`), and what is fetched is
@@ -39,7 +39,7 @@ from hf_fedlarge.artifacts import (
 from hf_fedlarge.data import load_examples
 from hf_fedlarge.errors import ArtifactError, FedLargeError, OutputError, StoreError
 from hf_fedlarge.jobs import ClientJob, Train, training_of
-from hf_fedlarge.keys import read_key
+from hf_fedlarge.keys import read_allowed, read_key
 from hf_fedlarge.orders import (
     CHECK_INS,
     FAILED,
@@ -58,6 +58,7 @@ from hf_fedlarge.orders import (
 )
 from hf_fedlarge.store import Store
 from hf_fedlarge.trainers.launch import in_process
+from hf_fedlarge.trainers.secure import SecureMember
 from hf_fedlarge.update import MAX_SMALL_BYTES, outcome
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ def join(
     train: Train | None = None,
     key: Path | None = None,
     packages: str | None = None,
+    keys: Path | None = None,
 ) -> None:
     """Take part in a federation until it is over. A client that was killed goes on when it is started again.
 
@@ -95,9 +97,11 @@ def join(
         train: trains and writes the update; None: in this process.
         key: the file of its private key, which signs its updates; None: they are not signed.
         packages: the URL of another store that has the packages; None: they lie with the orders.
+        keys: the list of all clients' keys, which have to sign those of secure aggregation; None: the server is
+            believed whose they are.
 
     Raises:
-        ConfigError: a name that can't be a client's.
+        ConfigError: a name that can't be a client's, or a key or list that is none.
         DataError: the examples can't be read.
         ArtifactError: the order can't be read, or holds what no order may.
         OutputError: another process of this client is at work, or `cache` can't be written.
@@ -108,10 +112,14 @@ def join(
         load_examples(eval_data)
     if key is not None:
         read_key(key)
+    if keys is not None:
+        read_allowed(keys)
     store, cache = Store(url), (cache or DEFAULT_CACHE).expanduser()
     package_store = Store(packages) if packages else store
     with _alone(cache / "clients", client):
-        member = _Member(store, package_store, check_in, data, eval_data, cache, report, train or in_process(), key)
+        member = _Member(
+            store, package_store, check_in, data, eval_data, cache, report, train or in_process(), key, keys
+        )
         member.take_part(once, poll, patience)
 
 
@@ -147,11 +155,13 @@ class _Member:
         report: Callable[[str], None],
         train: Train,
         key: Path | None,
+        keys: Path | None,
     ) -> None:
         self._key, self._package_store = key, package_store
+        self._secure = SecureMember(store, check_in.client, key, keys, report)
         self._store, self._check_in, self._client = store, check_in, check_in.client
         self._data, self._eval_data, self._cache, self._report, self._train = data, eval_data, cache, report, train
-        self._answered: tuple[str, int, int] | None = None
+        self._answered: tuple[str, int, int, str] | None = None
 
     def take_part(self, once: bool, poll: float, patience: float) -> None:
         """Answer orders until the federation is over; a store that can't be reached is tried again."""
@@ -171,12 +181,14 @@ class _Member:
                     self._report(f"the federation is over after round {order.round}")
                     return
                 work = order.work_of(self._client) if order is not None and order.is_open else None
-                if work is not None and order.attempt_id != self._answered:
+                if work is not None and order.step != self._answered:
                     self._answer(order, work)
-                    self._answered, since = order.attempt_id, time.monotonic()
-                    if once:
+                    self._answered, since = order.step, time.monotonic()
+                    if once and order.is_last_stage:
                         return
                     continue
+                if once and self._answered and (order is None or not order.goes_on(self._answered)):
+                    return  # left out of a round's later stages
             except StoreError as error:
                 self._report(f"{error} Trying again.")
             time.sleep(poll)
@@ -185,13 +197,21 @@ class _Member:
     def _answer(self, order: OrderDocument, work: Work) -> None:
         """Train and send the update, or why there is none; what is done already is not done again."""
         place = inbox(order.round, self._client, order.attempt)
+        if self._store.read(f"{place}/{FAILED}", MAX_SMALL_BYTES) is not None:
+            return
+        if order.secure and self._secure.is_answered(order):
+            return
+        if not order.secure and self._store.read(f"{place}/{MANIFEST_NAME}", MAX_SMALL_BYTES) is not None:
+            return
         home = self._home(order)
         update = home / f"{order.round:04d}" / "update"
-        for name, most in ((MANIFEST_NAME, MAX_SMALL_BYTES), (FAILED, MAX_SMALL_BYTES)):
-            if self._store.read(f"{place}/{name}", most) is not None:
-                return
         try:
-            self._make_update(order, work, home, update)
+            if order.secure is None or order.secure.stage == "keys":
+                self._make_update(order, work, home, update)
+            if order.secure:
+                self._secure.answer(order, work, update)
+                self._forget(home, order.round)
+                return
         except StoreError:
             raise
         except FedLargeError as error:
@@ -205,8 +225,12 @@ class _Member:
         write_json(update.with_name(_SENT), {"attempt": order.attempt})
         self._store.send(update, place)
         self._report(f"round {order.round}: update sent")
+        self._forget(home, order.round)
+
+    def _forget(self, home: Path, before: int) -> None:
+        """Remove what is left of earlier rounds."""
         for older in home.glob("[0-9]*"):
-            if older.name < f"{order.round:04d}":
+            if older.name < f"{before:04d}":
                 shutil.rmtree(older)
 
     def _hear(self, order: OrderDocument) -> None:
@@ -257,7 +281,7 @@ class _Member:
         )
         self._train(job)
         size = sum(path.stat().st_size for path in update.iterdir())
-        if size > work.update_bytes:
+        if size > work.update_bytes and not order.secure:  # then it isn't this that is sent
             raise ArtifactError(f"the update has {size} bytes; the order takes {work.update_bytes} at most")
 
     def _is_in_time(self, order: OrderDocument) -> bool:

@@ -1,0 +1,277 @@
+"""A round of secure aggregation on the server, over a store: the stages of `secagg.py`, each under an order of its own.
+
+    keys     who has trained advertises keys; the round's deadline is for this
+    shares   `stage_seconds` each from here on: every client's shares, which are passed on
+    masked   the updates, as in any other round
+    reveal   shares of the survivors, until they are enough; the sum is left in `secure_sum.SUM`
+
+What a stage found is in the journal before the next one's order is published, so a server that was killed asks again
+for what it asked before and for nothing else: in no attempt are there two lists of survivors. Clients that don't answer
+in time are left out; with too few the attempt is abandoned, and what came of it is of no use to anybody.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from hf_fedlarge import secagg
+from hf_fedlarge.artifacts import staged_directory, write_json
+from hf_fedlarge.config import FederationConfig
+from hf_fedlarge.errors import ArtifactError
+from hf_fedlarge.fixed_point import mean_of
+from hf_fedlarge.jobs import Jobs
+from hf_fedlarge.keys import read_allowed
+from hf_fedlarge.orders import (
+    CLIENT_BYTES,
+    KEYS,
+    MAX_NOTE_BYTES,
+    REVEALED,
+    ROSTER,
+    SHARES,
+    SecureOrder,
+    Stage,
+    context,
+    document_bytes,
+    inbox,
+    read_document,
+    secure,
+    write_document,
+)
+from hf_fedlarge.records import Record
+from hf_fedlarge.secure_sum import SUM, read_words
+from hf_fedlarge.server import Order, RoundServer
+from hf_fedlarge.update import MASKED_WORDS, read_update
+
+if TYPE_CHECKING:
+    from hf_fedlarge.serve import StoreClients
+
+MessageT = TypeVar("MessageT", bound=Record)
+Answers = Iterator[tuple[str, str | None]]
+
+
+class SecureRound:
+    """One attempt at a round.
+
+    Args:
+        clients: what reaches them.
+        run: the federation's id in the store.
+        config: the federation, with `secure`.
+        jobs: what each client gets.
+        server: the round.
+        order: the attempt.
+    """
+
+    def __init__(
+        self, clients: StoreClients, run: str, config: FederationConfig, jobs: Jobs, server: RoundServer, order: Order
+    ) -> None:
+        self._clients, self._store, self._config = clients, clients.store, config
+        self._jobs, self._server, self._order = jobs, server, order
+        self._context = context(run, order.round, order.attempt)
+        self._home = (server.work / SUM).parent
+        self._place = secure(order.round, order.attempt)
+        self._least = config.min_updates
+
+    def answers(self) -> Answers:
+        """All stages; as `rounds.Clients.answers` yields.
+
+        Raises:
+            UpdateRefusedError: too few clients came through a stage, or what they sent gives no sum: the attempt is
+                abandoned.
+        """
+        self._home.mkdir(exist_ok=True)
+        yield from self._gather_keys()
+        roster = self._roster()
+        yield from self._pass_on_shares(roster)
+        sharers = self._server.stage(self._order, "shares")["sharers"]
+        yield from self._gather_updates(roster, sharers)
+        survivors = self._server.stage(self._order, "masked")["survivors"]
+        yield from self._sum_up(roster, sharers, survivors)
+
+    # The stages
+
+    def _gather_keys(self) -> Answers:
+        if self._server.stage(self._order, "keys"):
+            return
+        waiting = self._server.unheard(self._order)
+        self._publish("keys", waiting)
+        found = yield from self._gather(waiting, KEYS, secagg.Keys, self._check_keys, self._order.goal)
+        # As many as are wanted, the first of the order where more came at once.
+        chosen = sorted([client for client in self._order.clients if client in found][: self._order.goal])
+        self._need(chosen, max(2, self._least), "have trained and advertised keys")
+        threshold = secagg.threshold_of(self._config.secure.threshold, len(chosen))
+        keys = [found[client] for client in chosen]
+        roster = secagg.Roster(context=self._context, threshold=threshold, clients=keys)
+        write_json(self._home / ROSTER, roster.model_dump(mode="json"))
+        self._server.staged(self._order, "keys", roster=roster.digest, clients=chosen, threshold=threshold)
+
+    def _pass_on_shares(self, roster: secagg.Roster) -> Answers:
+        if self._server.stage(self._order, "shares"):
+            return
+        write_document(self._store, f"{self._place}/{ROSTER}", roster)
+        for client in roster.names:
+            self._told(client, "down", ROSTER, roster)
+        self._publish("shares", roster.names)
+
+        def check(client: str, shares: secagg.Shares) -> None:
+            secagg.check_shares(shares, roster)
+
+        sent = yield from self._gather(roster.names, SHARES, secagg.Shares, check)
+        self._need(sent, max(roster.threshold, self._least), "have shared their secrets")
+        for client, boxes in secagg.delivered(sent).items():
+            write_document(self._store, f"{self._place}/{client}.json", boxes)
+            self._told(client, "down", SHARES, boxes)
+        self._server.staged(self._order, "shares", sharers=sorted(sent))
+
+    def _gather_updates(self, roster: secagg.Roster, sharers: list[str]) -> Answers:
+        if self._server.stage(self._order, "masked"):
+            return
+        self._publish("masked", sharers, sharers)
+        while waiting := [client for client in self._server.waiting(self._order) if client in sharers]:
+            heard = False
+            for client in self._clients.patiently(self._clients.present, self._order, waiting) or []:
+                came = self._clients.patiently(self._fetched, roster, client)
+                if came is not None:
+                    heard = True
+                    yield client, came or None
+            if not heard:
+                self._pause()
+        survivors = sorted(self._server.accepted)
+        self._need(survivors, max(roster.threshold, self._least), "have sent their masked updates")
+        self._server.staged(self._order, "masked", survivors=survivors)
+
+    def _sum_up(self, roster: secagg.Roster, sharers: list[str], survivors: list[str]) -> Answers:
+        if self._server.stage(self._order, "reveal"):
+            return
+        self._publish("reveal", survivors, sharers, survivors)
+
+        def check(client: str, message: secagg.Revealed) -> None:
+            secagg.check_revealed(message, sharers, survivors)
+
+        messages = yield from self._gather(survivors, REVEALED, secagg.Revealed, check, roster.threshold)
+        self._need(messages, roster.threshold, "have revealed their shares")
+        try:
+            secrets = secagg.recovered(roster, sharers, survivors, messages)
+            total = read_words(self._server.work / survivors[0] / MASKED_WORDS)
+            for client in survivors[1:]:
+                np.add(total, read_words(self._server.work / client / MASKED_WORDS), out=total)
+            secagg.remove_masks(total, roster, survivors, secrets)
+            count, of, equal = len(survivors), len(roster.clients), self._config.weighting == "equal"
+            mean = mean_of(total, self._config.secure.limit, of, count, equal=equal)
+        except ArtifactError as error:
+            self._server.abandon(self._order, str(error))
+        if not (self._server.work / SUM).exists():
+            with staged_directory(self._server.work / SUM) as staging:
+                total.astype("<u4", copy=False).tofile(staging / MASKED_WORDS)
+        lost = sorted(set(roster.names) - set(survivors))
+        if mean.clipped:
+            limit = self._config.secure.limit
+            self._clients.say(
+                f"round {self._order.round}: {mean.clipped} numbers of all clients' were beyond ± {limit}"
+            )
+        self._server.staged(self._order, "reveal", clients=count, of=of, lost=lost, clipped=mean.clipped)
+
+    # What they are made of
+
+    def _publish(self, stage: Stage, asked: list[str], sharers: list[str] = (), survivors: list[str] = ()) -> None:
+        """Order a stage of those who are asked in it; all but the first have a deadline of their own."""
+        if stage != "keys":
+            self._server.begin_wait(self._config.secure.stage_seconds)
+        weighting = self._config.weighting
+        most = max(getattr(self._jobs.asked(client), weighting, 1) for client in self._order.clients)
+        said = SecureOrder(
+            stage=stage,
+            limit=self._config.secure.limit,
+            weighting=weighting,
+            most=most,
+            sharers=list(sharers),
+            survivors=list(survivors),
+        )
+        self._clients.publish(self._jobs, self._server, self._order, asked, said)
+
+    def _gather(
+        self,
+        clients: list[str],
+        name: str,
+        kind: type[MessageT],
+        check: Callable[[str, MessageT], None],
+        enough: int | None = None,
+    ) -> Generator[tuple[str, str | None], None, dict[str, MessageT]]:
+        """The messages of clients by their name, until all or enough are there or the time is over."""
+        found: dict[str, MessageT] = {}
+        while len(found) < (enough or len(clients)) and not self._server.is_late:
+            failed = self._server.journal.find("failed", round=self._order.round, attempt=self._order.attempt)
+            gone = {entry["client"] for entry in failed} | found.keys()
+            waiting = [client for client in clients if client not in gone]
+            if not waiting:
+                break
+            heard = False
+            for client in self._clients.patiently(self._clients.present, self._order, waiting) or []:
+                came = self._clients.patiently(self._message, client, name, kind, check)
+                if isinstance(came, str):
+                    yield client, came
+                elif came is not None:
+                    found[client] = came
+                    self._told(client, "up", name, came)
+                heard = heard or came is not None
+            if not heard:
+                self._pause()
+        return found
+
+    def _message(
+        self, client: str, name: str, kind: type[MessageT], check: Callable[[str, MessageT], None]
+    ) -> MessageT | str | None:
+        """A client's message, or why there will be none; None: it isn't there yet."""
+        place = inbox(self._order.round, client, self._order.attempt)
+        try:
+            if failure := self._clients.failure(place):
+                return failure
+            most = MAX_NOTE_BYTES + CLIENT_BYTES * len(self._order.clients)
+            message = read_document(self._store, f"{place}/{name}", kind, most)
+            if message is not None:
+                check(client, message)
+            return message
+        except ArtifactError as error:
+            return f"{client} refused: {error}"
+
+    def _check_keys(self, client: str, keys: secagg.Keys) -> None:
+        if keys.client != client:
+            raise ArtifactError(f"they are in the name of {keys.client}.")
+        if self._config.keys:
+            secagg.check_signatures([keys], self._context, read_allowed(Path(self._config.keys)))
+
+    def _fetched(self, roster: secagg.Roster, client: str) -> str | None:
+        """As `StoreClients.fetched`, of an update that is masked for this roster."""
+        update = self._server.work / client
+        came = self._clients.fetched(self._jobs, self._order, client, update)
+        if came == "":
+            try:
+                if read_update(update).roster != roster.digest:
+                    shutil.rmtree(update)
+                    return f"{client} refused: its update is masked for others than this attempt's clients."
+            except ArtifactError:
+                pass  # validation will say why
+        return came
+
+    def _roster(self) -> secagg.Roster:
+        roster = secagg.Roster.model_validate(json.loads((self._home / ROSTER).read_text()))
+        assert roster.digest == self._server.stage(self._order, "keys")["roster"]
+        return roster
+
+    def _told(self, client: str, way: str, what: str, message: Record) -> None:
+        self._server.told(self._order, client, way, what, document_bytes(message))
+
+    def _need(self, came: object, least: int, what: str) -> None:
+        if len(came) < least:
+            self._server.abandon(self._order, f"{len(came)} clients {what}; at least {least} are needed.")
+
+    def _pause(self) -> None:
+        left = self._server.seconds_left
+        poll = self._clients.poll
+        time.sleep(poll if left is None else max(0.0, min(poll, left + 0.01)))

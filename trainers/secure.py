@@ -1,0 +1,174 @@
+"""A client's side of secure aggregation (`secagg.py`): what it answers in each stage, and what it answers only once.
+
+An update is trained as always and stays here; what is sent is its change, masked. The secrets of an attempt lie beside
+it until the last stage is answered, readable by their owner alone, so that a client that was killed goes on. With them
+is what it was asked before: a client doesn't mask a second vector in an attempt, nor reveals shares for another list
+of survivors, whoever asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from hf_fedlarge import secagg
+from hf_fedlarge.artifacts import MANIFEST_NAME, Digest, UpdateManifest, read_manifest, write_json
+from hf_fedlarge.ciphers import check_that_secrets_can_be_shared
+from hf_fedlarge.config import ClientName
+from hf_fedlarge.errors import ArtifactError, StoreError
+from hf_fedlarge.keys import read_allowed, read_key
+from hf_fedlarge.orders import (
+    KEYS,
+    MAX_ORDER_BYTES,
+    REVEALED,
+    ROSTER,
+    SHARES,
+    OrderDocument,
+    Work,
+    document_bytes,
+    inbox,
+    read_document,
+    secure,
+    write_document,
+)
+from hf_fedlarge.records import Record
+from hf_fedlarge.secure_sum import mask_update
+from hf_fedlarge.store import Store
+from hf_fedlarge.untrusted import read_json
+
+
+class _Attempt(Record):
+    """What a client keeps of an attempt: its secrets, which update they are for, and what it answered to."""
+
+    secrets: secagg.Secrets
+    update: Digest
+    roster: Digest | None = None
+    sharers: list[ClientName] | None = None
+    limit: float | None = None
+    weighting: str | None = None
+    most: int | None = None
+    survivors: list[ClientName] | None = None
+
+
+class SecureMember:
+    """A client in rounds of secure aggregation.
+
+    Args:
+        store: where the server is met.
+        client: its name.
+        key: the file of its private key, which signs what it sends; None: that isn't signed.
+        keys: the list of everybody's keys, which must have signed theirs; None: the server is believed.
+        report: told of each step in a line.
+    """
+
+    def __init__(
+        self, store: Store, client: str, key: Path | None, keys: Path | None, report: Callable[[str], None]
+    ) -> None:
+        self._store, self._client, self._report = store, client, report
+        self._key = read_key(key) if key else None
+        self._keys = keys
+
+    def is_answered(self, order: OrderDocument) -> bool:
+        """Whether the stage's answer is in the inbox already."""
+        name = {"keys": KEYS, "shares": SHARES, "masked": MANIFEST_NAME, "reveal": REVEALED}[order.secure.stage]
+        return self._store.read(f"{self._place(order)}/{name}", MAX_ORDER_BYTES) is not None
+
+    def answer(self, order: OrderDocument, work: Work, update: Path) -> None:
+        """Do what a stage asks for.
+
+        Args:
+            order: the stage's.
+            work: this client's.
+            update: what it has trained, with the adapter that it started from beside it.
+
+        Raises:
+            ArtifactError: what the server says isn't what can be answered to; nothing is sent.
+            StoreError: the store can't be reached.
+        """
+        check_that_secrets_can_be_shared()
+        home = update.with_name("secure")
+        home.mkdir(mode=0o700, exist_ok=True)
+        path = home / f"{order.attempt}.json"
+        digest = read_manifest(update, UpdateManifest).digest
+        if order.secure.stage == "keys":
+            self._advertise(order, path, digest)
+            return
+        if not path.exists():
+            raise ArtifactError(f"{self._client} has no secrets for {order.context}, which it had keys advertised for.")
+        attempt = _Attempt.model_validate(read_json(path, MAX_ORDER_BYTES))
+        if attempt.update != digest:
+            raise ArtifactError(f"{self._client}'s update is another one than when it advertised its keys.")
+        roster = self._needed(order, ROSTER, secagg.Roster)
+        allowed = read_allowed(self._keys) if self._keys else None
+        secagg.check_roster(roster, self._client, attempt.secrets, order.context, allowed)
+        attempt = self._once(path, attempt, roster=roster.digest)
+        if order.secure.stage == "shares":
+            self._send(order, SHARES, secagg.shared(attempt.secrets, roster, self._client))
+            return
+        boxes = self._needed(order, f"{self._client}.json", secagg.Shares).boxes
+        if sorted(boxes) != order.secure.sharers:
+            raise ArtifactError(f"{self._client} has shares of others than the order's sharers.")
+        # Two vectors of other steps or weights under the same masks would tell what they differ by.
+        numbers = {name: getattr(order.secure, name) for name in ("limit", "weighting", "most")}
+        attempt = self._once(path, attempt, sharers=order.secure.sharers, **numbers)
+        opened = secagg.opened(attempt.secrets, roster, self._client, boxes)
+        if order.secure.stage == "masked":
+            self._send_masked(order, work, update, roster, attempt, home / "masked")
+        else:
+            answer = secagg.revealed(opened, roster, self._client, order.secure.survivors)
+            self._once(path, attempt, survivors=order.secure.survivors)
+            self._send(order, REVEALED, answer)
+            path.unlink()
+
+    def _advertise(self, order: OrderDocument, path: Path, digest: str) -> None:
+        if path.exists():
+            attempt = _Attempt.model_validate(read_json(path, MAX_ORDER_BYTES))
+        else:
+            for older in path.parent.glob("*.json"):
+                older.unlink()
+            attempt = _Attempt(secrets=secagg.new_secrets(), update=digest)
+            write_json(path, attempt.model_dump(mode="json"))
+        self._send(order, KEYS, secagg.advertised(self._client, attempt.secrets, order.context, self._key))
+
+    def _send_masked(
+        self, order: OrderDocument, work: Work, update: Path, roster: secagg.Roster, attempt: _Attempt, masked: Path
+    ) -> None:
+        mask_update(
+            update,
+            update.with_name("adapter"),
+            masked,
+            order.secure,
+            len(roster.clients),
+            roster.digest,
+            lambda words: secagg.add_masks(words, attempt.secrets, roster, self._client, order.secure.sharers),
+            self._key,
+        )
+        size = sum(path.stat().st_size for path in masked.iterdir())
+        if size > work.update_bytes:
+            raise ArtifactError(f"the masked update has {size} bytes; the order takes {work.update_bytes} at most")
+        self._store.send(masked, self._place(order))
+        self._report(f"round {order.round}: masked update sent, among {len(roster.clients)} clients")
+
+    def _once(self, path: Path, attempt: _Attempt, **asked: object) -> _Attempt:
+        """Write down what is answered to, before it is; another answer in the same attempt isn't given."""
+        for name, value in asked.items():
+            before = getattr(attempt, name)
+            if before not in (None, value):
+                raise ArtifactError(f"{self._client} was asked before with another {name} in this attempt.")
+        attempt = attempt.model_copy(update=asked)
+        write_json(path, attempt.model_dump(mode="json"))
+        return attempt
+
+    def _needed(self, order: OrderDocument, name: str, kind: type[secagg.Roster] | type[secagg.Shares]) -> Record:
+        place = f"{secure(order.round, order.attempt)}/{name}"
+        found = read_document(self._store, place, kind, MAX_ORDER_BYTES)
+        if found is None:
+            raise StoreError(f"{self._store.url}/{place} is not there, which the order is about.")
+        return found
+
+    def _send(self, order: OrderDocument, name: str, message: Record) -> None:
+        write_document(self._store, f"{self._place(order)}/{name}", message)
+        self._report(f"round {order.round}: {name.removesuffix('.json')} sent, {document_bytes(message)} bytes")
+
+    def _place(self, order: OrderDocument) -> str:
+        return inbox(order.round, self._client, order.attempt)
