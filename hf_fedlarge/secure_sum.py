@@ -34,7 +34,8 @@ from hf_fedlarge.keys import PrivateKey, sign_update
 from hf_fedlarge.ledger import Draw, drawn_again
 from hf_fedlarge.orders import SecureOrder
 from hf_fedlarge.package import package_config
-from hf_fedlarge.privacy import clip_factor, spent, squared_change
+from hf_fedlarge.privacy import spent, squared_change
+from hf_fedlarge.robust import clip_factors
 from hf_fedlarge.server import RoundServer
 from hf_fedlarge.tensors import Factors
 from hf_fedlarge.update import MASKED_WORDS, Expected
@@ -77,7 +78,7 @@ def mask_update(
     modules, factor = sorted(after.modules), 1.0
     if parent.privacy:  # again, for in fp32 a clipped change may be a little too long
         square = sum(squared_change(after.read(module), before.read(module)) for module in modules)
-        factor = clip_factor(square, parent.privacy.clip)
+        [factor] = clip_factors(square[None], parent.privacy.clip)
 
     def changes() -> Iterator[np.ndarray]:
         for module in modules:

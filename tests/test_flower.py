@@ -222,7 +222,7 @@ HOSTILE = {
         lambda reply, message, home: Message(
             Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "\x1b[2J no"), reply_to=message
         ),
-        "its app failed:  .2J no",
+        r"its app failed: \?\[2J no",
     ),
 }
 
