@@ -114,7 +114,7 @@ def plug_in(model: PreTrainedModel, directory: Path) -> PeftModel:
         return PeftModel.from_pretrained(model, directory)
 
 
-def run_teams(home: Path) -> None:
+def run_teams(home: Path, rounds: int = 2) -> None:
     """A federation's file in `home`, for simulated clients and for real ones, and its run with simulated ones."""
     make_checkpoint(home / "checkpoint", layers=2, tokenizer=True)
     rows = [{"text": f"{TEAMS[index % 3]} {index}", "team": TEAMS[index % 3]} for index in range(18)]
@@ -127,7 +127,7 @@ def run_teams(home: Path) -> None:
         "clients": dict.fromkeys(TEAMS, 6),
         "keep_layers": 1.0,
         "lora": {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]},
-        "rounds": 2,
+        "rounds": rounds,
         "codec": "int8",
         "training": {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "disable_tqdm": True},
     }

@@ -11,6 +11,7 @@ import warnings
 import zipfile
 
 import pytest
+import yaml
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install 'hf-fedlarge[flower]'")
 
@@ -321,11 +322,12 @@ def test_a_client_whose_round_is_closed_begins_nothing(home, cohort):
 
 
 def test_the_alarm_of_whoever_called_is_left_as_it_was():
-    before = signal.getsignal(signal.SIGALRM)
+    before, timer = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
     late = pytest.raises(client_app.TooLate, match="was closed before the update was ready")
     with late, client_app._until(time.time() + 0.05):
         time.sleep(5)
     assert signal.getsignal(signal.SIGALRM) is before
+    assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == (timer[0] > 0)
 
 
 @pytest.mark.parametrize("again", ["the same node", "another node"])
@@ -527,26 +529,54 @@ def flower(tmp_path):
         each.end()
 
 
-def test_flower_ends_with_the_bytes_of_one_process_whoever_is_killed(tmp_path, flower):
-    """A node is killed in training, the ServerApp and the SuperLink in a round; all but the last are started again."""
+# The ClientApp, but for one node: that one answers with more than was asked for.
+HOSTILE_CLIENT = """
+from flwr.app import Message
+from flwr.clientapp import ClientApp
+
+from hf_fedlarge.flower.client import app as honest
+from hf_fedlarge.flower.letters import put_in
+
+app = ClientApp()
+
+
+@app.query()
+def query(message, context):
+    return honest(message, context)
+
+
+@app.train()
+def train(message, context):
+    if context.node_config["client"] == "mallory":
+        return Message(put_in({"inbox/0001/mallory/1/fedlarge.json": bytes(12_000_000)}), reply_to=message)
+    return honest(message, context)
+"""
+
+
+def test_flower_ends_with_the_bytes_of_one_process_whoever_is_killed_and_whatever_one_sends(tmp_path, flower):
+    """Killed are a node while it trains, then the ServerApp, and the SuperLink when the round was taken up again."""
     whole, app, cache = tmp_path / "whole", tmp_path / "teams", tmp_path / "cache"
     whole.mkdir()
-    run_teams(whole)
+    run_teams(whole, rounds=1)
     assert main(["flower", "init", str(app), "--store", str(tmp_path / "packages")]) == 0
-    shutil.copy(whole / "federation.yaml", app)
+    federation = yaml.safe_load((whole / "federation.yaml").read_text())
+    federation["clients"]["mallory"] = 6
+    (app / "federation.yaml").write_text(yaml.safe_dump(federation))
+    (app / "fedlarge_app" / "client.py").write_text(HOSTILE_CLIENT)
     with (app / "pyproject.toml").open("a") as file:  # its last table is the ServerApp's settings
         file.write("stop = false\npoll = 0.2\n")
     run, processes = app / "run", flower(trace=TRACED)
 
-    def joins(team):
-        own = whole / "run" / "clients" / team
+    def joins(client, team=None):
+        own = whole / "run" / "clients" / (team or client)
         data = {"data": own / "train.jsonl", "eval-data": own / "held_out.jsonl", "cache": cache}
-        processes.supernode(team, **data)
+        processes.supernode(client, **data)
 
     processes.superlink()
     processes.superexec()
     for team in TEAMS:
         joins(team)
+    joins("mallory", "blue")
     processes.run(app)
     processes.until(lambda: list(cache.glob("clients/*/green/0001/adapter")))
     processes.kill("green")
@@ -556,14 +586,16 @@ def test_flower_ends_with_the_bytes_of_one_process_whoever_is_killed(tmp_path, f
     assert not events(run, "committed")
     joins("green")
     processes.run(app)
-    processes.until(lambda: [entry for entry in events(run, "asked") if entry["round"] == 2])
+    processes.until(lambda: (tmp_path / "green.log").read_text().count("begun") == 2)
     processes.kill("superlink")
     processes.superlink()
     processes.until((run / "summary.json").exists)
     assert adapter_digests(run) == adapter_digests(whole / "run")
-    assert len(adapter_digests(run)) == 3
+    assert len(adapter_digests(run)) == 2
     assert not [entry for entry in events(run, "validated") if not entry["accepted"]]
-    assert [entry["event"] for entry in events(run, "failed", "abandoned")] == []
+    [failed] = events(run, "failed", "abandoned")
+    assert failed["client"] == "mallory"
+    assert "its message has 12000000 bytes of files; expected" in failed["reason"]
     assert len(list((cache / "packages").glob("[0-9a-f]*"))) == 1
     if TRACED:
         processes.end()

@@ -42,6 +42,7 @@ from hf_fedlarge.orders import (
 )
 from hf_fedlarge.rounds import Report
 from hf_fedlarge.store import Store, artifact_path, object_path
+from hf_fedlarge.untrusted import printable
 
 # How long after a round's end its messages live: for clients to say that they are late, and be free for the next one.
 GRACE_SECONDS = 60.0
@@ -128,14 +129,13 @@ class Mailbox(Store):
         """A node said who it is: as it was registered, or, where it has no name there, as no other node is called."""
         if len(files) != 1:
             raise ArtifactError(f"it answered with {len(files)} check-ins; expected one.")
-        [(path, raw)] = files.items()
+        [path] = files
         client = _CHECK_IN.fullmatch(path)["client"]
         if node.name not in ("", client):
             raise ArtifactError(f"it says that it is {client}; it is registered as {node.name!a:.200}.")
         if client in self._clients:
             raise ArtifactError(f"it says that it is {client}, as another node did; give each a name of its own.")
         self._clients[client] = node
-        self.write(path, raw)
 
     # What is sent
 
@@ -208,20 +208,21 @@ class Mailbox(Store):
         if reply.has_error():
             if reply.error.code not in _LOST:
                 raise ArtifactError(f"its app failed: {reply.error.reason!s:.1000}")
-            self._report(f"  no answer from {letter.client or letter.node.id}: {reply.error.reason!s:.200}")
+            said = printable(f"{reply.error.reason!s:.200}")
+            self._report(f"  no answer from {letter.client or f'node {letter.node.id}'}: {said}")
             return
         files = take_out(reply.content, letter.allowed, letter.most_bytes)
         if letter.client is None:
             self._welcome(letter.node, files)
         elif not files:
-            self._report(f"  {letter.client} had no time left for {letter.place}")
+            self._report(f"  {letter.client} says that {letter.place} is over; its clock and this one have to agree")
         for path in sorted(files, key=lambda path: path.endswith(f"/{MANIFEST_NAME}")):  # the manifest last
             self.write(path, files[path])
 
     def _refuse(self, letter: _Letter, reason: str) -> None:
         if letter.client is None:
             self._strangers.add(letter.node)
-            self._report(f"node {letter.node.id} can't take part: {reason}")
+            self._report(printable(f"node {letter.node.id} can't take part: {reason}"))
             return
         write_document(self, f"{letter.place}/{FAILED}", failure(reason))
 
