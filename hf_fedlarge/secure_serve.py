@@ -37,8 +37,8 @@ from hf_fedlarge.orders import (
     SHARES,
     SecureOrder,
     Stage,
+    as_bytes,
     context,
-    document_bytes,
     inbox,
     read_document,
     secure,
@@ -265,7 +265,7 @@ class SecureRound:
         return roster
 
     def _told(self, client: str, way: str, what: str, message: Record) -> None:
-        self._server.told(self._order, client, way, what, document_bytes(message))
+        self._server.told(self._order, client, way, what, len(as_bytes(message)))
 
     def _need(self, came: object, least: int, what: str) -> None:
         if len(came) < least:

@@ -25,7 +25,7 @@ from hf_fedlarge.orders import (
     SHARES,
     OrderDocument,
     Work,
-    document_bytes,
+    as_bytes,
     inbox,
     read_document,
     secure,
@@ -168,7 +168,7 @@ class SecureMember:
 
     def _send(self, order: OrderDocument, name: str, message: Record) -> None:
         write_document(self._store, f"{self._place(order)}/{name}", message)
-        self._report(f"round {order.round}: {name.removesuffix('.json')} sent, {document_bytes(message)} bytes")
+        self._report(f"round {order.round}: {name.removesuffix('.json')} sent, {len(as_bytes(message))} bytes")
 
     def _place(self, order: OrderDocument) -> str:
         return inbox(order.round, self._client, order.attempt)

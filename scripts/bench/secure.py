@@ -20,7 +20,7 @@ from rich.table import Table
 
 from hf_fedlarge import secagg
 from hf_fedlarge.fixed_point import WORD_BYTES, levels, mean_of, quantized
-from hf_fedlarge.orders import document_bytes
+from hf_fedlarge.orders import as_bytes
 
 SMOLLM2_FFA = 30 * 16 * (576 + 192 + 192 + 576 + 1536 + 1536 + 576)  # layers, rank, and rows of each matrix
 LIMIT = 1.0
@@ -65,7 +65,7 @@ def measure(count: int, numbers: int, lost: float, share: float) -> dict[str, fl
     unmasking = time.perf_counter() - began
     error = np.abs(mean.values() - values).max()
     assert error <= LIMIT / levels(count), f"{error} at {count} clients"
-    up = document_bytes(keys[0]) + document_bytes(sent[names[0]]) + document_bytes(messages[names[0]])
+    up = len(as_bytes(keys[0])) + len(as_bytes(sent[names[0]])) + len(as_bytes(messages[names[0]]))
     return {
         "clients": count,
         "lost": count - len(survivors),
@@ -76,7 +76,7 @@ def measure(count: int, numbers: int, lost: float, share: float) -> dict[str, fl
         "server: masks, s": unmasking,
         "vector, MB": (numbers + 2) * WORD_BYTES / 1e6,
         "messages up, kB": up / 1e3,
-        "messages down, kB": (document_bytes(roster) + document_bytes(boxes[names[0]])) / 1e3,
+        "messages down, kB": (len(as_bytes(roster)) + len(as_bytes(boxes[names[0]]))) / 1e3,
         "error": float(error),
     }
 
