@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ from hf_fedlarge.package import package_config
 from hf_fedlarge.privacy import spent, squared_change
 from hf_fedlarge.robust import clip_factors
 from hf_fedlarge.server import RoundServer
-from hf_fedlarge.tensors import Factors
+from hf_fedlarge.tensors import Factors, StoredFactors
 from hf_fedlarge.update import MASKED_WORDS, Expected
 
 SUM = ".secure/sum"  # in a round's work
@@ -137,6 +138,10 @@ class MeanReader:
                 factor = factor.double() + torch.from_numpy(change).reshape(factor.shape)
             factors.append(factor)
         return Factors(*factors)
+
+    def stored(self, module: str) -> StoredFactors:
+        """Likewise, to be read when they are needed."""
+        return StoredFactors(partial(self.read, module), self._before.stored(module).shapes)
 
 
 def aggregate_sum(server: RoundServer, package: Path, output: Path, previous: Path, config: FederationConfig) -> None:

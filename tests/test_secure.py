@@ -105,13 +105,10 @@ class SecureServer(Server):
     """The server's side with secure aggregation."""
 
     def __init__(self, home, run, store, aggregator="ffa", secure=None, **changes):
-        self.own = home / aggregator
         secure = {"limit": LIMIT, "threshold": 0.5, "stage_seconds": 20.0} | (secure or {})
         changes = {"deadline_seconds": 20.0, "weighting": "equal"} | changes  # so that nobody is waited for for ever
-        super().__init__(home, run, store, aggregator=aggregator, secure=secure, **changes)
-
-    def adapter(self, number):
-        return self.run / "rounds" / f"{number:04d}" / "adapter" if number else self.own / "start"
+        start = home / aggregator / "start"
+        super().__init__(home, run, store, start=start, aggregator=aggregator, secure=secure, **changes)
 
     def close(self):
         def aggregate(updates, late, adapter):
