@@ -9,10 +9,10 @@ LoRA: arXiv 2106.09685.
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -27,7 +27,7 @@ from hf_fedlarge.artifacts import CARRY_WEIGHTS, write_json
 from hf_fedlarge.config import LoraSettings
 from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.linear import Adapter, FrozenLinear
-from hf_fedlarge.tensors import Factors, SafetensorsWriter
+from hf_fedlarge.tensors import Factors, SafetensorsWriter, StoredFactors
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -227,19 +227,11 @@ class AdapterReader:
 
     def __init__(self, directory: Path, name: str = ADAPTER_WEIGHTS) -> None:
         self._path = directory / name
-        self._places: dict[str, list[tuple[int, list[int]]]] = {}
+        self._places: _Places = {}
         if name != ADAPTER_WEIGHTS and not self._path.exists():
             return
         with self._path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        for name in header:
-            if name.endswith(".lora_A.weight"):
-                module = name.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
-                entries = [header[factor_name(module, letter)] for letter in "AB"]
-                assert all(entry["dtype"] == "F32" for entry in entries), f"{self._path}: {module} is not fp32"
-                places = [(8 + length + entry["data_offsets"][0], entry["shape"]) for entry in entries]
-                self._places[sys.intern(module)] = places
+            self._places = _places(file.read(int.from_bytes(file.read(8), "little")))
 
     @property
     def modules(self) -> list[str]:
@@ -259,6 +251,27 @@ class AdapterReader:
                 assert file.readinto(factor.numpy().data.cast("B")) == factor.nbytes, f"{self._path} ends too early"
                 found.append(factor)
         return Factors(*found)
+
+    def stored(self, module: str) -> StoredFactors:
+        """Likewise, to be read when they are needed."""
+        return StoredFactors(partial(self.read, module), tuple(shape for _, shape in self._places[module]))
+
+
+_Places = dict[str, tuple[tuple[int, list[int]], tuple[int, list[int]]]]
+
+
+@lru_cache(maxsize=16)
+def _places(header: bytes) -> _Places:
+    """Module → where in the file A and B begin, and their shapes; made once for all clients' files, which are alike."""
+    entries = json.loads(header)
+    places = {}
+    for name in entries:
+        if name.endswith(".lora_A.weight"):
+            module = name.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+            pair = [entries[factor_name(module, letter)] for letter in "AB"]
+            assert all(entry["dtype"] == "F32" for entry in pair), f"{module} is not fp32"
+            places[module] = tuple((8 + len(header) + entry["data_offsets"][0], entry["shape"]) for entry in pair)
+    return places
 
 
 class AdapterWriter:

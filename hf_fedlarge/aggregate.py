@@ -22,7 +22,7 @@ import torch
 
 from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.products import Term, distance, merged, truncate
-from hf_fedlarge.tensors import Factors
+from hf_fedlarge.tensors import Factors, StoredFactors
 
 Trained = Literal["both", "A", "B"]
 
@@ -40,7 +40,7 @@ class Change(NamedTuple):
 
     share: float
     scale: float
-    factors: Factors
+    factors: Factors | StoredFactors
     base: Factors | None = None
 
 
@@ -136,32 +136,40 @@ def fedavg(
     _check(rank, scale)
     changes = [change for change in changes if change.share]
     for change in changes:
-        if len(change.factors.A_RI) != rank or change.scale != scale:
+        if change.factors.rank != rank or change.scale != scale:
             raise ConfigError(
                 f"This aggregator averages factors of one rank and scale, {rank} and {scale:g} here, but a client has "
-                f"{len(change.factors.A_RI)} and {change.scale:g}; use the aggregator exact."
+                f"{change.factors.rank} and {change.scale:g}; use the aggregator exact."
             )
-    result = averaged(changes, parent)
-    if trained != "both":
-        frozen = "BA".index(trained)
-        common = changes[0].factors[frozen] if parent is None else parent[frozen]
-        if not all(torch.equal(factors[frozen], common) for factors in _all_factors(changes)):
-            raise ConfigError(f"Clients' {'AB'[frozen]} differ, though only {trained} was to be trained; use exact.")
-        result = result._replace(**{Factors._fields[frozen]: common.double()})
-    products = merged(product_terms(changes, parent, scale))
+    result = averaged(changes, parent, trained)
+    whole = [Term(scale, result)]
     if trained == "both":
-        energy, dropped = distance(products, Term(scale, result))
+        energy, dropped = distance(merged(product_terms(changes, parent, scale)), *whole)
     else:
-        energy, dropped = distance([Term(scale, result)], Term(scale, result))[0], 0.0
+        energy, dropped = distance(whole, *whole)[0], 0.0
     return Aggregate(Factors(result.A_RI.float(), result.B_OR.float()), energy, dropped)
 
 
-def averaged(changes: Sequence[Change], parent: Factors | None = None) -> Factors:
-    """parent + Σ share · (client − base) of A and of B, each by itself; in fp64."""
-    terms = merged(_deviations(changes, parent))
-    if not terms:  # nobody changed anything
-        return Factors(*(torch.zeros_like(factor, dtype=torch.float64) for factor in changes[0].factors))
-    return Factors(*(_sum([(coefficient, factors[index]) for coefficient, factors in terms]) for index in (0, 1)))
+def averaged(changes: Sequence[Change], parent: Factors | None = None, trained: Trained = "both") -> Factors:
+    """parent + Σ share · (client − base) of A and of B, each by itself; in fp64.
+
+    A factor that wasn't trained comes back as it is, bit for bit.
+
+    Raises:
+        ConfigError: it is not the same for all.
+    """
+    first = parent or Factors(*changes[0].factors)
+    frozen = None if trained == "both" else "BA".index(trained)
+    totals = [torch.zeros_like(factor, dtype=torch.float64) for factor in first]
+    for coefficient, factors in merged(_deviations(changes, parent)):
+        for index, factor in enumerate(factors):
+            if index != frozen:
+                totals[index].add_(factor, alpha=coefficient)
+            elif not torch.equal(factor, first[index]):
+                raise ConfigError(f"Clients' {'AB'[index]} differ, though only {trained} was to be trained; use exact.")
+    if frozen is not None:
+        totals[frozen] = first[frozen].double()
+    return Factors(*totals)
 
 
 def trained_in(aggregator: str | None, round_number: int) -> Trained:
@@ -194,10 +202,6 @@ def product_terms(changes: Sequence[Change], parent: Factors | None, scale: floa
     return [Term(coefficient * scales[id(factors)], factors) for coefficient, factors in _deviations(changes, parent)]
 
 
-def _all_factors(changes: Sequence[Change]) -> list[Factors]:
-    return [factors for change in changes for factors in (change.factors, change.base) if factors is not None]
-
-
 def _deviations(changes: Sequence[Change], parent: Factors | None) -> list[Term]:
     terms = [Term(1.0, parent)] if parent is not None else []
     for change in changes:
@@ -206,14 +210,6 @@ def _deviations(changes: Sequence[Change], parent: Factors | None) -> list[Term]
             if change.base is not None:
                 terms.append(Term(-change.share, change.base))
     return terms
-
-
-def _sum(terms: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor:
-    coefficient, first = terms[0]
-    total = first.double() * coefficient
-    for coefficient, factor in terms[1:]:
-        total.add_(factor, alpha=coefficient)
-    return total
 
 
 def _check(rank: int, scale: float) -> None:

@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from hf_fedlarge.config import ClientName, Codec, LoraSettings, Record, first_problem
 from hf_fedlarge.errors import ArtifactError, OutputError, os_problem
 from hf_fedlarge.ledger import PrivacyEntry
-from hf_fedlarge.untrusted import read_json
+from hf_fedlarge.untrusted import read_json, without_code
 
 MANIFEST_NAME = "fedlarge.json"
 _HUB_FILES = {".gitattributes", ".cache", "README.md", "FEDLARGE.md"}
@@ -46,6 +46,9 @@ class FileEntry(Record):
 
     size: Count
     sha256: Digest
+
+
+DataFiles = Annotated[dict[FileName, FileEntry], AfterValidator(without_code)]
 
 
 class BaseModelEntry(Record):
@@ -117,6 +120,7 @@ class PackageManifest(Manifest):
 
     max_bytes: ClassVar[int] = 2**20
     kind: Literal["package"] = "package"
+    files: DataFiles
     base: BaseModelEntry
     model_type: str
     layers: list[LayerEntry]
@@ -169,6 +173,7 @@ class AdapterManifest(Manifest):
     """
 
     kind: Literal["adapter"] = "adapter"
+    files: DataFiles
     base: BaseModelEntry
     package: Digest
     parent: Digest | None

@@ -302,7 +302,7 @@ def _serve(options: argparse.Namespace) -> None:
     from hf_fedlarge.serve import serve_federation
 
     config, output = _federation(options)
-    how = {"stop": not options.no_stop, "poll": options.poll}
+    how = {"stop": not options.no_stop, "poll": options.poll, "patience": options.patience}
     _print_run(serve_federation(config, output, options.store, _report, **how), output)
 
 
@@ -310,7 +310,7 @@ def _join(options: argparse.Namespace) -> None:
     from hf_fedlarge.trainers.join import join
 
     hide_bars()
-    given = {name: getattr(options, name) for name in ("eval_data", "cache", "once", "poll", "key")}
+    given = {name: getattr(options, name) for name in ("eval_data", "cache", "once", "poll", "patience", "key")}
     join(options.store, options.client, options.data, report=_report, **given)
 
 

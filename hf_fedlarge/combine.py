@@ -1,4 +1,7 @@
-"""Adapters on disk to the next one: module by module over all clients, so that memory holds one module of each.
+"""Adapters on disk to the next one: module by module over all clients.
+
+Memory holds a module of each, and of very many a module of one at a time, read anew for each look that an aggregator
+takes: one for a mean, three for the leading singular vectors of a sum. Robust aggregators compare clients and hold all.
 
 Everything was validated before. Directories in, files in one directory out: the adapter's weights, its carry, and
 the averages of the server's optimizer, each as an adapter's weights are stored. What looks at whole adapters (clipping,
@@ -30,7 +33,7 @@ from hf_fedlarge.artifacts import CARRY_WEIGHTS, MOMENTUM_WEIGHTS, VARIANCE_WEIG
 from hf_fedlarge.blocks import in_order, workers
 from hf_fedlarge.config import ADAPTIVE, AggregationSettings, LoraSettings
 from hf_fedlarge.errors import ConfigError
-from hf_fedlarge.privacy import clip_factor, squared_change, with_noise
+from hf_fedlarge.privacy import squared_change, with_noise
 from hf_fedlarge.products import Term, merged, truncate
 from hf_fedlarge.robust import COORDINATE, clip_factors, gram, krum, squared_norms
 from hf_fedlarge.server_optimizer import OPTIMIZERS, Rates
@@ -38,6 +41,7 @@ from hf_fedlarge.tensors import Factors
 from hf_fedlarge.wire import EncodedReader
 
 _AHEAD = 3  # modules that are computed or wait to be written
+_AT_ONCE = 2**26  # bytes of a module's factors, of all updates together, up to which they are read once and kept
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,8 @@ def _look_at_whole_updates(
     if choosing and len({tuple(client.reader.modules) for client in clients}) > 1:
         raise ConfigError(f"{settings.aggregator} compares whole updates, but clients have trained different modules.")
     products, squares = 0.0, torch.zeros(len(clients), dtype=torch.float64)
-    for module in modules if choosing or settings.clip is not None or settings.privacy else []:
+    bound = settings.privacy.clip if settings.privacy else settings.clip
+    for module in modules if choosing or bound is not None else []:
         then = before.read(module)
         having = [number for number, client in enumerate(clients) if module in client.reader]
         changes = _changes(clients, then, module)
@@ -195,14 +200,11 @@ def _look_at_whole_updates(
             products = products + gram(changes)
         if settings.clip is not None and changes:
             squares[having] += squared_norms(changes)
-        if settings.privacy:
-            squares += torch.tensor([squared_change(change.factors, change.base) for change in changes])
-    if settings.clip is not None:
-        for client, factor in zip(clients, clip_factors(squares, settings.clip), strict=True):
+        if settings.privacy and changes:
+            squares[having] += torch.stack([squared_change(change.factors, change.base) for change in changes])
+    if bound is not None:
+        for client, factor in zip(clients, clip_factors(squares, bound), strict=True):
             client.factor *= factor
-    if settings.privacy:
-        for client, square in zip(clients, squares.tolist(), strict=True):
-            client.factor *= clip_factor(square, settings.privacy.clip)
     if choosing:
         keep = 1 if settings.aggregator == "krum" else max(1, len(clients) - settings.byzantine - 2)
         kept = krum(products, settings.byzantine, keep)
@@ -215,12 +217,15 @@ def _changes(clients: Sequence[_Client], then: _Then, module: str, total: float 
     having = [client for client in clients if client.weight and module in client.reader]
     total = total or sum(client.weight for client in having)
     bases: dict[int, Factors | None] = {id(None): then.factors}  # each read once, so that equal ones are the same
+    stored = [client.reader.stored(module) for client in having]
+    at_once = sum(factors.nbytes for factors in stored) <= _AT_ONCE
     changes = []
-    for client in having:
+    for client, factors in zip(having, stored, strict=True):
         if id(client.base) not in bases:
             bases[id(client.base)] = client.base.read(module) if module in client.base else None
         share = client.weight / total * client.factor
-        changes.append(Change(share, client.scale, client.reader.read(module), bases[id(client.base)]))
+        factors = Factors(*factors) if at_once else factors
+        changes.append(Change(share, client.scale, factors, bases[id(client.base)]))
     return changes
 
 

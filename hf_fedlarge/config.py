@@ -309,6 +309,8 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
     `keys` is the list of keys that must have signed clients' updates (`keys.py`), or `auto`: the run makes keys for its
     simulated clients. `codec` is how updates are encoded, `topk_share` what share of the entries `topk` sends; `budget`
     is the most that the run may send, both ways together (`500MB`): a round that could overstep it is not begun.
+    `server_optimizer` is momentum here where the aggregator is `exact` and nothing else is said: of what was measured,
+    that learns most (`docs/aggregation.md`).
     """
 
     checkpoint: str
@@ -336,6 +338,13 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
     def wire_codec(self) -> Codec:
         """How clients encode their updates."""
         return Codec(name=self.codec, topk_share=self.topk_share)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _best_by_default(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("aggregator", "exact") == "exact":
+            return {"server_optimizer": "momentum"} | given
+        return given
 
     @model_validator(mode="after")
     def _quorum_can_be_reached(self) -> Self:

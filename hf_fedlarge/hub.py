@@ -28,17 +28,19 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import get_session, validate_repo_id
 
-from hf_fedlarge.artifacts import MANIFEST_NAME, UNPUBLISHED_FILES, verify_files
+from hf_fedlarge.artifacts import MANIFEST_NAME, MAX_MANIFEST_BYTES, UNPUBLISHED_FILES, verify_files
 from hf_fedlarge.cards import MARKER, PublishedManifest, read_published, render_card
 from hf_fedlarge.errors import ArtifactError, ConfigError, FedLargeError, HubError
+from hf_fedlarge.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
 # Where the card goes when a README stands there that we did not write.
 OTHER_CARD_NAME = "FEDLARGE.md"
+_ANSWER_SECONDS = 300  # without a byte
 
 _CHECKPOINT_FILES = [
     "*.safetensors",
@@ -158,8 +160,10 @@ def push(
         def remote(name: str) -> str | None:
             if name not in present:
                 return None
-            path = api.hf_hub_download(repo_id, name, revision=info.sha)
-            return Path(path).read_text(encoding="utf-8", errors="replace")
+            path = Path(api.hf_hub_download(repo_id, name, revision=info.sha))
+            if (size := path.stat().st_size) > MAX_MANIFEST_BYTES:
+                raise HubError(f"{name} of {repo_id} has {size} bytes; expected at most {MAX_MANIFEST_BYTES}.")
+            return path.read_text(encoding="utf-8", errors="replace")
 
         operations = _plan(directory, manifest, card, repo_id, present, remote(CARD_NAME), remote(MANIFEST_NAME))
         commit = api.create_commit(
@@ -206,8 +210,8 @@ def _plan(
 def _former(published: str | None) -> dict[str, Any]:
     """Kind and files of what was published before; nothing where there is no manifest that can be read."""
     try:
-        raw = json.loads(published or "{}")
-    except ValueError:
+        raw = parse_json((published or "{}").encode(), MANIFEST_NAME)
+    except ArtifactError:
         return {}
     if not isinstance(raw, dict) or not isinstance(raw.get("files"), dict) or not isinstance(raw.get("kind"), str):
         return {}
@@ -247,7 +251,10 @@ def _check_id(repo_id: str, what: str) -> None:
 
 @contextmanager
 def _explained(repo_id: str, *, revision: str | None = None, writing: bool = False) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one sentence that says what to do."""
+    """Turn what huggingface_hub raises into one sentence that says what to do; no request waits for ever."""
+    session = get_session()
+    if session.timeout.read is None:  # as the library makes it
+        session.timeout = _ANSWER_SECONDS
     try:
         yield
     except FedLargeError:
@@ -277,6 +284,11 @@ def _sentence(error: BaseException, repo_id: str, revision: str | None, writing:
         )
     if isinstance(error, HfHubHTTPError):
         return _status_sentence(error, repo_id, writing, instead)
+    if isinstance(error, HTTPError) and "Timeout" in type(error).__name__:
+        return (
+            f"{hub} gave no answer within {_ANSWER_SECONDS} s or less ({type(error).__name__}); check the network "
+            f"and HF_ENDPOINT{instead}."
+        )
     if isinstance(error, HTTPError):
         return f"{hub} can't be reached ({type(error).__name__}); check the network and HF_ENDPOINT{instead}."
     what = "published" if writing else "downloaded"

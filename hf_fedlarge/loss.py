@@ -154,7 +154,7 @@ def _losses_and_gradient(
             if grad_ND is not None:
                 if slope_NR is not None:
                     p_NR *= slope_NR
-                grad_ND[part] = grad_ND[part] * decay_N[:, None] + p_NR.to(rows_RD.dtype) @ rows_RD
+                grad_ND[part].mul_(decay_N[:, None]).add_(p_NR.to(rows_RD.dtype) @ rows_RD)
 
     sum_N = others_N + (label_logit_N - top_N).exp()
     losses_N = top_N + sum_N.log() - label_logit_N

@@ -110,6 +110,8 @@ def _poll(parser: argparse.ArgumentParser) -> None:
         return float(text)
 
     parser.add_argument("--poll", type=seconds, default=5.0, help="seconds between two looks into the store (5)")
+    week = 7 * 86400.0  # `orders.PATIENCE_SECONDS`, whose import `--help` need not wait for
+    parser.add_argument("--patience", type=seconds, default=week, help="seconds to wait for the other side (a week)")
 
 
 def add_evaluation(parser: argparse.ArgumentParser) -> None:

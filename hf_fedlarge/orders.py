@@ -3,6 +3,7 @@
     order.json                              what the federation asks for now; only the server writes it
     check_ins/CLIENT.json                   a client that is there
     inbox/0001/CLIENT/1/                    its update for an attempt at a round, or failed.json
+    verdicts/0001/CLIENT/1.json             what became of that, for this client alone; only the server writes it
 
 An order says how to train, and a client does what it says on its own machine: so it may hold these training arguments
 and no others, within these bounds. What names files, loads code, reports or pushes somewhere isn't among them.
@@ -23,18 +24,22 @@ from hf_fedlarge.config import ClientName, Codec, Record, first_problem
 from hf_fedlarge.data import load_examples
 from hf_fedlarge.errors import ArtifactError, ConfigError
 from hf_fedlarge.store import Store
-from hf_fedlarge.untrusted import parse_json
+from hf_fedlarge.untrusted import parse_json, printable
 
 ORDER = "order.json"
 CHECK_INS = "check_ins"
 INBOX = "inbox"
+VERDICTS = "verdicts"
 FAILED = "failed.json"
+PATIENCE_SECONDS = 7 * 86400.0  # that either side waits for the other
 MAX_ORDER_BYTES = 4 * 2**20  # some ten thousand names
-MAX_NOTE_BYTES = 4096
+MAX_NOTE_BYTES = 2**15  # a reason of 2,000 letters, each as two escapes
 
 _Steps = Annotated[int, Field(ge=1, le=10**6)]
 _Batch = Annotated[int, Field(ge=1, le=4096)]
 _Share = Annotated[float, Field(ge=0, le=1)]
+RunId = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+Reason = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,2000}$")]
 # Without fsspec's chains (`a::b`), of which other links than the first could be anything.
 StoreUrl = Annotated[str, Field(pattern=r"^(:?[^\x00-\x1f\x7f-\x9f:]){1,1000}$")]
 
@@ -98,7 +103,7 @@ class OrderDocument(Record):
     """
 
     format_version: Literal[1] = 1
-    run: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+    run: RunId
     state: Literal["open", "closed", "over"]
     round: Count
     attempt: Count
@@ -138,16 +143,44 @@ class CheckInDocument(Record):
 class FailureDocument(Record):
     """Why a client gives no update."""
 
-    reason: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,2000}$")]
+    reason: Reason
 
 
-DocumentT = TypeVar("DocumentT", OrderDocument, CheckInDocument, FailureDocument)
+class VerdictDocument(Record):
+    """What became of a client's update for an attempt at a round: it counts, or the cause why it doesn't.
+
+    It names nobody but its client. Like an order it is not signed: it is worth as much as who may write the store.
+    """
+
+    run: RunId
+    client: ClientName
+    round: Count
+    attempt: Count
+    cause: Reason | None = None
+
+    @property
+    def sentence(self) -> str:
+        """As it is reported."""
+        return f"round {self.round}: " + (f"the server says: {self.cause}" if self.cause else "the update counts")
+
+
+DocumentT = TypeVar("DocumentT", OrderDocument, CheckInDocument, FailureDocument, VerdictDocument)
 
 
 def inbox(round_number: int, client: str | None = None, attempt: int | None = None) -> str:
     """Where the updates of a round go, or one client's for an attempt at it."""
     home = f"{INBOX}/{round_number:04d}"
     return home if client is None else f"{home}/{client}/{attempt}"
+
+
+def verdict(round_number: int, client: str, attempt: int) -> str:
+    """Where a client learns what became of its update."""
+    return f"{VERDICTS}/{round_number:04d}/{client}/{attempt}.json"
+
+
+def one_line(reason: str) -> str:
+    """A reason as a document may hold it."""
+    return printable(reason)[:2000] or "no reason given"
 
 
 def describe_client(client: str, data: str) -> CheckInDocument:
@@ -166,8 +199,7 @@ def describe_client(client: str, data: str) -> CheckInDocument:
 
 def failure(reason: str) -> FailureDocument:
     """Why there is no update, shortened and made printable."""
-    printable = "".join(letter if letter.isprintable() else " " for letter in reason)
-    return FailureDocument(reason=f"{printable:.2000}" or "unknown")
+    return FailureDocument(reason=one_line(reason))
 
 
 def as_bytes(document: Record) -> bytes:

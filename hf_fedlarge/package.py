@@ -28,6 +28,7 @@ from hf_fedlarge.quantize import FrozenWeight, decode
 from hf_fedlarge.rounding import RoundedWeight
 from hf_fedlarge.streaming import attach
 from hf_fedlarge.surrogate import bias_name, second_name, weight_name
+from hf_fedlarge.templates import check_length
 from hf_fedlarge.tensors import CheckpointReader
 
 
@@ -271,12 +272,14 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a package or checkpoint directory.
 
     Raises:
-        ArtifactError: there is none.
+        ArtifactError: there is none, or its chat template is too long.
     """
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ArtifactError(f"{directory} holds no tokenizer that transformers can load ({error}).") from error
+    check_length(tokenizer.chat_template, directory)
+    return tokenizer
 
 
 def _set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:

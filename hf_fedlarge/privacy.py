@@ -31,6 +31,7 @@ import torch
 from hf_fedlarge.config import PrivacySettings
 from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.ledger import Draw, PrivacyEntry
+from hf_fedlarge.robust import clip_factors
 from hf_fedlarge.tensors import Factors
 
 
@@ -63,19 +64,15 @@ def with_noise(before: Factors, trained: str, deviation: float) -> Factors:
     )
 
 
-def squared_change(after: Factors, before: Factors) -> float:
-    """The squared norm of what changed in both factors of a module."""
-    return sum((new.double() - old.double()).square().sum().item() for new, old in zip(after, before, strict=True))
-
-
-def clip_factor(square: float, bound: float) -> float:
-    """What to multiply a change of this squared norm with, so that its norm is at most the bound."""
-    return min(1.0, bound / math.sqrt(square)) if square else 1.0
+def squared_change(after: Factors, before: Factors) -> torch.Tensor:
+    """The squared norm of what changed in both factors of a module; a scalar in fp64."""
+    return sum((new.double() - old.double()).square().sum() for new, old in zip(after, before, strict=True))
 
 
 def clipped(after: dict[str, Factors], before: dict[str, Factors], bound: float) -> dict[str, Factors]:
     """Module → factors whose change, over all modules, is of the norm `bound` at most: what a client sends."""
-    factor = clip_factor(sum(squared_change(after[module], before[module]) for module in after), bound)
+    total = sum(squared_change(after[module], before[module]) for module in after)
+    [factor] = clip_factors(total[None], bound)
     if factor == 1.0:
         return after
     return {
@@ -85,10 +82,11 @@ def clipped(after: dict[str, Factors], before: dict[str, Factors], bound: float)
 
 
 def spent(settings: PrivacySettings, draws: list[Draw]) -> PrivacyEntry:
-    """What was spent in these rounds.
+    """What was spent in these rounds, as `dp-accounting` computes it; the smaller of two bounds counts.
 
-    By Rényi differential privacy, which adds up over rounds, as `dp-accounting` computes it. Chance can only help, but
-    its bound is loose for large cohorts and little noise, so the smaller of epsilon with and without it counts.
+    With chance: Rényi differential privacy, which adds up over rounds (Wang et al., theorem 27). Without: R rounds of
+    a Gaussian are one of σ / √R, whose epsilon is known exactly (Balle and Wang, 1805.06530). Chance can only help, but
+    its bound is loose for large cohorts and little noise.
 
     Raises:
         ConfigError: dp-accounting is not installed.
@@ -99,15 +97,15 @@ def spent(settings: PrivacySettings, draws: list[Draw]) -> PrivacyEntry:
     except ImportError as error:
         raise ConfigError("privacy needs dp-accounting; install it with pip install 'hf-fedlarge[privacy]'.") from error
 
-    noise = dp_accounting.GaussianDpEvent(settings.noise_multiplier / 2)  # the sum moves by two clips
-
-    def epsilon(amplified: bool) -> float:
+    sigma = settings.noise_multiplier / 2  # the sum moves by two clips
+    least = 0.0
+    if draws:
+        rounds = sum(draw.rounds for draw in draws)
         accountant = RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_ONE)
         for draw in draws:
-            size = min(draw.cohort, draw.of) if amplified else draw.of
-            event = dp_accounting.SampledWithoutReplacementDpEvent(draw.of, size, noise)
+            size = min(draw.cohort, draw.of)
+            event = dp_accounting.SampledWithoutReplacementDpEvent(draw.of, size, dp_accounting.GaussianDpEvent(sigma))
             accountant.compose(event, draw.rounds)
-        return float(accountant.get_epsilon(settings.delta))
-
-    least = min(epsilon(True), epsilon(False)) if draws else 0.0
+        everybody = dp_accounting.get_epsilon_gaussian(sigma / math.sqrt(rounds), settings.delta)
+        least = float(min(everybody, accountant.get_epsilon(settings.delta)))
     return PrivacyEntry(**settings.model_dump(), draws=draws, epsilon=least)

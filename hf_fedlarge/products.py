@@ -10,12 +10,13 @@ Shapes: O out-features, I in-features, R a term's rank, S all terms' ranks toget
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from hf_fedlarge.tensors import Factors
+from hf_fedlarge.tensors import Factors, StoredFactors
 
 _FEW = 256  # columns up to which a sum is decomposed exactly
 _EXACT_NORMS = 512  # and up to which its norm is computed
@@ -29,7 +30,7 @@ class Term(NamedTuple):
     """`coefficient` · B A, part of a sum."""
 
     coefficient: float
-    factors: Factors
+    factors: Factors | StoredFactors
 
 
 class Decomposition(NamedTuple):
@@ -68,11 +69,10 @@ class Truncated(NamedTuple):
 
 def merged(terms: Sequence[Term]) -> list[Term]:
     """The same sum with each factor once; what cancels but for rounding, as shares do that sum to 1, is left out."""
-    together: dict[tuple[int, int], Term] = {}
+    together: dict[int, Term] = {}
     for coefficient, factors in terms:
-        same = id(factors.A_RI), id(factors.B_OR)
-        before = together.get(same, Term(0.0, factors)).coefficient
-        together[same] = Term(before + coefficient, factors)
+        before = together.get(id(factors), Term(0.0, factors)).coefficient
+        together[id(factors)] = Term(before + coefficient, factors)
     largest = max((abs(coefficient) for coefficient, _ in terms), default=0.0)
     return [term for term in together.values() if abs(term.coefficient) > 1e-12 * largest]
 
@@ -135,10 +135,10 @@ def truncate(
 
 def decompose(terms: Sequence[Term], count: int | None) -> Decomposition:
     """The `count` leading singular values (None: all) of a sum, with their vectors; more where that costs nothing."""
-    columns = sum(len(factors.A_RI) for _, factors in terms)
+    columns = sum(factors.rank for _, factors in terms)
     if count is not None and columns > max(_FEW, 2 * (count + _MORE)):
-        A_SI, B_OS = stack(terms, torch.float32)
-        return subspace(lambda X_IK: B_OS @ (A_SI @ X_IK), lambda Y_OK: ((Y_OK.T @ B_OS) @ A_SI).T, A_SI, count)
+        width = terms[0].factors.width
+        return subspace(partial(_times, terms), partial(_transposed_times, terms), width, torch.float32, count)
     A_SI, B_OS = stack(terms, torch.float64)
     Q_OM, R_MS = torch.linalg.qr(B_OS)
     Q_IN, R_NS = torch.linalg.qr(A_SI.T)
@@ -149,7 +149,27 @@ def decompose(terms: Sequence[Term], count: int | None) -> Decomposition:
     return Decomposition(Q_OM @ U_MK[:, :kept], S_K[:kept], V_KN[:kept] @ Q_IN.T, _squares(S_K[:kept]).sum().item())
 
 
-def subspace(right: Multiply, left: Multiply, like: torch.Tensor, count: int) -> Decomposition:
+def _times(terms: Sequence[Term], X_IK: torch.Tensor) -> torch.Tensor:
+    """The sum times X, a term at a time."""
+    return _accumulated((coefficient, B_OR, A_RI @ X_IK) for coefficient, (A_RI, B_OR) in terms)
+
+
+def _transposed_times(terms: Sequence[Term], Y_OK: torch.Tensor) -> torch.Tensor:
+    """The transposed sum times Y."""
+    return _accumulated((coefficient, A_RI.T, B_OR.T @ Y_OK) for coefficient, (A_RI, B_OR) in terms)
+
+
+def _accumulated(products: Iterable[tuple[float, torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    total = None
+    for coefficient, left, right in products:
+        if total is None:
+            total = coefficient * (left @ right)
+        else:
+            total.addmm_(left, right, alpha=coefficient)
+    return total
+
+
+def subspace(right: Multiply, left: Multiply, width: int, dtype: torch.dtype, count: int) -> Decomposition:
     """`decompose` of a matrix M that is known by what it does, by subspace iteration (arXiv 0909.4061, one power).
 
     What the iteration misses is in the energy: exactly what it finds, and of the rest an estimate (arXiv 2010.09649).
@@ -157,24 +177,24 @@ def subspace(right: Multiply, left: Multiply, like: torch.Tensor, count: int) ->
     Args:
         right: X_IK → M X.
         left: Y_OK → M^T Y.
-        like: (any, I), of the dtype to compute in.
+        width: I.
+        dtype: to compute in.
         count: how many directions are wanted.
     """
     generator = torch.Generator().manual_seed(0)
-    width = like.shape[1]
     tried = min(count + _MORE, width)
-    random_IK = torch.randn(width, tried + _PROBES, generator=generator, dtype=like.dtype)
+    random_IK = torch.randn(width, tried + _PROBES, generator=generator, dtype=dtype)
     start_IK, probes_IK = random_IK[:, :tried], random_IK[:, tried:]
     P_IK, _ = torch.linalg.qr(left(torch.linalg.qr(right(start_IK))[0]))
     probes_IK = probes_IK - P_IK @ (P_IK.T @ probes_IK)
     found_O = right(torch.cat([P_IK, probes_IK], dim=1)).double()
     M_OK, missed_OK = found_O[:, : P_IK.shape[1]], found_O[:, P_IK.shape[1] :]
     U_OK, S_K, V_KK = torch.linalg.svd(M_OK, full_matrices=False)
-    noise = torch.finfo(like.dtype).eps * max(len(U_OK), width) ** 0.5 * S_K[:1].sum()
+    noise = torch.finfo(dtype).eps * max(len(U_OK), width) ** 0.5 * S_K[:1].sum()
     kept = int(S_K.gt(noise).sum())
     missed = _squares(missed_OK).sum().item() / _PROBES
     found = _squares(S_K).sum().item()
-    if missed < (torch.finfo(like.dtype).eps * max(len(U_OK), width)) ** 2 * found:
+    if missed < (torch.finfo(dtype).eps * max(len(U_OK), width)) ** 2 * found:
         missed = 0.0
     V_KI = V_KK[:kept] @ P_IK.T.double()
     return Decomposition(U_OK[:, :kept], S_K[:kept], V_KI, _squares(S_K[:kept]).sum().item() + missed)
@@ -190,13 +210,12 @@ def inner(left: Sequence[Term], right: Sequence[Term]) -> float:
 
 def distance(terms: Sequence[Term], result: Term) -> tuple[float, float]:
     """Squared Frobenius norms of a sum, and of the sum less `result`; estimated where the sum has many columns."""
-    if sum(len(factors.A_RI) for _, factors in terms) <= _EXACT_NORMS:
+    if sum(factors.rank for _, factors in terms) <= _EXACT_NORMS:
         energy = inner(terms, terms)
         apart = energy - 2 * inner(terms, [result]) + inner([result], [result])
         return max(energy, 0.0), apart if apart > 1e-13 * energy else 0.0
-    width = result.factors.A_RI.shape[1]
-    probes_IK = torch.randn(width, _PROBES, generator=torch.Generator().manual_seed(0))
-    found_OK = sum(coefficient * (B_OR @ (A_RI @ probes_IK)) for coefficient, (A_RI, B_OR) in terms)
+    probes_IK = torch.randn(result.factors.width, _PROBES, generator=torch.Generator().manual_seed(0))
+    found_OK = _times(terms, probes_IK)
     coefficient, (A_RI, B_OR) = result
     apart_OK = found_OK - coefficient * (B_OR.float() @ (A_RI.float() @ probes_IK))
     return _squares(found_OK.double()).sum().item() / _PROBES, _squares(apart_OK.double()).sum().item() / _PROBES
@@ -204,14 +223,8 @@ def distance(terms: Sequence[Term], result: Term) -> tuple[float, float]:
 
 def stack(terms: Sequence[Term], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """A_SI and B_OS whose product is the sum."""
-    A_SI = torch.cat([factors.A_RI.to(dtype) for _, factors in terms])
-    B_OS = torch.empty(len(terms[0].factors.B_OR), len(A_SI), dtype=dtype)
-    start = 0
-    for coefficient, (_, B_OR) in terms:
-        stop = start + B_OR.shape[1]
-        torch.mul(B_OR.to(dtype), coefficient, out=B_OS[:, start:stop])
-        start = stop
-    return A_SI, B_OS
+    pairs = [(A_RI.to(dtype), B_OR.to(dtype) * coefficient) for coefficient, (A_RI, B_OR) in terms]
+    return torch.cat([A_RI for A_RI, _ in pairs]), torch.cat([B_OR for _, B_OR in pairs], dim=1)
 
 
 def _with_fresh_rows(V_KI: torch.Tensor, rank: int) -> torch.Tensor:

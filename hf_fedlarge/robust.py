@@ -32,7 +32,7 @@ def gram(changes: Sequence[Change]) -> torch.Tensor:
     """(N, N) fp64: inner products of the clients' changes to one module; to be summed over modules likewise."""
     terms = [_terms(change) for change in changes]
     A_SI, B_OS = stack([term for own in terms for term in own], torch.float64)
-    columns_N = torch.tensor([sum(len(factors.A_RI) for _, factors in own) for own in terms])
+    columns_N = torch.tensor([sum(factors.rank for _, factors in own) for own in terms])
     owned_SN = torch.eye(len(terms), dtype=torch.float64).repeat_interleave(columns_N, dim=0)
     return owned_SN.T @ ((B_OS.T @ B_OS) * (A_SI @ A_SI.T)) @ owned_SN
 
@@ -120,6 +120,8 @@ def check_count(name: str, count: int, needed: int, byzantine: int) -> None:
 
 
 def _by_coordinate(changes: Sequence[Change], count: int, trim: int) -> tuple[Change, float]:
+    # Read once, for every block of rows looks at them.
+    changes = [change._replace(factors=Factors(*change.factors)) for change in changes]
     rows, width = len(changes[0].factors.B_OR), changes[0].factors.A_RI.shape[1]
     step = max(1, _BLOCK_BYTES // (8 * len(changes) * width))
 
@@ -135,7 +137,7 @@ def _by_coordinate(changes: Sequence[Change], count: int, trim: int) -> tuple[Ch
     def left(Y_OK: torch.Tensor) -> torch.Tensor:
         return sum(block_DI.T @ Y_OK[at] for at, block_DI in blocks())
 
-    U_OK, S_K, V_KI, energy = subspace(right, left, torch.empty(0, width, dtype=torch.float64), count)
+    U_OK, S_K, V_KI, energy = subspace(right, left, width, torch.float64, count)
     kept = Factors(V_KI[:count], (U_OK * S_K)[:, :count])
     return Change(1.0, 1.0, kept), max(energy - S_K[:count].square().sum().item(), 0.0)
 

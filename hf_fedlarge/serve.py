@@ -30,16 +30,22 @@ from hf_fedlarge.orders import (
     FAILED,
     INBOX,
     ORDER,
+    PATIENCE_SECONDS,
+    VERDICTS,
     CheckInDocument,
     FailureDocument,
     OrderDocument,
+    VerdictDocument,
     Work,
     inbox,
+    one_line,
     read_document,
     training_order,
+    verdict,
     write_document,
 )
 from hf_fedlarge.plan import CheckIn
+from hf_fedlarge.retention import discard
 from hf_fedlarge.rounds import Report, drive
 from hf_fedlarge.server import Order, RoundServer
 from hf_fedlarge.store import Store
@@ -47,10 +53,18 @@ from hf_fedlarge.update import MAX_SMALL_BYTES
 
 logger = logging.getLogger(__name__)
 _IDENTITY = "store.json"
+_MAX_CHECK_INS = 10_000
 
 
 def serve_federation(
-    config: FederationConfig, run: Path, url: str, report: Report = logger.info, *, stop: bool = True, poll: float = 5.0
+    config: FederationConfig,
+    run: Path,
+    url: str,
+    report: Report = logger.info,
+    *,
+    stop: bool = True,
+    poll: float = 5.0,
+    patience: float = PATIENCE_SECONDS,
 ) -> dict[str, Any]:
     """Run a federation of clients that join over a store, or go on with one that was interrupted.
 
@@ -61,6 +75,7 @@ def serve_federation(
         report: told of each step in a line.
         stop: end with an error where two rounds in a row made the full model worse than the base.
         poll: seconds between two looks into the store.
+        patience: seconds after which it ends where nobody checks in or, without a deadline, answers.
 
     Returns:
         The summary, as `summary.json` has it.
@@ -68,7 +83,7 @@ def serve_federation(
     Raises:
         FedLargeError: as `run_federation`, or a store that can't be written, or holds another federation.
     """
-    return drive(config, run, StoreClients(Store(url), report, poll), report, stop=stop)
+    return drive(config, run, StoreClients(Store(url), report, poll, patience), report, stop=stop)
 
 
 class StoreClients:
@@ -78,16 +93,26 @@ class StoreClients:
         store: where orders are published and updates come in.
         report: told what is wrong with a check-in or the store, and who is waited for.
         poll: seconds between two looks into the store.
+        patience: seconds after which waiting for clients ends with an error.
         packages: another store, for packages; None: they lie with the orders.
     """
 
     whole_adapters = True
 
-    def __init__(self, store: Store, report: Report, poll: float, packages: Store | None = None) -> None:
-        self._store, self._report, self._poll = store, report, poll
+    def __init__(
+        self,
+        store: Store,
+        report: Report,
+        poll: float,
+        patience: float = PATIENCE_SECONDS,
+        packages: Store | None = None,
+    ) -> None:
+        self._store, self._report, self._poll, self._patience = store, report, poll, patience
         self._package_store = packages or store
         self._said: set[str] = set()
         self._packages: dict[Path, str] = {}
+        self._told: set[tuple[int, int, str]] = set()
+        self._forgotten: set[Path] = set()
 
     def prepare(self, config: FederationConfig, run: Path, begin: Callable[[], None]) -> str | None:
         """Take the public examples, and the store for this run."""
@@ -105,6 +130,7 @@ class StoreClients:
             examples = load_examples(config.eval_data)
             begin()
             self._store.remove(INBOX)
+            self._store.remove(VERDICTS)
             write_jsonl(examples, run / HELD_OUT)
             write_json(identity, {"run": uuid.uuid4().hex})
         self._id = json.loads(identity.read_text())["run"]
@@ -132,20 +158,26 @@ class StoreClients:
             return  # what its clients said of themselves when they were drawn goes on to hold
         least = max(self._config.cohort or 1, self._config.min_updates)
         wanted = max(least, len(self._config.clients or ()) if self._config.cohort is None else 0)
-        until = time.monotonic() + (self._config.deadline_seconds or math.inf)
+        since = time.monotonic()
+        until = since + (self._config.deadline_seconds or math.inf)
         while True:
             known = self._patiently(self._checked_in) or []
             able = [one for one in known if one.memory_bytes is None or one.memory_bytes >= jobs.least_bytes]
             if len(able) >= (wanted if time.monotonic() < until else least):
                 break
             self._say(f"waiting at {self._store.url} for {wanted} clients to check in")
+            self._check_patience(since, f"{wanted} clients to check in, of whom {len(able)} have")
             time.sleep(self._poll)
         write_check_ins(self._run, known)
         jobs.read_check_ins()
 
     def _checked_in(self) -> list[CheckIn]:
         known, declared = [], self._config.clients
-        for name in self._store.names(CHECK_INS):
+        names = self._store.names(CHECK_INS)
+        if len(names) > _MAX_CHECK_INS:
+            self._say(f"{len(names)} names checked in; {_MAX_CHECK_INS} are looked at, the federation's own first")
+            names.sort(key=lambda name: name.removesuffix(".json") not in (declared or ()))
+        for name in names[:_MAX_CHECK_INS]:
             client = name.removesuffix(".json")
             try:
                 if declared is not None and client not in declared:
@@ -167,11 +199,13 @@ class StoreClients:
         self, jobs: Jobs, server: RoundServer, order: Order, asked: Callable[[str], None]
     ) -> Iterator[tuple[str, str | None]]:
         """Publish the order, and look into the inbox until the round has what it wants."""
-        self._patiently(self._clear, order.round - (self._config.late == "buffer"))
+        self._patiently(self._clear, INBOX, order.round - (self._config.late == "buffer"))
+        self._patiently(self._forget, order.round)
         if waiting := server.waiting(order):
             for client in waiting:
                 asked(client)
             write_document(self._store, ORDER, self._order(jobs, server, order, waiting))
+        since = time.monotonic()
         while waiting := server.waiting(order):
             heard = False
             for client in self._patiently(self._present, order, waiting) or []:
@@ -182,11 +216,17 @@ class StoreClients:
                 if came is not None:
                     heard = True
                     yield client, came or None
+            self._patiently(self._tell, server, order)
             if self._config.late == "buffer" and order.round > 1:
                 self._take_late(jobs, server.earlier(order.round - 1), server.work / ".late")
-            if not heard:
+            if heard:
+                since = time.monotonic()
+            else:
                 left = server.seconds_left
+                if left is None:
+                    self._check_patience(since, f"{', '.join(waiting[:5])}, and there is no deadline_seconds")
                 time.sleep(self._poll if left is None else max(0.0, min(self._poll, left + 0.01)))
+        self._patiently(self._tell, server, order)
         self._close(order.round, order.attempt)
 
     def end(self, adapter: Path) -> None:
@@ -195,7 +235,8 @@ class StoreClients:
         number = read_manifest(adapter, AdapterManifest).round
         over = OrderDocument(run=self._id, state="over", round=number, attempt=0, adapter=digest)
         write_document(self._store, ORDER, over)
-        self._patiently(self._clear, number + 1)
+        self._patiently(self._clear, INBOX, number + 1)
+        self._patiently(self._forget, number + 1)
 
     def _order(self, jobs: Jobs, server: RoundServer, order: Order, waiting: list[str]) -> OrderDocument:
         work = []
@@ -247,9 +288,7 @@ class StoreClients:
         try:
             failure = read_document(self._store, f"{place}/{FAILED}", FailureDocument)
             if failure is not None:
-                return (
-                    "".join(letter if letter.isprintable() else " " for letter in failure.reason) or "no reason given"
-                )
+                return one_line(failure.reason)
             most = jobs.upload_bytes(client, order.round)
             bounds = {"most_bytes": most, "manifest_bytes": MAX_SMALL_BYTES}
             bounds["beside"] = (SIGNATURE_NAME, MAX_SIGNATURE_BYTES)
@@ -268,12 +307,42 @@ class StoreClients:
             elif came is not None:
                 self._report(f"  {server.receive(order, client, home / client).reason}")
                 shutil.rmtree(home / client)
+        self._patiently(self._tell, server, order)
 
-    def _clear(self, before: int) -> None:
-        """Remove what came for rounds before one, and counts or not."""
-        for name in self._store.names(INBOX):
+    def _tell(self, server: RoundServer, order: Order) -> None:
+        """Leave each client that was heard in an attempt what became of its update, where it alone is meant to look."""
+        for client, cause in server.verdicts(order).items():
+            answer = (order.round, order.attempt, client)
+            if answer in self._told:
+                continue
+            if cause is not None:  # in which the server's own directories, and how it reaches the store, are no news
+                cause = one_line(cause.replace(f"{self._run}/", "").replace(self._store.url, "the store"))
+            said = VerdictDocument(run=self._id, client=client, round=order.round, attempt=order.attempt, cause=cause)
+            write_document(self._store, verdict(order.round, client, order.attempt), said)
+            self._told.add(answer)
+
+    def _clear(self, place: str, before: int) -> None:
+        """Remove what came or was said in rounds before one."""
+        for name in self._store.names(place):
             if name.isdecimal() and int(name) < before:
-                self._store.remove(f"{INBOX}/{name}")
+                self._store.remove(f"{place}/{name}")
+
+    def _forget(self, number: int) -> None:
+        """Remove what clients of rounds before the last one started from, and what they were told.
+
+        Some client of the last round may just be fetching its adapter; the server itself has all in the run directory.
+        """
+        self._clear(VERDICTS, number - 1)
+        for past in range(number - 2):  # whose adapters were for the rounds after them
+            home = self._run / "rounds" / f"{past:04d}"
+            for adapter in [home / "adapter", *sorted(home.glob("tiers/*"))]:
+                if adapter in self._forgotten:
+                    continue
+                try:
+                    discard(self._store, read_manifest(adapter, AdapterManifest))
+                except ArtifactError as error:  # not a reason to end a federation
+                    self._say(f"{adapter} stays in the store: {error}")
+                self._forgotten.add(adapter)
 
     def _patiently(self, look: Callable[..., Any], *arguments: Any) -> Any:
         """What `look` gives; None where the store can't be reached just now, which the next look may mend."""
@@ -282,6 +351,10 @@ class StoreClients:
         except StoreError as error:
             self._report(f"{error}")
             return None
+
+    def _check_patience(self, since: float, what: str) -> None:
+        if time.monotonic() - since > self._patience:
+            raise StoreError(f"Waited {self._patience:g} s (--patience) for {what}; the same command goes on.")
 
     def _say(self, line: str) -> None:
         """Report something once."""

@@ -258,6 +258,13 @@ class RoundServer:
         entries = [*self._of("failed"), *self._of("validated", accepted=False)]
         return [{"client": entry["client"], "reason": entry["reason"]} for entry in entries]
 
+    def verdicts(self, order: Order) -> dict[str, str | None]:
+        """Client → why what it sent in an attempt doesn't count; None: it does."""
+        entries = self._of("validated", "failed", attempt=order.attempt)
+        return {entry["client"]: entry["reason"] for entry in entries} | dict.fromkeys(
+            entry["client"] for entry in entries if entry.get("accepted")
+        )
+
     def _refusal(self, order: Order, client: str) -> str | None:
         """Why an update isn't even looked at."""
         if client not in order.clients and client not in self.accepted:

@@ -46,6 +46,7 @@ from hf_fedlarge.tensors import (
     plan_shards,
     shard_names,
 )
+from hf_fedlarge.untrusted import CODE_SUFFIXES
 
 MAX_SHARD_BYTES = 2**30
 FITTED_NAME = "fitted.safetensors"
@@ -390,5 +391,5 @@ def _write_config(
 def _copy_companions(checkpoint: Path, staging: Path) -> None:
     for pattern in _COMPANIONS:
         for path in sorted(checkpoint.glob(pattern)):
-            if path.is_file() and path.suffix != ".py":
+            if path.is_file() and not path.name.lower().endswith(CODE_SUFFIXES):
                 shutil.copyfile(path, staging / path.name)

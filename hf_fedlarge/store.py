@@ -11,8 +11,7 @@ An artifact can also lie at a place of its own with its files by name (`send`, `
 Nothing that is read is believed: a manifest is bounded before it is parsed, a file's size is compared before it is
 fetched and its SHA-256 before anything opens it. A download that broke off goes on with the bytes that are missing.
 
-Left out: credentials, which each fsspec library finds as it always does, in the environment or its own files; and
-removing what no federation needs any more.
+How files are moved is in `remote.py`.
 """
 
 from __future__ import annotations
@@ -22,10 +21,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from filelock import FileLock
-from fsspec.core import url_to_fs
+from filelock import FileLock, Timeout
 
 from hf_fedlarge.artifacts import (
     KINDS,
@@ -39,32 +36,18 @@ from hf_fedlarge.artifacts import (
     staged_directory,
     verify_files,
 )
-from hf_fedlarge.errors import ArtifactError, ConfigError, OutputError, StoreError
+from hf_fedlarge.errors import ArtifactError, OutputError, StoreError
+from hf_fedlarge.remote import RemoteFiles
 
+ARTIFACTS = "artifacts"
 # What comes in one request; a download that breaks off loses at most so much.
 CHUNK_BYTES = 16 * 2**20
-# Here an object appears when it is whole, and a rename would be another copy. Everywhere else files are renamed.
-_WHOLE_AT_ONCE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hf", "memory"}
+LOCK_SECONDS = 6 * 3600  # for another process on this machine that fetches the same
+_GONE = "it was removed with an old round, or is still on its way"
 
 
-class Store:
-    """A store at a URL; opening it sends nothing.
-
-    Args:
-        url: of a directory, which need not exist yet.
-
-    Raises:
-        ConfigError: no file system of this name, or the library that speaks to it is not installed.
-    """
-
-    def __init__(self, url: str) -> None:
-        try:
-            self.fs, root = url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise ConfigError(f"{url} can't be opened as a store: {str(error).rstrip('.')}.") from error
-        self.url, self._root = url.rstrip("/"), root.rstrip("/")
-        protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
-        self._whole_at_once = bool(protocols & _WHOLE_AT_ONCE)
+class Store(RemoteFiles):
+    """A store at a URL (`RemoteFiles` has what it takes and raises)."""
 
     # Artifacts by content
 
@@ -88,8 +71,8 @@ class Store:
         manifest = read_manifest(directory, KINDS[kind])
         verify_files(directory, manifest, unneeded=leave_out)
         for name, entry in manifest.files.items():
-            if name not in leave_out and self._size(object_path(entry)) != entry.size:
-                self._upload(directory / name, object_path(entry))
+            if name not in leave_out and self._size(object_path(entry.sha256)) != entry.size:
+                self._upload(directory / name, object_path(entry.sha256))
         path = artifact_path(manifest.digest)
         if self._size(path) is None:
             self._upload(directory / MANIFEST_NAME, path)
@@ -127,7 +110,7 @@ class Store:
         if not re.fullmatch("[0-9a-f]{64}", digest):
             raise ArtifactError(f"{digest!r:.80} is not a digest; expected 64 hexadecimal digits.")
         destination.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(destination.with_name(f".{destination.name}.lock")):
+        with _alone(destination):
             try:
                 here = read_manifest(destination, kind)
                 verify_files(destination, here, unneeded=leave_out)
@@ -182,63 +165,6 @@ class Store:
         more = self.read(f"{place}/{name}", most) if beside else None
         return self._fetch(raw, place, destination, kind, most_bytes, more=() if more is None else [(name, more)])
 
-    # Small documents
-
-    def read(self, path: str, most_bytes: int) -> bytes | None:
-        """A small file; None if there is none.
-
-        Raises:
-            ArtifactError: it is larger than `most_bytes`, or not a plain file.
-            StoreError: the store can't be read.
-        """
-        size = self._size(path)
-        if size is None:
-            return None
-        if size <= most_bytes:
-            try:
-                # It may be replaced just now by a longer one, of which no more is read either.
-                raw = self._call("cat_file", self._at(path), start=0, end=most_bytes + 1)
-            except FileNotFoundError:
-                return None
-            size = len(raw)
-        if size > most_bytes:
-            raise ArtifactError(f"{self.url}/{path} has {size} bytes; expected at most {most_bytes}.")
-        return raw
-
-    def write(self, path: str, content: bytes) -> None:
-        """Write a small file, which replaces an older one at once.
-
-        Raises:
-            StoreError: the store can't be written.
-        """
-        with self._appearing(path) as written:
-            self._call("pipe_file", written, content)
-
-    def names(self, path: str) -> list[str]:
-        """What lies directly under `path`, sorted; nothing if it isn't there.
-
-        Raises:
-            StoreError: the store can't be read.
-        """
-        self.fs.invalidate_cache()
-        try:
-            listed = self._call("ls", self._at(path), detail=False)
-        except FileNotFoundError:
-            return []
-        names = {str(each).rstrip("/").rpartition("/")[2] for each in listed}
-        return sorted(name for name in names if not name.startswith("."))
-
-    def remove(self, path: str) -> None:
-        """Remove all there is under `path`.
-
-        Raises:
-            StoreError: the store can't be written.
-        """
-        try:
-            self._call("rm", self._at(path), recursive=True)
-        except FileNotFoundError:
-            return
-
     def _fetch(
         self,
         raw: bytes,
@@ -278,7 +204,7 @@ class Store:
             for name, entry in wanted.items():
                 if (staging / name).exists() and sha256_of(staging / name) == entry.sha256:
                     continue
-                remote = f"{place}/{name}" if digest is None else object_path(entry)
+                remote = f"{place}/{name}" if digest is None else object_path(entry.sha256)
                 self._download(remote, entry, staging / _partial(entry))
                 (staging / _partial(entry)).replace(staging / name)
         return manifest
@@ -300,7 +226,7 @@ class Store:
         """Fetch what `target` lacks of a file, and check all of it; it is removed if it is not what it should be."""
         size = self._size(path)
         if size is None:
-            raise StoreError(f"{self.url}/{path} is not there, although a manifest lists it; wait, or put it there.")
+            raise StoreError(f"{self.url}/{path} is not there, although a manifest lists it: {_GONE}.")
         if size != entry.size:
             raise ArtifactError(
                 f"{self.url}/{path} has {size} bytes; its manifest says {entry.size}: it has to be put there again."
@@ -313,7 +239,7 @@ class Store:
                 try:
                     got = self._call("cat_file", self._at(path), start=have, end=end)
                 except FileNotFoundError as error:
-                    raise StoreError(f"{self.url}/{path} was removed while it was fetched.") from error
+                    raise StoreError(f"{self.url}/{path} is not there any more: {_GONE}.") from error
                 if len(got) != end - have:
                     raise StoreError(f"{self.url}/{path} gave {len(got)} bytes from {have}; expected {end - have}.")
                 file.write(got)
@@ -328,68 +254,33 @@ class Store:
     def _needed(self, path: str, most_bytes: int) -> bytes:
         raw = self.read(path, most_bytes)
         if raw is None:
-            raise StoreError(f"{self.url}/{path} is not there; expected an artifact that a server put there.")
+            raise StoreError(f"{self.url}/{path} is not there; expected an artifact that a server put there: {_GONE}.")
         return raw
 
-    def _size(self, path: str) -> int | None:
-        """Bytes of a plain file; None if there is nothing.
 
-        Raises:
-            ArtifactError: a link, a pipe, a directory: what someone else may have put there to be followed or read.
-        """
-        self.fs.invalidate_cache()
-        try:
-            info = self._call("info", self._at(path))
-        except FileNotFoundError:
-            return None
-        if info["type"] != "file" or info.get("islink"):
-            raise ArtifactError(f"{self.url}/{path} is not a plain file; remove it.")
-        return info["size"]
-
-    def _upload(self, source: Path, path: str) -> None:
-        with self._appearing(path) as written:
-            self._call("put_file", str(source), written)
-
-    @contextmanager
-    def _appearing(self, path: str) -> Iterator[str]:
-        """Where to write so that `path` appears when it is whole."""
-        whole = self._at(path)
-        parent, _, name = whole.rpartition("/")
-        written = whole if self._whole_at_once else f"{parent}/.{name}.partial"
-        try:
-            if written != whole:
-                self._call("makedirs", parent, exist_ok=True)
-            yield written
-            if written != whole:
-                self._call("mv", written, whole)
-        except FileNotFoundError as error:
-            raise StoreError(f"{self.url} can't be written ({error}); make the bucket or directory first.") from error
-
-    def _at(self, path: str) -> str:
-        return f"{self._root}/{path}"
-
-    def _call(self, operation: str, *arguments: Any, **options: Any) -> Any:
-        """Have the file system do something; each raises errors of its own, of which only one is told apart."""
-        try:
-            return getattr(self.fs, operation)(*arguments, **options)
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            said = " ".join(str(error).split()).rstrip(".")
-            raise StoreError(
-                f"{self.url} failed ({operation}: {type(error).__name__}{said and f': {said:.300}'}); check the "
-                "network, the credentials and who may read and write there."
-            ) from error
+@contextmanager
+def _alone(destination: Path) -> Iterator[None]:
+    lock = FileLock(destination.with_name(f".{destination.name}.lock"), timeout=LOCK_SECONDS)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise OutputError(
+            f"{lock.lock_file} was held for {LOCK_SECONDS} s; end the process that fetches it."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def object_path(entry: FileEntry) -> str:
-    """Where a file of an artifact lies in a store."""
-    return f"objects/{entry.sha256[:2]}/{entry.sha256}"
+def object_path(sha256: str) -> str:
+    """Where a file of this content lies."""
+    return f"objects/{sha256[:2]}/{sha256}"
 
 
 def artifact_path(digest: str) -> str:
-    """Where an artifact's manifest lies in a store."""
-    return f"artifacts/{digest}.json"
+    """Where an artifact's manifest lies."""
+    return f"{ARTIFACTS}/{digest}.json"
 
 
 def _partial(entry: FileEntry) -> str:

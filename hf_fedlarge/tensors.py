@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -284,3 +286,45 @@ class Factors(NamedTuple):
 
     A_RI: torch.Tensor
     B_OR: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return len(self.A_RI)
+
+    @property
+    def width(self) -> int:
+        """I."""
+        return self.A_RI.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class StoredFactors:
+    """Factors that are read whenever they are iterated over, and not kept: of any number, one is in memory.
+
+    Attributes:
+        read: gives them.
+        shapes: (R, I) and (O, R).
+    """
+
+    read: Callable[[], Factors]
+    shapes: tuple[Sequence[int], Sequence[int]]
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.shapes[0][0]
+
+    @property
+    def width(self) -> int:
+        """I."""
+        return self.shapes[0][1]
+
+    @property
+    def nbytes(self) -> int:
+        """What they take once they are read."""
+        return 4 * sum(math.prod(shape) for shape in self.shapes)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """A_RI and B_OR."""
+        return iter(self.read())

@@ -1,4 +1,4 @@
-"""JSON that others wrote: its size is bounded before it is read, and no key may stand in it twice.
+"""What others wrote: JSON bounded before it is read and without a key twice, text for a terminal, files without code.
 
 Of a key that stands twice Python takes the last, other parsers the first: two programs would check different things.
 """
@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hf_fedlarge.errors import ArtifactError
+
+# Of files that some program might run if it found them; nothing here needs one.
+CODE_SUFFIXES = (".py", ".pyc", ".pyd", ".so", ".dll", ".pkl", ".pickle", ".joblib", ".bin", ".pt", ".pth", ".ckpt")
+FilesT = TypeVar("FilesT", bound=dict[str, Any])
 
 
 def read_json(path: Path, limit: int) -> Any:
@@ -48,5 +52,17 @@ def parse_json(raw: bytes, what: str) -> Any:
 
 
 def printable(text: str) -> str:
-    """`text` with a question mark for all that a terminal or a log would not show as it is, such as escapes."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    """`text` on one line, a question mark for what a terminal or a log would not show as it is, such as escapes."""
+    return "".join(letter if letter.isprintable() else " " if letter.isspace() else "?" for letter in text)
+
+
+def without_code(files: FilesT) -> FilesT:
+    """The files by name, none of which may be code or a pickle.
+
+    Raises:
+        ValueError: one may be.
+    """
+    for name in files:
+        if name.lower().endswith(CODE_SUFFIXES):
+            raise ValueError(f"{name:.200} may be code or a pickle; expected data alone")
+    return files

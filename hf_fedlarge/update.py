@@ -253,33 +253,37 @@ def validate_update(directory: Path, expected: Expected) -> UpdateManifest:
         if not expected.wire:
             _check_plain(directory / weights, expected)
         reader = open_update(directory, expected)
-        _check_values(reader)
-        if expected.frozen:
-            letter, before = expected.frozen
-            for module in reader.modules:
-                if not torch.equal(*(each.read(module)["AB".index(letter)] for each in (reader, before))):
-                    raise ArtifactError(
-                        f"its {letter} of {module} is not its adapter's; this round freezes every {letter}."
-                    )
+        _check_values(reader, expected.frozen)
         if expected.control:
             _check_header(directory / CONTROL_WEIGHTS, header_bytes(infos) + MAX_SMALL_BYTES)
             _check_plain(directory / CONTROL_WEIGHTS, expected)
-            _check_values(AdapterReader(directory, CONTROL_WEIGHTS), "control variate's ")
+            _check_values(AdapterReader(directory, CONTROL_WEIGHTS), whose="control variate's ")
     except (ArtifactError, OSError) as error:
         raise refuse(str(error)) from error
     return manifest
 
 
-def _check_values(reader: AdapterReader | EncodedReader, whose: str = "") -> None:
-    """That all factors are finite, and none so large that a sum of them may not be."""
+def _check_values(
+    reader: AdapterReader | EncodedReader,
+    frozen: tuple[Literal["A", "B"], AdapterReader] | None = None,
+    whose: str = "",
+) -> None:
+    """That all factors are finite, none so large that a sum of them may not be, and frozen ones as they were."""
     for module in reader.modules:
-        for letter, factor in zip("AB", reader.read(module), strict=True):
+        factors = dict(zip("AB", reader.read(module), strict=True))
+        for letter, factor in factors.items():
             norm = torch.linalg.vector_norm(factor, dtype=torch.float64).item()
             if not math.isfinite(norm):
                 raise ArtifactError(f"its {whose}{letter} of {module} holds NaN or infinity.")
             if norm > MAX_NORM:
                 raise ArtifactError(
                     f"its {whose}{letter} of {module} has the norm {norm:.3g}; expected at most {MAX_NORM:g}."
+                )
+        if frozen:
+            letter, before = frozen
+            if not torch.equal(factors[letter], before.read(module)["AB".index(letter)]):
+                raise ArtifactError(
+                    f"its {letter} of {module} is not its adapter's; this round freezes every {letter}."
                 )
 
 

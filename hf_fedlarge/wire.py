@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from hf_fedlarge.codec import CHANGED, Layout, Shape, decode
 from hf_fedlarge.config import Codec, LoraSettings
 from hf_fedlarge.errors import ArtifactError
 from hf_fedlarge.quantize import Infos
-from hf_fedlarge.tensors import Factors, SafetensorsWriter, read_header
+from hf_fedlarge.tensors import Factors, SafetensorsWriter, StoredFactors, read_header
 
 ENCODED_WEIGHTS = "update.safetensors"
 
@@ -130,6 +130,10 @@ class EncodedReader:
                 factor = packaged + (change_RX if letter == "A" else change_RX.T)
             factors.append(factor.contiguous())
         return Factors(*factors)
+
+    def stored(self, module: str) -> StoredFactors:
+        """Likewise, to be read when they are needed."""
+        return StoredFactors(partial(self.read, module), self._wire.shapes[module])
 
 
 def _check_infos(found: Infos, expected: Infos) -> None:

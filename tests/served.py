@@ -1,5 +1,7 @@
 """The server's side of rounds with clients that a store or messages reach, and updates that were made beforehand."""
 
+import shutil
+
 from federation import LORA, make_examples, make_federation, make_update
 from round_driver import CLIENTS, config
 
@@ -28,17 +30,17 @@ class Server:
 
     def __init__(self, home, run, store, said=None, packages=None, **changes):
         self.home, self.store, self.said = home, store, [] if said is None else said
-        run.mkdir(exist_ok=True)
+        shutil.copytree(home / "start", run / "rounds" / "0000" / "adapter", dirs_exist_ok=True)
         changes = {"eval_data": str(home / "data.jsonl"), "clients": dict.fromkeys(CLIENTS, 10)} | changes
         self.config = config(**{"cohort": None, "min_updates": 1} | changes)
         self.run, self.journal = run, Journal(run / "journal.jsonl")
-        self.clients = StoreClients(store, self.said.append, 0.02, packages)
+        self.clients = StoreClients(store, self.said.append, poll=0.02, packages=packages)
         self.clients.prepare(self.config, run, lambda: None)
         size = read_manifest(home / "package", PackageManifest).total_bytes
         self.jobs = Jobs(self.config, run, self.adapter, [Tier("", home / "package", LORA, size)])
 
     def adapter(self, number):
-        return self.run / "rounds" / f"{number:04d}" / "adapter" if number else self.home / "start"
+        return self.run / "rounds" / f"{number:04d}" / "adapter"
 
     def validate(self, number, client, update):
         return validate_update(update, self.jobs.expected(client, number))

@@ -12,9 +12,21 @@ LIBRARY = ROOT / "hf_fedlarge"
 LEVELS = [
     {"errors", "memory", "options"},
     {"config", "layers", "stdlib_corpus", "blocks", "untrusted"},
-    {"ledger"},
+    {"ledger", "remote"},
     {"artifacts"},
-    {"tensors", "architectures", "quantize", "data", "partition", "cards", "plan", "journal", "keys", "store"},
+    {
+        "tensors",
+        "architectures",
+        "quantize",
+        "data",
+        "partition",
+        "cards",
+        "plan",
+        "journal",
+        "keys",
+        "store",
+        "templates",
+    },
     {
         "linear",
         "norm",
@@ -29,9 +41,9 @@ LEVELS = [
         "walk",
         "codec",
     },
-    {"privacy", "weighting", "adapters", "aggregate", "arena", "surrogate", "neurons", "orders"},
+    {"weighting", "adapters", "aggregate", "arena", "surrogate", "neurons", "orders", "retention"},
     {"engine", "fit", "gradients", "robust", "wire"},
-    {"shrink", "streaming", "client_state"},
+    {"shrink", "streaming", "client_state", "privacy"},
     {"feedback", "scaffold"},
     {"update"},
     {"package", "merge", "combine", "traffic"},
@@ -49,7 +61,7 @@ ONE_IMPORTER = {
     "bitsandbytes": {"quantize"},
     "peft": {"adapters"},
     "datasets": {"data"},
-    "fsspec": {"store"},
+    "fsspec": {"remote"},
     "huggingface_hub": {"hub"},
     "pyarrow": {"data"},
     "cryptography": {"keys"},
@@ -131,7 +143,7 @@ def test_the_library_needs_neither_trainers_nor_scripts(module):
 
 @pytest.mark.parametrize("module", ["products", "aggregate", "robust", "server_optimizer"])
 def test_aggregation_is_tensor_functions_alone(module):
-    allowed = {"torch", "collections", "typing", "__future__", "hf_fedlarge", "math", "statistics"}
+    allowed = {"torch", "collections", "typing", "__future__", "hf_fedlarge", "math", "statistics", "functools"}
     names = imported(LIBRARY / f"{module}.py")
     assert {name.split(".")[0] for name in names} <= allowed
     ours = {name.split(".")[1] for name in names if name.startswith("hf_fedlarge")}

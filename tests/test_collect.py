@@ -1,6 +1,7 @@
 """Updates: what is accepted, what is refused and how it is named, and the adapter that comes of them."""
 
 import json
+import math
 import re
 import shutil
 
@@ -855,6 +856,33 @@ def test_weights_can_be_alike_or_a_function_s_or_what_the_client_gained(federati
     edit_manifest(updates[0], loss_before=3.0, loss_after=3.5)
     with pytest.raises(ConfigError, match=r"weights are \[0, 0\]; expected finite ones"):
         weights("none", weighting="loss")
+
+
+WEIGHT_OF = {}
+
+
+def weight_of(manifest):
+    return WEIGHT_OF.get(manifest.client, 1)
+
+
+@pytest.mark.parametrize("weight", [-1, -1e-300, math.nan, math.inf, "1", None, 0, 1e30, 5e-324])
+def test_a_weight_that_is_none_stops_and_no_other_spoils_anything(federation, updates, tmp_path, monkeypatch, weight):
+    monkeypatch.setitem(WEIGHT_OF, "bob", weight)
+
+    def collect(output):
+        how = {"weighting": "test_collect:weight_of"}
+        return aggregate_updates(updates, federation[1], tmp_path / output, **how).manifest
+
+    if weight in (0, 1e30, 5e-324):
+        found = {entry.client: entry.weight for entry in collect("made").contributions}
+        assert sum(found.values()) == pytest.approx(1)
+        assert found["bob"] == pytest.approx(weight / (weight + 2))
+        reader = AdapterReader(tmp_path / "made")
+        assert all(factor.isfinite().all() for module in reader.modules for factor in reader.read(module))
+    else:
+        with pytest.raises(ConfigError, match=r"weight_of gave .* for bob; expected 0 or more"):
+            collect("none")
+        assert not (tmp_path / "none").exists()
 
 
 def test_what_the_server_keeps_must_be_gone_on_with(federation, tmp_path):

@@ -1,6 +1,7 @@
 """Adapters on disk to the next one: what goes from round to round, against dense matrices kept beside."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -79,6 +80,46 @@ def test_twenty_rounds_on_disk_lose_nothing(tmp_path):
         assert_close(state(adapter), expected, relative=1e-5)
         # From here on the oracle's own carry: everything but the adapter that clients get.
         carry = {m: expected[m] - dense(adapter)[m] for m in SHAPES}
+
+
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
+def test_updates_that_are_not_kept_in_memory_give_the_same_bytes(tmp_path, monkeypatch, aggregator):
+    parent = start(tmp_path / "start")
+    frozen = ("A", parent) if aggregator in ("ffa", "alternate") else None
+    updates = random_updates(tmp_path, 7, frozen=frozen)
+    byzantine = 2 if aggregator in ("krum", "multi_krum", "trimmed_mean") else None
+    found = []
+    for at_once in (2**26, 0):
+        monkeypatch.setattr("hf_fedlarge.combine._AT_ONCE", at_once)
+        output = tmp_path / str(at_once)
+        parts = [Part(AdapterReader(update), 1.0, LORA.scale) for update in updates]
+        choices = {"aggregator": aggregator, "byzantine": byzantine, "weighting": "equal"}
+        step(parts, parent, output, "B" if frozen else "both", **choices)
+        found.append({file.name: file.read_bytes() for file in output.iterdir()})
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("aggregator", ["exact", "fedavg", "ffa"])
+def test_of_very_many_updates_one_is_in_memory(tmp_path, monkeypatch, aggregator):
+    parent = start(tmp_path / "start")
+    updates = random_updates(tmp_path, 4, frozen=("A", parent) if aggregator == "ffa" else None)
+    alive, most, read = set(), 0, AdapterReader.read
+
+    def counted(reader, module):
+        nonlocal most
+        factors = read(reader, module)
+        alive.add(id(factors.B_OR))
+        weakref.finalize(factors.B_OR, alive.discard, id(factors.B_OR))
+        most = max(most, len(alive))
+        return factors
+
+    monkeypatch.setattr("hf_fedlarge.combine._AT_ONCE", 0)
+    monkeypatch.setattr(AdapterReader, "read", counted)
+    # So many columns that their products are not decomposed at once.
+    parts = [Part(AdapterReader(update), 1.0, LORA.scale) for update in updates * (600 // (4 * LORA.rank))]
+    step(parts, parent, tmp_path / "next", "B" if aggregator == "ffa" else "both", aggregator=aggregator)
+    # Of each thread the parent's, and an update's with the one that is read next.
+    assert most <= 3 * torch.get_num_threads()
 
 
 def test_svd_drops_what_exact_carries_and_says_how_much(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -40,6 +41,8 @@ from hf_fedlarge.keys import SIGNATURE_NAME, allow, new_key, read_allowed
 from hf_fedlarge.package import load_package, load_tokenizer, package_config
 from hf_fedlarge.plan import sample_cohort
 from hf_fedlarge.server import RoundServer, seen
+from hf_fedlarge.store import Store
+from hf_fedlarge.trainers.client import parse_arguments, train_client
 from hf_fedlarge.update import (
     MAX_NORM,
     MAX_SMALL_BYTES,
@@ -408,10 +411,10 @@ def test_a_package_s_config_runs_nothing_and_is_refused_in_a_sentence(home, tmp_
     package = shutil.copytree(home / "package", tmp_path / "package")
     raw = json.loads((package / "config.json").read_text())
     (package / "config.json").write_text(json.dumps(raw | changes))
-    canary(package / "evil.py", tmp_path / "canary")
     reseal(package)
+    canary(package / "evil.py", tmp_path / "canary")  # which verifying would refuse by its name
     with pytest.raises(FedLargeError) as refused:
-        load_package(package)
+        load_package(package, verify=False)
     assert cause in str(refused.value)
     assert not (tmp_path / "canary").exists()
 
@@ -440,7 +443,6 @@ def test_an_adapter_config_is_never_parsed_whatever_it_asks_for(home, update, ex
 
 
 def test_a_chat_template_reaches_no_python_and_is_the_server_s_under_its_digest(home, tmp_path):
-    """One that never ends is not bounded: whoever trusts a package's weights trusts its template (docs/security.md)."""
     tokenizer = load_tokenizer(home / "package")
     for template in (
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -465,6 +467,62 @@ def test_a_client_says_which_examples_a_chat_template_fails_on(home, tmp_path, c
     words = ["train", "--package", package, "--data", data, "--output", tmp_path / "update", "--disable_tqdm", "True"]
     assert main([str(word) for word in words]) == 2
     assert f"{data} can't be trained on: Range too big" in capsys.readouterr().err
+    assert not (tmp_path / "update").exists()
+
+
+class Leaves:
+    """As a pickle, code that leaves a file behind when it is loaded."""
+
+    def __init__(self, where):
+        self.where = where
+
+    def __reduce__(self):
+        return open, (str(self.where), "w")
+
+
+def hostile_files(where):
+    """Files by name that leave `where` behind when they are run, imported or unpickled."""
+    code = f"open({str(where)!r}, 'w').close()\n".encode()
+    pickled = pickle.dumps(Leaves(where))
+    pickle.loads(pickled).close()
+    where.unlink()  # so it is what it should be
+    return {
+        **dict.fromkeys(["modeling.py", "__init__.py", "sitecustomize.py", "modeling.pyc"], code),
+        **dict.fromkeys(["model.pkl", "pytorch_model.bin", "optimizer.PT", "training_args.bin", "x.pickle"], pickled),
+    }
+
+
+def test_code_and_pickles_in_an_update_are_refused_by_name_and_never_run(home, expected, tmp_path):
+    for listed in (False, True):
+        for name, content in hostile_files(tmp_path / "canary").items():
+            update = shutil.copytree(home / "ann", tmp_path / f"{name}{listed}" / "ann")
+            (update / SIGNATURE_NAME).unlink()
+            file_beside(name, content, listed=listed)(update)
+            with pytest.raises(UpdateRefusedError, match=f"ann refused: .*{re.escape(name)}"):
+                validate_update(update, expected)
+            with pytest.raises(UpdateRefusedError, match=re.escape(name)):
+                aggregate_updates([update], home / "package", tmp_path / "next", previous=home / "start")
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("part", ["package", "start"])
+def test_code_and_pickles_in_a_package_or_an_adapter_are_refused_by_name_and_never_run(home, tmp_path, part):
+    make_examples(tmp_path / "data.jsonl")
+    for name, content in hostile_files(tmp_path / "canary").items():
+        for other in ("package", "start"):
+            shutil.copytree(home / other, tmp_path / name / other)
+        directory = tmp_path / name / part
+        (directory / name).write_bytes(content)
+        words = ["train", "--package", directory.parent / "package", "--adapter", directory.parent / "start"]
+        words += ["--data", tmp_path / "data.jsonl", "--output", tmp_path / "update", "--disable_tqdm", "True"]
+        for listed in (False, True):
+            if listed:
+                reseal(directory)
+            with pytest.raises(FedLargeError, match=re.escape(name)):
+                train_client(*parse_arguments([str(word) for word in words[1:]]))
+            with pytest.raises(FedLargeError, match=re.escape(name)):
+                load_package(directory) if part == "package" else Store(str(tmp_path / "store")).put(directory)
+    assert not (tmp_path / "canary").exists()
     assert not (tmp_path / "update").exists()
 
 

@@ -6,8 +6,11 @@ import huggingface_hub
 import pytest
 from hub_double import WRITER, running
 from huggingface_hub import constants
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import get_session
 from test_cards import SUMMARY, make_adapter, make_checkpoint, make_package, make_update
 
+from hf_fedlarge import hub as hub_module
 from hf_fedlarge.artifacts import MANIFEST_NAME
 from hf_fedlarge.cards import MARKER
 from hf_fedlarge.errors import ArtifactError, ConfigError, HubError
@@ -352,3 +355,16 @@ def test_upload_errors_are_one_sentence_that_says_what_to_do(tmp_path, hub, monk
     with pytest.raises(HubError) as caught:
         push(adapter, "me/adapter", token=WRITER)
     assert_sentence(caught.value, ["could not be published", '"license" must be one of those'])
+
+
+def test_no_request_waits_for_ever_and_a_limit_of_the_user_s_own_stays(monkeypatch):
+    session = get_session()
+    monkeypatch.setattr(session, "timeout", None)
+    slow = type("ReadTimeout", (HTTPError,), {})("slow")
+    answer = r"gave no answer within 300 s or less \(ReadTimeout\); check the network"
+    with pytest.raises(HubError, match=answer), hub_module._explained("me/model"):
+        raise slow
+    assert session.timeout.read == 300
+    session.timeout = 7
+    with hub_module._explained("me/model"):
+        assert session.timeout.read == 7

@@ -77,7 +77,7 @@ def test_a_median_is_made_a_few_rows_at_a_time(monkeypatch):
 
 def test_a_matrix_known_by_what_it_does_is_found_where_it_is_of_low_rank():
     M_OI = product(make_factors(6, 40, 50, 0))
-    U_OK, S_K, V_KI, energy = subspace(lambda X: M_OI @ X, lambda Y: M_OI.T @ Y, M_OI[:0], 6)
+    U_OK, S_K, V_KI, energy = subspace(lambda X: M_OI @ X, lambda Y: M_OI.T @ Y, 50, M_OI.dtype, 6)
     assert len(S_K) == 6
     torch.testing.assert_close(U_OK * S_K @ V_KI, M_OI)
     assert energy == pytest.approx(M_OI.square().sum().item())

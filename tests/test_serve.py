@@ -4,16 +4,21 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import sys
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from federation import LORA, TEAMS, adapter_digests, events, make_update, run_teams
 from served import CLIENTS, Server, make_home
+from test_store import objects
 
 from hf_fedlarge.artifacts import (
     MANIFEST_NAME,
@@ -21,29 +26,37 @@ from hf_fedlarge.artifacts import (
     AdapterManifest,
     PackageManifest,
     UpdateManifest,
+    describe_files,
     read_manifest,
+    write_manifest,
 )
 from hf_fedlarge.cli import main
 from hf_fedlarge.clients import write_check_ins
 from hf_fedlarge.collect import start_adapter
-from hf_fedlarge.config import load_federation
+from hf_fedlarge.config import LoraSettings, load_federation
 from hf_fedlarge.errors import ArtifactError, ConfigError, DataError, OutputError, StoreError
-from hf_fedlarge.keys import allow, new_key
+from hf_fedlarge.keys import allow, new_key, revoke
+from hf_fedlarge.memory import used_bytes
 from hf_fedlarge.orders import (
     CHECK_INS,
     FAILED,
+    INBOX,
     ORDER,
+    VERDICTS,
     CheckInDocument,
     FailureDocument,
     OrderDocument,
     TrainingOrder,
+    VerdictDocument,
     Work,
     inbox,
     read_document,
+    verdict,
     write_document,
 )
 from hf_fedlarge.plan import CheckIn
-from hf_fedlarge.serve import serve_federation
+from hf_fedlarge.retention import discard
+from hf_fedlarge.serve import StoreClients, serve_federation
 from hf_fedlarge.server import RoundServer
 from hf_fedlarge.store import Store
 from hf_fedlarge.trainers.join import join
@@ -142,8 +155,13 @@ def test_processes_that_share_a_directory_end_with_the_bytes_of_one_process_whoe
     assert len(adapter_digests(run)) == 3
     assert not [entry for entry in events(run, "validated") if not entry["accepted"]]
     assert len(list((cache / "packages").glob("[0-9a-f]*"))) == 1
-    assert {path.name for path in store.iterdir()} == {"artifacts", "check_ins", "inbox", "objects", "order.json"}
+    assert {path.name for path in store.iterdir()} == {
+        *("artifacts", "check_ins", "inbox", "objects", "order.json", "verdicts")
+    }
     assert not list((store / "inbox").iterdir())
+    for team in TEAMS:
+        log = (tmp_path / f"{team}.log").read_text()
+        assert [log.count(f"round {number}: the update counts") for number in (1, 2)] == [1, 1], log
     over = read_document(Store(str(store)), ORDER, OrderDocument)
     assert (over.state, over.adapter) == ("over", adapter_digests(run)[-1])
 
@@ -176,6 +194,11 @@ def home(tmp_path_factory):
     path = tmp_path_factory.mktemp("serve")
     make_home(path)
     return path
+
+
+def reseal(package):
+    manifest = read_manifest(package, PackageManifest)
+    write_manifest(package, manifest.model_copy(update={"files": describe_files(package)}))
 
 
 @pytest.fixture
@@ -255,6 +278,14 @@ def test_what_is_malformed_is_refused_by_name_and_the_others_count(home, store, 
     assert "lists 10000" in reasons["cleo"]
     assert reasons["dan"] == "the battery is empty"
     assert {path.name for path in server.round.work.iterdir() if not path.name.startswith(".")} == {"ann"}
+    verdicts = {client: read_document(store, verdict(1, client, 1), VerdictDocument) for client in CLIENTS}
+    assert verdicts["ann"].sentence == "round 1: the update counts"
+    assert re.match("round 1: the server says: ben refused: .* has the SHA-256", verdicts["ben"].sentence)
+    for client in CLIENTS:
+        content = store.read(verdict(1, client, 1), 10**4).decode()
+        assert not [other for other in CLIENTS if other != client and re.search(rf"\b{other}\b", content)]
+        assert str(tmp_path) not in content
+        assert store.url not in content
 
 
 def test_an_update_signed_by_another_does_not_count(home, store, tmp_path):
@@ -265,6 +296,152 @@ def test_an_update_signed_by_another_does_not_count(home, store, tmp_path):
     store.send(home / "ann", inbox(1, "ben", 1))
     server.ask()
     assert "in the name of ann; expected ben" in server.round.refused[0]["reason"]
+
+
+def cheat(home, tmp_path, adapter):
+    """Client → what it sends in round 2, and what the server says of that; only ann's first round was sound."""
+    package = home / "package"
+    second = {"adapter": adapter, "round_number": 2}
+    keys = {client: tmp_path / f"{client}.pem" for client in CHEATS}
+
+    def make(client, **how):
+        make_update(tmp_path / "sent" / client, package, client, **second | {"key": keys[client]} | how)
+
+    make("unsigned", key=None)
+    make("others_key", key=keys["unsigned"])
+    make("revoked")
+    make("stale", round_number=1, adapter=home / "start")
+    make("wrong_base", adapter=home / "start")
+    make("replayed")
+    shutil.rmtree(tmp_path / "sent" / "replayed")
+    shutil.copytree(tmp_path / "first", tmp_path / "sent" / "replayed")
+    make("anothers")
+    shutil.rmtree(tmp_path / "sent" / "anothers")
+    make("unsigned_too")
+    shutil.copytree(tmp_path / "sent" / "unsigned_too", tmp_path / "sent" / "anothers")
+    edit_manifest(tmp_path / "sent" / "unsigned_too", tokens=99)
+    make("greedy", examples=10**9)
+    make("honest")
+
+
+CHEATS = {
+    "unsigned": "it has no signature.json",
+    "others_key": "which is not one of others_key's",
+    "revoked": "which is revoked since",
+    "stale": "it is for round 1; expected round 2",
+    "wrong_base": "it started from the adapter",
+    "replayed": "it is for round 1; expected round 2",
+    "anothers": "its update is in the name of unsigned_too; expected anothers",
+    "unsigned_too": "is not of this manifest",
+    "greedy": "it claims 1000000000 examples",
+    "honest": None,
+}
+
+
+def edit_manifest(update, **changes):
+    path = update / MANIFEST_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_in_a_served_round_who_cheats_learns_why_it_does_not_count_and_the_others_do(home, store, tmp_path):
+    allowed = tmp_path / "allowed.json"
+    for client in CHEATS:
+        allow(allowed, new_key(tmp_path / f"{client}.pem", client))
+    changes = {"clients": dict.fromkeys(CHEATS, 10), "keys": str(allowed), "deadline_seconds": 60, "cohort": None}
+    server = Server(home, tmp_path / "run", store, **changes)
+    write_check_ins(server.run, [CheckIn("replayed", 10)])
+    server.open()
+    key = tmp_path / "replayed.pem"
+    make_update(tmp_path / "first", home / "package", "replayed", adapter=home / "start", key=key)
+    store.send(tmp_path / "first", inbox(1, "replayed", 1))
+    server.ask()
+    server.close()
+    revoke(allowed, "revoked")
+    write_check_ins(server.run, [CheckIn(client, 10) for client in CHEATS])
+    server.jobs.read_check_ins()
+    server.open(2)
+    cheat(home, tmp_path, server.adapter(1))
+    for client in CHEATS:
+        store.send(tmp_path / "sent" / client, inbox(2, client, 1))
+    server.ask()
+    for client, cause in CHEATS.items():
+        said = read_document(store, verdict(2, client, 1), VerdictDocument)
+        assert re.search(f"{client} refused: .*{cause}", said.cause) if cause else said.cause is None, said
+    server.close()
+    contributions = read_manifest(server.adapter(2), AdapterManifest).contributions
+    assert [(entry.client, entry.weight) for entry in contributions] == [("honest", 1.0)]
+
+
+def test_of_eight_that_send_at_once_under_one_name_at_most_one_counts(home, tmp_path):
+    """One place takes all eight: what comes of them is one of them, or a mixture that its manifest doesn't fit."""
+    store = Store(str(tmp_path / "store"))
+    server = Server(home, tmp_path / "run", store, clients={"ann": 10, "ben": 10}, deadline_seconds=60)
+    write_check_ins(server.run, [CheckIn("ann", 10), CheckIn("ben", 10)])
+    server.open()
+    for seed in range(8):
+        make_update(tmp_path / f"{seed}", home / "package", "ann", seed=seed, adapter=home / "start")
+    sound = {read_manifest(tmp_path / f"{seed}", UpdateManifest).digest for seed in range(8)}
+    began = threading.Barrier(9)
+
+    def send_one(seed):
+        began.wait(30)
+        with suppress(StoreError):  # another one's file was renamed meanwhile
+            Store(store.url).send(tmp_path / f"{seed}", inbox(1, "ann", 1))
+
+    with ThreadPoolExecutor(8) as pool:
+        sent = [pool.submit(send_one, seed) for seed in range(8)]
+        began.wait(30)
+        send(home, store, "ben")
+        server.ask()
+        for each in sent:
+            each.result()
+    entries = server.journal.find("validated", client="ann") + server.journal.find("failed", client="ann")
+    assert len(entries) == 1
+    cause = read_document(store, verdict(1, "ann", 1), VerdictDocument).cause
+    if entries[0].get("accepted"):
+        assert cause is None
+        assert server.round.accepted["ann"] in sound
+    else:
+        assert re.search("ann refused: .*(bytes; its manifest says|has the SHA-256|is not JSON)", cause)
+    assert "ben" in server.round.accepted
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to see a process's own memory")
+def test_the_memory_that_updates_take_does_not_grow_with_their_number(home, tmp_path):
+    """`scripts/bench/serve_load.py` does the same with 64 clients and 20 MB each."""
+    wide, peaks = LoraSettings(rank=460, alpha=8.0), {}
+    names = [f"c{number}" for number in range(16)]
+    of_wide = tmp_path / "home"
+    of_wide.mkdir()
+    (of_wide / "package").symlink_to(home / "package")
+    shutil.copyfile(home / "data.jsonl", of_wide / "data.jsonl")
+    start_adapter(home / "package", of_wide / "start", wide, seed=0)
+    for seed, name in enumerate(names):
+        make_update(tmp_path / name, home / "package", name, lora=wide, adapter=of_wide / "start", seed=seed)
+    size = read_manifest(tmp_path / "c0", UpdateManifest).total_bytes
+    assert size > 4.5e6
+    for count in (2, 16):
+        store = Store(str(tmp_path / f"store{count}"))
+        clients = dict.fromkeys(names[:count], 10)
+        server = Server(of_wide, tmp_path / f"run{count}", store, clients=clients)
+        write_check_ins(server.run, [CheckIn(name, 10) for name in clients])
+        server.open()
+        before, over = used_bytes(torch.device("cpu")), threading.Event()
+        peaks[count] = 0
+
+        def look(count=count, before=before, over=over):
+            while not over.wait(0.005):
+                peaks[count] = max(peaks[count], used_bytes(torch.device("cpu")) - before)
+
+        looking = threading.Thread(target=look)
+        looking.start()
+        with ThreadPoolExecutor(count) as pool:
+            list(pool.map(lambda name, to=store: to.send(tmp_path / name, inbox(1, name, 1)), clients))
+            server.ask()
+        over.set()
+        looking.join()
+        assert set(server.round.accepted) == set(clients)
+    assert peaks[16] < max(peaks[2], size) + 4 * size, peaks  # of the 16 · size that they have together
 
 
 def test_a_store_that_fails_for_a_while_is_tried_again(home, store, tmp_path, monkeypatch):
@@ -303,8 +480,82 @@ def test_a_late_update_is_kept_for_the_next_round_where_the_policy_says_so(home,
     make_update(tmp_path / "two", home / "package", "ann", seed=9, adapter=server.adapter(1), round_number=2)
     assert server.round._kept() == [[1, "ben"]]
     # In the next round the inbox of the first is cleared.
-    server.clients._clear(2)
+    server.clients._clear(INBOX, 2)
     assert store.names("inbox") == []
+
+
+def test_the_store_keeps_what_the_last_two_rounds_start_from_and_a_restarted_server_needs_nothing_else(
+    home, store, tmp_path
+):
+    shutil.copytree(home / "package", tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"another": True}))
+    reseal(tmp_path / "other")
+    elsewhere = store.put(tmp_path / "other")  # of a federation that was here before
+    server = Server(home, tmp_path / "run", store, clients={"ann": 10}, aggregator="fedavg")
+    write_check_ins(server.run, [CheckIn("ann", 10)])
+    for number in range(1, 5):
+        server.open(number)
+        previous = server.adapter(number - 1)
+        update = tmp_path / f"{number}"
+        make_update(update, home / "package", "ann", seed=number, adapter=previous, round_number=number)
+        store.send(update, inbox(number, "ann", 1))
+        if number == 3:  # killed, and started again with an open round and a store that lost what it needs
+            store.remove("artifacts")
+            store.remove("objects")
+            store.put(tmp_path / "other")
+            store.put(server.adapter(0))  # as if the server had been killed before it removed it
+            server = Server(home, tmp_path / "run", store, clients={"ann": 10}, aggregator="fedavg")
+            server.open(number)
+        server.ask()
+        server.close()
+        expected = [server.adapter(past) for past in range(max(0, number - 2), number)]
+        digests = {read_manifest(path, AdapterManifest).digest for path in expected}
+        if number == 3:
+            digests.remove(read_manifest(server.adapter(1), AdapterManifest).digest)  # which the store had lost
+        package = read_manifest(home / "package", PackageManifest).digest
+        assert set(store.names("artifacts")) == {f"{digest}.json" for digest in digests | {package, elsewhere}}
+        for digest in digests:
+            store.get(digest, tmp_path / "got" / digest, AdapterManifest, leave_out=SERVER_FILES)
+        for digest in (package, elsewhere):
+            store.get(digest, tmp_path / f"got{number}" / digest, PackageManifest)
+        assert store.names(VERDICTS) == [f"{past:04d}" for past in range(max(1, number - 1), number + 1)]
+    wanted = {sha256 for digest in digests | {package, elsewhere} for sha256 in files_of(store, digest)}
+    there = {path.rpartition("/")[2] for path in store.fs.find(f"{store._root}/objects")}
+    assert there == wanted
+
+
+def test_a_store_whose_manifests_can_not_be_read_keeps_its_files_and_ends_nothing(home, store, tmp_path):
+    server = Server(home, tmp_path / "run", store)
+    old = store.put(server.adapter(0), leave_out=SERVER_FILES)
+    store.write("artifacts/other.json", b"{")
+    server.clients._forget(3)
+    assert re.search("stays in the store: .*other.json is not JSON", server.said[0])
+    assert f"{old}.json" in store.names("artifacts")
+
+
+def files_of(store, digest):
+    return [entry["sha256"] for entry in json.loads(store.read(f"artifacts/{digest}.json", 10**6))["files"].values()]
+
+
+def test_a_client_whose_adapter_is_gone_says_so_and_takes_the_next_order(home, store, published, member, tmp_path):
+    start_adapter(home / "package", tmp_path / "old", LORA, seed=5)
+    old = store.put(tmp_path / "old", leave_out=SERVER_FILES)
+    published(adapter=old)
+    fetched = Store._download
+
+    def removed_meanwhile(self, path, entry, target):
+        if read_manifest(tmp_path / "old", AdapterManifest).files["adapter_model.safetensors"] == entry:
+            discard(Store(store.url), read_manifest(tmp_path / "old", AdapterManifest))
+            published(round=4)
+        return fetched(self, path, entry, target)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Store, "_download", removed_meanwhile)
+        member()
+    assert [job.round for job in member.jobs] == [4]
+    [line] = [line for line in member.said if "it was removed with an old round" in line]
+    assert line.endswith("Trying again.")
 
 
 def test_who_may_check_in(home, store, tmp_path):
@@ -321,6 +572,34 @@ def test_who_may_check_in(home, store, tmp_path):
     assert "'eve' can't take part: it is not among the federation's clients" in said
     assert "'cleo' can't take part: it says that it is ann" in said
     assert server.said.count(server.said[0]) == 1
+
+
+def test_a_crowd_of_names_is_looked_at_up_to_a_number_and_the_federation_s_own_come_first(
+    home, store, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("hf_fedlarge.serve._MAX_CHECK_INS", 3)
+    server = Server(home, tmp_path / "run", store, clients={"zoe": 10})
+    for client in (*CLIENTS, "zoe"):
+        write_document(store, f"{CHECK_INS}/{client}.json", CheckInDocument(client=client, examples=1))
+    assert server.clients._checked_in() == [CheckIn("zoe", 1)]
+    assert server.said[0] == "5 names checked in; 3 are looked at, the federation's own first"
+    assert len(server.said) == 3
+
+
+def test_a_server_waits_for_clients_as_long_as_its_patience(home, store, tmp_path):
+    server = Server(home, tmp_path / "run", store, clients={"ann": 10, "ben": 10})
+    server.clients = StoreClients(store, server.said.append, poll=0.02, patience=0.2)
+    server.clients.prepare(server.config, server.run, lambda: None)
+    write_document(store, f"{CHECK_INS}/ann.json", CheckInDocument(client="ann", examples=1))
+    round_server = RoundServer(server.run / "rounds", 1, server.journal, server.config, server.validate)
+    waited = r"Waited 0\.2 s \(--patience\) for "
+    with pytest.raises(StoreError, match=waited + "2 clients to check in, of whom 1 have; the same command goes on"):
+        server.clients.check_in(server.jobs, round_server)
+    server.open()
+    send(home, store, "ann")
+    with pytest.raises(StoreError, match=waited + "ben, cleo, dan, and there is no deadline_seconds"):
+        server.ask()
+    assert set(server.round.accepted) == {"ann"}
 
 
 # The client's side, with orders that a test writes
@@ -386,6 +665,61 @@ def test_a_client_does_what_an_order_says_and_sends_its_update(home, store, publ
     member(once=False)
     assert len(member.jobs) == 1
     assert "the federation is over" in member.said[-1]
+
+
+def test_a_client_whose_update_was_refused_learns_why(home, store, member, tmp_path):
+    def train(job):
+        make_update(job.output, job.package, "ann", adapter=job.adapter, examples=1000)
+
+    server = Server(home, tmp_path / "run", store, clients={"ann": 12}, deadline_seconds=60)
+    write_check_ins(server.run, [CheckIn("ann", 12)])
+    server.open()
+    client = threading.Thread(target=member, args=(train,), kwargs={"once": False})
+    client.start()
+    server.ask()
+    write_document(store, ORDER, OrderDocument(run=server.clients._id, state="over", round=1, attempt=0))
+    client.join(60)
+    assert not client.is_alive()
+    [cause] = [line for line in member.said if "the server says" in line]
+    assert cause == (
+        "round 1: the server says: ann refused: it claims 1000 examples and 100 tokens; expected 1 to 12 and 1 to "
+        "36864."
+    )
+    assert str(tmp_path) not in cause
+
+
+def test_what_the_server_said_is_heard_once_also_by_the_next_process(store, published, member):
+    order = published()
+    member()
+    said = VerdictDocument(run=order.run, client="ann", round=1, attempt=1, cause="too little, too late")
+    for other in ({"run": "0" * 32}, {"client": "ben"}, {"attempt": 2}):
+        write_document(store, verdict(1, "ann", 1), said.model_copy(update=other))
+        member()
+    write_document(store, verdict(1, "ann", 1), said)
+    for _ in range(2):
+        member()
+    assert [line for line in member.said if "the server says" in line] == [
+        "round 1: the server says: too little, too late"
+    ]
+
+
+def test_a_verdict_that_is_too_long_or_no_verdict_stops_nobody(store, published, member):
+    published()
+    member()
+    store.write(verdict(1, "ann", 1), b" " * 10**6)
+    published(round=2)
+    member()
+    assert len(member.jobs) == 2
+    assert [line for line in member.said if re.search("can't be read: .* expected at most 32768", line)]
+
+
+def test_a_client_waits_for_an_order_as_long_as_its_patience(published, member):
+    published(clients=["ben"])
+    threading.Timer(0.3, lambda: published(clients=["ben"], round=2)).start()
+    began = time.monotonic()
+    with pytest.raises(StoreError, match=r"had no new order for 0\.6 s \(--patience\); ask its server"):
+        member(once=False, patience=0.6)
+    assert time.monotonic() - began > 0.8  # an order for others is a sign of life
 
 
 def test_who_is_not_asked_waits(published, member):
@@ -525,3 +859,74 @@ def test_old_rounds_leave_the_cache(home, published, member, tmp_path):
     published()
     member()
     assert {path.name for path in old.parent.parent.iterdir()} == {"0001"}
+
+
+# What was damaged in the store
+
+
+def flipped(content):
+    return bytes([content[0] ^ 1]) + content[1:]
+
+
+FAULTS = {
+    "cut short": (lambda store, model, _: store.fs.pipe_file(model, store.fs.cat_file(model)[:-1]), "bytes; its manif"),
+    "longer": (lambda store, model, _: store.fs.pipe_file(model, store.fs.cat_file(model) + b"\0"), "bytes; its manif"),
+    "flipped": (lambda store, model, _: store.fs.pipe_file(model, flipped(store.fs.cat_file(model))), "the SHA-256"),
+    "another": (
+        lambda store, _, order: store.write(
+            f"artifacts/{order.work[0].package}.json", store.read(f"artifacts/{order.work[0].adapter}.json", 10**6)
+        ),
+        "describes|is of kind 'adapter'; expected a package",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_client_refuses_a_package_before_anything_opens_it(store, published, member, tmp_path, name):
+    spoil, cause = FAULTS[name]
+    order = published()
+    model = objects(store)[0]
+    artifact = f"artifacts/{order.work[0].package}.json"
+    sound = store.fs.cat_file(model), store.read(artifact, 10**6)
+    spoil(store, model, order)
+    member()
+    assert not member.jobs
+    failure = read_document(store, f"{inbox(1, 'ann', 1)}/{FAILED}", FailureDocument)
+    assert re.search(cause, failure.reason), failure.reason
+    packages = tmp_path / "cache" / "packages"
+    assert not [path for path in packages.glob("*") if not path.name.startswith(".")]
+    bad = [path for path in packages.rglob("*") if path.is_file() and path.read_bytes() == store.fs.cat_file(model)]
+    assert not bad or name == "another"
+    store.fs.pipe_file(model, sound[0])
+    store.write(artifact, sound[1])
+    published(attempt=2)
+    member()
+    assert len(member.jobs) == 1
+
+
+def test_an_order_that_announces_less_than_the_package_has_fetches_nothing(store, published, member, tmp_path):
+    published(package_bytes=1000)
+    member()
+    assert not member.jobs
+    files = [path for path in (tmp_path / "cache" / "packages").rglob("*") if path.is_file()]
+    assert [path for path in files if path.stat().st_size] == []
+
+
+def test_a_package_that_was_damaged_in_the_cache_is_not_loaded(store, published, member, tmp_path):
+    published()
+    member()
+    [package] = (tmp_path / "cache" / "packages").glob("[0-9a-f]*")
+    weights = max(package.iterdir(), key=lambda path: path.stat().st_size)
+    weights.write_bytes(flipped(weights.read_bytes()))
+    manifest = json.loads((package / MANIFEST_NAME).read_text())
+
+    def train(job):
+        assert job.package == package
+        assert json.loads((job.package / MANIFEST_NAME).read_text()) == manifest
+        assert weights.read_bytes() == sound
+        make_update(job.output, job.package, job.client, adapter=job.adapter, round_number=2)
+
+    sound = flipped(weights.read_bytes())
+    published(round=2)
+    member(train)
+    assert store.names(inbox(2, "ann", 1))

@@ -7,6 +7,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from hf_fedlarge import store as module
 from hf_fedlarge.artifacts import (
@@ -23,6 +24,7 @@ from hf_fedlarge.artifacts import (
 )
 from hf_fedlarge.config import LoraSettings
 from hf_fedlarge.errors import ArtifactError, ConfigError, OutputError, StoreError
+from hf_fedlarge.retention import discard
 from hf_fedlarge.store import Store
 
 DIGEST = "a" * 64
@@ -47,8 +49,8 @@ def make_package(path, **files):
 
 @pytest.fixture(scope="module")
 def bucket():
-    """An S3 server on this machine, where one is installed."""
-    reason = "needs `pip install s3fs 'moto[s3,server]'`"
+    """An S3 server on this machine."""
+    reason = "needs s3fs, moto[s3], flask and flask-cors, which the extra dev brings"
     pytest.importorskip("s3fs", reason=reason)
     server = pytest.importorskip("moto.server", reason=reason).ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
@@ -249,6 +251,14 @@ def test_more_than_was_announced_is_not_fetched(store, package, tmp_path, calls)
     store.get(digest, tmp_path / "here", PackageManifest, most_bytes=1002)
 
 
+def test_another_process_that_fetches_the_same_is_not_waited_for_for_ever(store, package, tmp_path, monkeypatch):
+    digest = store.put(package)
+    monkeypatch.setattr(module, "LOCK_SECONDS", 0.1)
+    with FileLock(tmp_path / ".here.lock"), pytest.raises(OutputError, match=r"\.here\.lock was held for 0\.1 s"):
+        store.get(digest, tmp_path / "here", PackageManifest)
+    store.get(digest, tmp_path / "here", PackageManifest)
+
+
 def test_what_does_not_fit_on_the_disk_is_not_begun(store, package, tmp_path, monkeypatch, calls):
     digest = store.put(package)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100}))
@@ -322,6 +332,56 @@ def test_what_only_the_server_needs_stays_there(store, tmp_path):
     assert set(contents(tmp_path / "here")) == set(contents(adapter)) - {"carry.safetensors"}
     with pytest.raises(StoreError, match="is not there, although a manifest lists it"):
         store.get(digest, tmp_path / "whole", AdapterManifest)
+
+
+def test_what_is_discarded_takes_along_the_files_that_nothing_else_has(store, package, tmp_path):
+    other = make_package(tmp_path / "other", config=b"{ }")
+    first, second = store.put(package), store.put(other)
+    discard(store, read_manifest(package, PackageManifest))
+    assert [store.fs.size(path) for path in objects(store)] == [1000, 3]
+    with pytest.raises(StoreError, match=r"artifacts/.*\.json is not there; .* it was removed with an old round"):
+        store.get(first, tmp_path / "here", PackageManifest)
+    store.get(second, tmp_path / "here", PackageManifest)
+    discard(store, read_manifest(package, PackageManifest))
+    store.put(package)
+    store.write("artifacts/other.json", b"[]")
+    with pytest.raises(ArtifactError, match="is no manifest; nothing is removed until it is gone"):
+        discard(store, read_manifest(other, PackageManifest))
+    assert len(objects(store)) == 3
+
+
+def test_a_removal_that_was_interrupted_is_done_by_the_next(store, package, tmp_path, monkeypatch):
+    digest, manifest = store.put(package), read_manifest(package, PackageManifest)
+    remove, left = Store.remove, 1
+
+    def dying(self, path):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        remove(self, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "remove", dying)
+        with pytest.raises(KeyboardInterrupt):
+            discard(store, manifest)
+    with pytest.raises(StoreError, match="is not there, although a manifest lists it: it was removed"):
+        store.get(digest, tmp_path / "here", PackageManifest)
+    discard(store, manifest)
+    assert not objects(store)
+    assert store.names("artifacts") == []
+
+
+def test_a_manifest_in_the_store_does_not_say_what_is_removed(tmp_path, package):
+    (tmp_path / "mine").mkdir()
+    store = Store(str(tmp_path / "store"))
+    digest = store.put(package)
+    hostile = {"files": {"x": {"sha256": "../../../mine", "size": 1}}}
+    store.write(f"artifacts/{digest}.json", json.dumps(hostile).encode())
+    discard(store, read_manifest(package, PackageManifest))
+    assert (tmp_path / "mine").exists()
+    assert store.names("artifacts") == []
+    assert not objects(store)
 
 
 def make_update(path, content=b"u" * 100):

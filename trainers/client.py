@@ -132,6 +132,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
     from hf_fedlarge.partition import hold_out
     from hf_fedlarge.privacy import clipped
     from hf_fedlarge.scaffold import difference, read_common, read_own, write_own
+    from hf_fedlarge.templates import check_rendering
     from hf_fedlarge.trainers.resume import prepare_work
     from hf_fedlarge.trainers.scaffold import Corrected
     from hf_fedlarge.trainers.streaming_trainer import StreamingLoraTrainer
@@ -252,16 +253,17 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
         device=config.device,
         verify=client.verify,
     ) as opened:
-        steps, callbacks = Steps(), []
+        check_rendering(opened.tokenizer.chat_template, data, opened.tokenizer.special_tokens_map)
+        steps, corrected = Steps(), None
         if scaffold:
-            callbacks = [Corrected(parameter_values(opened.model, correction, opened.architecture, layers))]
+            corrected = Corrected(parameter_values(opened.model, correction, opened.architecture, layers))
         try:
             trainer = StreamingLoraTrainer(
                 opened.model,
                 config,
                 train_dataset=training_columns(data),
                 processing_class=opened.tokenizer,
-                callbacks=[steps, *callbacks],
+                callbacks=[steps, corrected] if corrected else [steps],
                 proximal=client.proximal,
             )
         except (ValueError, RuntimeError, ArithmeticError, TemplateError) as error:  # a chat template is a program
@@ -272,7 +274,8 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
         trainer.train(resume_from_checkpoint=checkpoint)
         after = held_out_loss()
         trained = get_factors(opened.model, opened.architecture, layers)
-        means = [get_factors(opened.model, opened.architecture, layers, of=each.mean) for each in callbacks]
+        if corrected:
+            mean = get_factors(opened.model, opened.architecture, layers, of=corrected.mean)
     seconds = time.monotonic() - started
     manifest = fresh.model_copy(
         update={
@@ -303,7 +306,6 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
             trained = clipped(trained, factors, parent.privacy.clip)
         control = None
         if scaffold:  # before the update, as `write_update` does with what a codec lost
-            [mean] = means
             control = difference(mean, own)
             write_own(Path(client.state), package.digest, client.round, mean)
         manifest = write_update(

@@ -5,7 +5,8 @@
 What is kept between rounds, and when the process is killed, lies in the cache:
 
     packages/DIGEST/             fetched once, for every client on this machine
-    clients/RUN/NAME/0001/       the round's adapter, the training in progress, the update
+    clients/RUN/NAME/0001/       the round's adapter, the training in progress, the update; sent.json while the server
+                                 has not said what became of it
     clients/RUN/NAME/state/      what it keeps from round to round
 
 The store is not trusted: an order may hold nothing but bounded training arguments (`orders.py`), and what is fetched is
@@ -14,6 +15,7 @@ checked against digests and sizes before it is opened. Examples never leave this
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import time
@@ -31,6 +33,7 @@ from hf_fedlarge.artifacts import (
     PackageManifest,
     UpdateManifest,
     read_manifest,
+    write_json,
     writing,
 )
 from hf_fedlarge.data import load_examples
@@ -41,13 +44,16 @@ from hf_fedlarge.orders import (
     CHECK_INS,
     FAILED,
     ORDER,
+    PATIENCE_SECONDS,
     CheckInDocument,
     OrderDocument,
+    VerdictDocument,
     Work,
     describe_client,
     failure,
     inbox,
     read_document,
+    verdict,
     write_document,
 )
 from hf_fedlarge.store import Store
@@ -55,6 +61,7 @@ from hf_fedlarge.trainers.launch import in_process
 from hf_fedlarge.update import MAX_SMALL_BYTES, outcome
 
 logger = logging.getLogger(__name__)
+_SENT = "sent.json"
 DEFAULT_CACHE = Path.home() / ".cache" / "hf_fedlarge"
 
 
@@ -67,6 +74,7 @@ def join(
     cache: Path | None = None,
     once: bool = False,
     poll: float = 5.0,
+    patience: float = PATIENCE_SECONDS,
     report: Callable[[str], None] = logger.info,
     train: Train | None = None,
     key: Path | None = None,
@@ -82,6 +90,7 @@ def join(
         cache: where packages and unfinished work are kept; None: `DEFAULT_CACHE`.
         once: leave after one round that this client was asked in.
         poll: seconds between two looks into the store.
+        patience: seconds after which it ends where no new order is there.
         report: told of each step in a line.
         train: trains and writes the update; None: in this process.
         key: the file of its private key, which signs its updates; None: they are not signed.
@@ -92,6 +101,7 @@ def join(
         DataError: the examples can't be read.
         ArtifactError: the order can't be read, or holds what no order may.
         OutputError: another process of this client is at work, or `cache` can't be written.
+        StoreError: there was no new order for as long as `patience`.
     """
     check_in = describe_client(client, data)
     if eval_data is not None:
@@ -102,7 +112,7 @@ def join(
     package_store = Store(packages) if packages else store
     with _alone(cache / "clients", client):
         member = _Member(store, package_store, check_in, data, eval_data, cache, report, train or in_process(), key)
-        member.take_part(once, poll)
+        member.take_part(once, poll, patience)
 
 
 @contextmanager
@@ -143,38 +153,43 @@ class _Member:
         self._data, self._eval_data, self._cache, self._report, self._train = data, eval_data, cache, report, train
         self._answered: tuple[str, int, int] | None = None
 
-    def take_part(self, once: bool, poll: float) -> None:
+    def take_part(self, once: bool, poll: float, patience: float) -> None:
         """Answer orders until the federation is over; a store that can't be reached is tried again."""
-        checked_in = False
-        while True:
+        checked_in, last, since = False, None, time.monotonic()
+        while time.monotonic() - since <= patience:
             try:
                 if not checked_in:
                     write_document(self._store, f"{CHECK_INS}/{self._client}.json", self._check_in)
                     checked_in = True
                     self._report(f"{self._client} checked in at {self._store.url}")
                 order = read_document(self._store, ORDER, OrderDocument)
+                if order != last:
+                    last, since = order, time.monotonic()
+                if order is not None:
+                    self._hear(order)
                 if order is not None and order.state == "over":
                     self._report(f"the federation is over after round {order.round}")
                     return
                 work = order.work_of(self._client) if order is not None and order.is_open else None
                 if work is not None and order.attempt_id != self._answered:
                     self._answer(order, work)
-                    self._answered = order.attempt_id
+                    self._answered, since = order.attempt_id, time.monotonic()
                     if once:
                         return
                     continue
             except StoreError as error:
                 self._report(f"{error} Trying again.")
             time.sleep(poll)
+        raise StoreError(f"{self._store.url} had no new order for {patience:g} s (--patience); ask its server.")
 
     def _answer(self, order: OrderDocument, work: Work) -> None:
         """Train and send the update, or why there is none; what is done already is not done again."""
         place = inbox(order.round, self._client, order.attempt)
+        home = self._home(order)
+        update = home / f"{order.round:04d}" / "update"
         for name, most in ((MANIFEST_NAME, MAX_SMALL_BYTES), (FAILED, MAX_SMALL_BYTES)):
             if self._store.read(f"{place}/{name}", most) is not None:
                 return
-        home = self._cache / "clients" / order.run / self._client
-        update = home / f"{order.round:04d}" / "update"
         try:
             self._make_update(order, work, home, update)
         except StoreError:
@@ -187,11 +202,31 @@ class _Member:
         if order.late == "refuse" and not self._is_in_time(order):
             self._report(f"round {order.round} was closed before the update was ready")
             return
+        write_json(update.with_name(_SENT), {"attempt": order.attempt})
         self._store.send(update, place)
         self._report(f"round {order.round}: update sent")
         for older in home.glob("[0-9]*"):
             if older.name < f"{order.round:04d}":
                 shutil.rmtree(older)
+
+    def _hear(self, order: OrderDocument) -> None:
+        """Report once what the server says of an update that was sent, also by this client's process before."""
+        for sent in sorted(self._home(order).glob(f"[0-9]*/{_SENT}")):
+            number, attempt = int(sent.parent.name), json.loads(sent.read_text())["attempt"]
+            try:
+                said = read_document(self._store, verdict(number, self._client, attempt), VerdictDocument)
+            except ArtifactError as error:
+                self._report(f"round {number}: what the server says of the update can't be read: {error}")
+                sent.unlink()
+                continue
+            # What another federation left in the same place is not about this update.
+            about = said and (said.run, said.client, said.round, said.attempt)
+            if about == (order.run, self._client, number, attempt):
+                self._report(said.sentence)
+                sent.unlink()
+
+    def _home(self, order: OrderDocument) -> Path:
+        return self._cache / "clients" / order.run / self._client
 
     def _make_update(self, order: OrderDocument, work: Work, home: Path, update: Path) -> None:
         package, adapter = self._cache / "packages" / work.package, update.with_name("adapter")

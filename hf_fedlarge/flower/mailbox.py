@@ -169,7 +169,7 @@ class Mailbox(Store):
         """An adapter's files as a client's store has to have them, without those that only the server needs."""
         raw = self.read(artifact_path(digest), AdapterManifest.max_bytes)
         files = AdapterManifest.model_validate_json(raw).files
-        entries = {object_path(entry): entry.size for name, entry in files.items() if name not in SERVER_FILES}
+        entries = {object_path(entry.sha256): entry.size for name, entry in files.items() if name not in SERVER_FILES}
         return {artifact_path(digest): raw} | {path: self.read(path, size) for path, size in entries.items()}
 
     def _send(self, letter: _Letter, content: RecordDict, kind: str, group: str = "") -> None:

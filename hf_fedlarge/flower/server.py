@@ -76,7 +76,7 @@ def serve_over_flower(
     """
     packages = Store(url)
     mailbox = Mailbox(run / "mailbox", grid, report)
-    return drive(config, run, StoreClients(mailbox, report, poll, packages), report, stop=stop)
+    return drive(config, run, StoreClients(mailbox, report, poll, packages=packages), report, stop=stop)
 
 
 def _report(line: str) -> None:

@@ -44,12 +44,12 @@ ROUND_EXAMPLES = 16  # held-out ones that a run looks at after each round; what 
 METHODS: dict[str, dict[str, Any]] = {
     "fedavg": {"aggregator": "fedavg"},
     "ffa": {"aggregator": "ffa"},
-    "exact": {"aggregator": "exact"},
+    "exact": {"server_optimizer": "none"},
     "fedavg-adam": {"aggregator": "fedavg", "server_optimizer": "adam"},
-    "exact-step2": {"aggregator": "exact", "server_lr": 2.0},
-    "exact-momentum": {"aggregator": "exact", "server_optimizer": "momentum"},
-    "exact-proximal": {"aggregator": "exact", "proximal": 0.01},
-    "exact-int8": {"aggregator": "exact", "codec": "int8"},
+    "exact-step2": {"server_optimizer": "none", "server_lr": 2.0},
+    "exact-momentum": {"server_optimizer": "momentum"},
+    "exact-proximal": {"server_optimizer": "none", "proximal": 0.01},
+    "exact-int8": {"server_optimizer": "none", "codec": "int8"},
 }
 REFERENCES = ("central", "local-only")
 

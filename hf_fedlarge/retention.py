@@ -1,0 +1,45 @@
+"""What no client can need any more leaves the store: artifacts of old rounds, with the files that nothing else has.
+
+Objects lie by content, so one file may belong to several artifacts, also to those of another federation that was served
+in the same place: a file is removed only if no other manifest in the store lists it. Files go first and their manifest
+last, so that what a kill or a failing store left is removed by the next call. A client that is just fetching such an
+artifact gets a `StoreError` that says so, and takes the next order.
+"""
+
+from __future__ import annotations
+
+from hf_fedlarge.artifacts import MAX_MANIFEST_BYTES, Manifest
+from hf_fedlarge.errors import ArtifactError
+from hf_fedlarge.store import ARTIFACTS, Store, artifact_path, object_path
+from hf_fedlarge.untrusted import parse_json
+
+
+def discard(store: Store, manifest: Manifest) -> None:
+    """Remove an artifact and those of its files that no other artifact in the store has; nothing if it isn't there.
+
+    What is removed says the caller's own copy of the manifest: one in the store might name anything. Nobody may put
+    artifacts into the store meanwhile.
+
+    Raises:
+        ArtifactError: some manifest in the store can't be read, so that nobody knows what it needs; nothing is removed.
+        StoreError: the store can't be read or written.
+    """
+    path = artifact_path(manifest.digest)
+    names = [f"{ARTIFACTS}/{name}" for name in store.names(ARTIFACTS)]
+    if path not in names:
+        return
+    needed = set().union(*(_files(store, other) for other in names if other != path))
+    for sha256 in sorted({entry.sha256 for entry in manifest.files.values()} - needed):
+        store.remove(object_path(sha256))
+    store.remove(path)
+
+
+def _files(store: Store, path: str) -> set[str]:
+    """The SHA-256 of what a manifest lists."""
+    raw = store.read(path, MAX_MANIFEST_BYTES)
+    if raw is None:
+        return set()
+    try:
+        return {entry["sha256"] for entry in parse_json(raw, f"{store.url}/{path}")["files"].values()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{store.url}/{path} is no manifest; nothing is removed until it is gone.") from error
