@@ -223,7 +223,7 @@ HOSTILE = {
         lambda reply, message, home: Message(
             Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "\x1b[2J no"), reply_to=message
         ),
-        "its app failed:  .2J no",
+        "its app failed: [ ?].2J no",
     ),
 }
 
