@@ -104,10 +104,10 @@ def train(output, package, adapter, client, number, deviation=0.01, key=None):
 class SecureServer(Server):
     """The server's side with secure aggregation."""
 
-    def __init__(self, home, run, store, aggregator="ffa", secure=None, **changes):
+    def __init__(self, home, run, store, aggregator="ffa", secure=None, start=None, **changes):
         secure = {"limit": LIMIT, "threshold": 0.5, "stage_seconds": 20.0} | (secure or {})
         changes = {"deadline_seconds": 20.0, "weighting": "equal"} | changes  # so that nobody is waited for for ever
-        start = home / aggregator / "start"
+        start = start or home / aggregator / "start"
         super().__init__(home, run, store, start=start, aggregator=aggregator, secure=secure, **changes)
 
     def close(self):
@@ -737,8 +737,8 @@ def test_with_privacy_the_sum_gets_the_noise_and_is_divided_by_the_cohort(home, 
         privacy=privacy.model_dump(),
         secure={"stage_seconds": 2.0},
         deadline_seconds=3,
+        start=own / "start",
     )
-    server.own = own
     members = Members(home, store, tmp_path / "cache", monkeypatch)
     members.away = {("dan", "masked")}
     with together(server, members):

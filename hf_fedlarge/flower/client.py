@@ -34,6 +34,7 @@ from hf_fedlarge.orders import (
     read_document,
     write_document,
 )
+from hf_fedlarge.progress import hide_bars
 from hf_fedlarge.store import Store
 
 app = ClientApp()
@@ -86,6 +87,7 @@ def _answer(settings: NodeSettings, content: RecordDict) -> RecordDict:
     began = time.monotonic()
     from hf_fedlarge.trainers.join import join  # takes seconds, and only who trains needs it
 
+    hide_bars()
     _report(f"libraries loaded in {time.monotonic() - began:.1f} s")
     place = inbox(order.round, settings.client, order.attempt)
     # Who keeps the time is `_until`: an order that is closed would be waited on for the next one.

@@ -23,6 +23,7 @@ from pydantic import Field
 from hf_fedlarge.config import FederationConfig, Record, checked, load_federation
 from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.flower.mailbox import Mailbox
+from hf_fedlarge.progress import hide_bars
 from hf_fedlarge.rounds import Report, drive
 from hf_fedlarge.serve import StoreClients
 from hf_fedlarge.store import Store
@@ -49,6 +50,7 @@ def main(grid: Grid, context: Context) -> None:
     settings = checked(ServerSettings, dict(context.run_config), "[tool.flwr.app.config]")
     config, run = load_federation(Path(settings.federation)), Path(settings.output)
     check_training(config.training)
+    hide_bars()
     how = {"stop": settings.stop, "poll": settings.poll}
     print_summary(serve_over_flower(config, run, settings.store, grid, _report, **how))
 
