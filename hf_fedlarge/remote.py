@@ -22,8 +22,9 @@ from hf_fedlarge.errors import ArtifactError, ConfigError, StoreError
 
 REQUEST_SECONDS = 600.0  # for an answer, with some megabytes or none
 SLOWEST_BYTES = 2**14  # a second, of what is sent in one request
-# Here an object appears when it is whole, and a rename would be another copy. Everywhere else files are renamed.
-_WHOLE_AT_ONCE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hf", "memory"}
+# Here an object appears when it is whole, and a rename would be another copy. Everywhere else files are renamed, in
+# memory too, where one is seen as soon as it is opened.
+_WHOLE_AT_ONCE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hf"}
 
 
 class RemoteFiles:
