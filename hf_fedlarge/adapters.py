@@ -246,7 +246,7 @@ class AdapterReader:
         found = []
         with self._path.open("rb", buffering=0) as file:
             for start, shape in self._places[module]:
-                factor = torch.empty(shape)
+                factor = torch.empty(shape, dtype=torch.float32)
                 file.seek(start)
                 assert file.readinto(factor.numpy().data.cast("B")) == factor.nbytes, f"{self._path} ends too early"
                 found.append(factor)
@@ -303,7 +303,7 @@ class AdapterWriter:
             infos = {name: (torch.float32, shape) for name, shape in self._shapes.items()}
             with SafetensorsWriter(self._path, infos) as writer, self._waiting.open("rb") as file:
                 for name, shape in self._shapes.items():
-                    factor = torch.empty(shape)
+                    factor = torch.empty(shape, dtype=torch.float32)
                     file.readinto(factor.numpy().data.cast("B"))
                     writer.write(name, factor)
         self._waiting.unlink()

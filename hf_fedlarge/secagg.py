@@ -12,6 +12,9 @@ With `threshold` shares of each the server takes the masks off the sum. Nobody's
 both: `reveal` gives one share of each client, and a threshold of more than half keeps two halves of the clients from
 being asked for different ones. A vector that comes after its sender's key was given up still has its own mask.
 
+Left out: the paper's consistency check, in which clients agree on who survived; a server that doesn't keep to the
+protocol is not held to it (docs/privacy.md).
+
 Keys are fresh in every attempt at a round, so a mask is used once as long as a client masks one vector in it. Secrets
 have 128 bits, and a reconstructed one is checked against what its client advertised. `fixed_point.py` has the vectors.
 

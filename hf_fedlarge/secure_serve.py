@@ -205,7 +205,10 @@ class SecureRound:
     ) -> Generator[tuple[str, str | None], None, dict[str, MessageT]]:
         """The messages of clients by their name, until all or enough are there or the time is over."""
         found: dict[str, MessageT] = {}
-        while len(found) < (enough or len(clients)) and not self._server.is_late:
+        since, late = time.monotonic(), False
+        # Once more after the end: what came in the last moment lies in the store, and is read by whoever reads there.
+        while len(found) < (enough or len(clients)) and not late:
+            late = self._server.is_late
             failed = self._server.journal.find("failed", round=self._order.round, attempt=self._order.attempt)
             gone = {entry["client"] for entry in failed} | found.keys()
             waiting = [client for client in clients if client not in gone]
@@ -220,7 +223,11 @@ class SecureRound:
                     found[client] = came
                     self._told(client, "up", name, came)
                 heard = heard or came is not None
-            if not heard:
+            if heard:
+                since = time.monotonic()
+            elif not late:
+                if self._server.seconds_left is None:
+                    self._clients.check_patience(since, f"{', '.join(waiting[:5])}, and there is no deadline_seconds")
                 self._pause()
         return found
 

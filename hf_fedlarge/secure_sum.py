@@ -30,6 +30,7 @@ from hf_fedlarge.artifacts import (
 from hf_fedlarge.collect import check_continues, read_previous, seal
 from hf_fedlarge.combine import Part, combine
 from hf_fedlarge.config import AggregationSettings, FederationConfig
+from hf_fedlarge.errors import ArtifactError
 from hf_fedlarge.fixed_point import MORE_WORDS, Mean, mean_of, quantized, weight_level
 from hf_fedlarge.keys import PrivateKey, sign_update
 from hf_fedlarge.ledger import Draw, drawn_again
@@ -43,6 +44,7 @@ from hf_fedlarge.update import MASKED_WORDS, Expected
 
 SUM = ".secure/sum"  # in a round's work
 # Which of a module's factors are trained.
+_TOLD = ("seconds", "peak_memory_bytes")  # of what a client measures
 _TRAINED: dict[Trained, tuple[int, ...]] = {"both": (0, 1), "A": (0,), "B": (1,)}
 
 
@@ -75,6 +77,8 @@ def mask_update(
         key: signs it; None: it is not signed.
     """
     manifest, parent = read_manifest(update, UpdateManifest), read_manifest(adapter, AdapterManifest)
+    if manifest.adapter != parent.digest:
+        raise ArtifactError(f"{update} did not start from {adapter}; expected the adapter that it was trained from.")
     before, after = AdapterReader(adapter), AdapterReader(update)
     modules, factor = sorted(after.modules), 1.0
     if parent.privacy:  # again, for in fp32 a clipped change may be a little too long
@@ -92,7 +96,9 @@ def mask_update(
     most = 1 if order.weighting == "equal" else order.most
     words = quantized(changes(), count, order.limit, weight_level(weight, most, clients))
     add_masks(words)
-    said = {"examples": 0, "tokens": 0, "loss_before": None, "loss_after": None, "roster": roster}
+    # How many steps were taken would tell how many examples there are.
+    measured = {name: value for name, value in manifest.measured.items() if name in _TOLD}
+    said = {"examples": 0, "tokens": 0, "loss_before": None, "loss_after": None, "roster": roster, "measured": measured}
     with staged_directory(output, overwrite=True) as staging:
         words.astype("<u4", copy=False).tofile(staging / MASKED_WORDS)
         manifest = manifest.model_copy(update=said | {"files": describe_files(staging)})

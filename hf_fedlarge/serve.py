@@ -172,7 +172,7 @@ class StoreClients:
             if len(able) >= (wanted if time.monotonic() < until else least):
                 break
             self.say(f"waiting at {self.store.url} for {wanted} clients to check in")
-            self._check_patience(since, f"{wanted} clients to check in, of whom {len(able)} have")
+            self.check_patience(since, f"{wanted} clients to check in, of whom {len(able)} have")
             time.sleep(self.poll)
         write_check_ins(self._run, known)
         jobs.read_check_ins()
@@ -246,7 +246,7 @@ class StoreClients:
             else:
                 left = server.seconds_left
                 if left is None:
-                    self._check_patience(since, f"{', '.join(waiting[:5])}, and there is no deadline_seconds")
+                    self.check_patience(since, f"{', '.join(waiting[:5])}, and there is no deadline_seconds")
                 time.sleep(self.poll if left is None else max(0.0, min(self.poll, left + 0.01)))
         self.patiently(self._tell, server, order)
 
@@ -388,7 +388,8 @@ class StoreClients:
             self._report(f"{error}")
             return None
 
-    def _check_patience(self, since: float, what: str) -> None:
+    def check_patience(self, since: float, what: str) -> None:
+        """End with a StoreError what has been waited for long enough."""
         if time.monotonic() - since > self._patience:
             raise StoreError(f"Waited {self._patience:g} s (--patience) for {what}; the same command goes on.")
 

@@ -20,6 +20,7 @@ from hf_fedlarge.keys import read_allowed, read_key
 from hf_fedlarge.orders import (
     KEYS,
     MAX_ORDER_BYTES,
+    ORDER,
     REVEALED,
     ROSTER,
     SHARES,
@@ -117,6 +118,11 @@ class SecureMember:
         else:
             answer = secagg.revealed(opened, roster, self._client, order.secure.survivors)
             self._once(path, attempt, survivors=order.secure.survivors)
+            # Shares that come after an attempt was given up would open a sum that nobody asks for any more.
+            now = read_document(self._store, ORDER, OrderDocument)
+            if now is None or now.step != order.step or not now.is_open:
+                self._report(f"round {order.round}: the attempt was over before the shares were ready")
+                return
             self._send(order, REVEALED, answer)
             path.unlink()
 
