@@ -13,9 +13,9 @@ torch, transformers and trl.
 from hf_fedlarge.calibrate import make_package as shrink
 from hf_fedlarge.calibrate import plan_package as plan_shrink
 from hf_fedlarge.collect import aggregate_updates as aggregate
-from hf_fedlarge.collect import start_adapter
 from hf_fedlarge.evaluation import evaluate
 from hf_fedlarge.hub import push
+from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.merge import merge, plan_merge
 from hf_fedlarge.package import load_package, load_tokenizer
 from hf_fedlarge.relay import relay_update as relay

@@ -19,7 +19,6 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hf_fedlarge.artifacts import (
     AdapterManifest,
@@ -27,23 +26,27 @@ from hf_fedlarge.artifacts import (
     CheckpointManifest,
     Contribution,
     PackageManifest,
-    first_problem,
     manifest_kind,
     read_manifest,
 )
 from hf_fedlarge.errors import ArtifactError
 from hf_fedlarge.layers import format_ranges
 from hf_fedlarge.ledger import PrivacyEntry
+from hf_fedlarge.summary import ClientRow, PackageFacts, Summary, read_summary
 
 MARKER = "<!-- written by hf-fedlarge -->"
-PRIVACY = (
-    "Differential privacy: none. Updates were not encrypted or securely aggregated. "
-    "Dropping layers and quantizing protects nothing by itself."
-)
+# By whether updates were securely aggregated; None: nobody wrote it down.
+_SEEN = {
+    False: "Updates were not encrypted or securely aggregated.",
+    True: "Updates were securely aggregated: a server that kept to the protocol saw a round's sum, and no single one.",
+    None: "Whether updates were securely aggregated is not recorded.",
+}
+_PRIVACY = "Differential privacy: none. {seen} Dropping layers and quantizing protects nothing by itself."
+PRIVACY = _PRIVACY.format(seen=_SEEN[False])
 _PRIVATE = (
     "Differential privacy of each client as a whole, one replaced by any other: {spent}, after {rounds}. Changes were "
     "clipped to the norm {clip:g}; the noise multiplier was {noise:g}; rounds asked {draws}. That holds against who "
-    "sees adapters, not against the server, which saw every update, nor against who learned whom a round asked. Losses "
+    "sees adapters, not against the server, nor against who learned whom a round asked. {seen} Losses "
     "on held-out data and the number of answers are not covered. No single client's figures are on this card. Dropping "
     "layers and quantizing protects nothing by itself."
 )
@@ -83,61 +86,6 @@ _CODECS = {
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~#!&$])")
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
-
-
-class _Losses(_Part):
-    base: float | None = None
-    package: float | None = None
-    merged: float | None = None
-
-
-class _Client(_Part):
-    client: str | None = None
-    weight: float | None = None
-    examples: int | None = None
-    tokens: int | None = None
-
-
-class _Refusal(_Part):
-    client: str | None = None
-    reason: str | None = None
-
-
-class _Round(_Part):
-    round: int | None = None
-    loss_small: float | None = None
-    loss_full: float | None = None
-    bytes_down_per_client: int | None = None
-    bytes_up_per_client: int | None = None
-    seconds: float | None = None
-    clients: list[_Client] = []
-    refused: list[_Refusal] = []
-
-
-class _Package(_Part):
-    layers: int
-    kept: list[int]
-    embeddings: str
-
-
-class _Summary(_Part):
-    """What a card prints of `summary.json`; every key may be missing, and keys it doesn't know are left alone."""
-
-    loss: _Losses = _Losses()
-    rounds: list[_Round] = []
-    bytes_down: int | None = None
-    bytes_up: int | None = None
-    seconds: float | None = None
-    peak_memory_bytes: int | None = None
-    data: str | None = None
-    aggregator: str | None = None
-    held_out_examples: int | None = None
-    package: _Package | None = None
-    privacy: PrivacyEntry | None = None
-
-
 def render_card(directory: Path, repo_id: str, summary: dict[str, Any] | None) -> str:
     """The model card of a package, an adapter or a merged checkpoint, as Markdown with YAML front matter.
 
@@ -150,12 +98,7 @@ def render_card(directory: Path, repo_id: str, summary: dict[str, Any] | None) -
         ArtifactError: the directory is not an artifact that can be published, or the summary holds a wrong type.
     """
     manifest = read_published(directory)
-    try:
-        run = _Summary.model_validate(summary or {})
-    except ValidationError as error:
-        raise ArtifactError(
-            f"The run's summary doesn't fit a model card: {first_problem(error)}; correct it, or publish without it."
-        ) from error
+    run = read_summary(summary or {})
     facts = {"package": _package_facts, "adapter": _adapter_facts, "checkpoint": _checkpoint_facts}[manifest.kind]
     contributions, cut = _contributions(manifest, run)
     private = manifest.privacy if isinstance(manifest, AdapterManifest) else run.privacy
@@ -166,7 +109,7 @@ def render_card(directory: Path, repo_id: str, summary: dict[str, Any] | None) -
         .render(
             front_matter=Markup(_front_matter(manifest)),  # safe_dump has quoted it
             marker=Markup(MARKER),
-            privacy=_privacy(private),
+            privacy=_privacy(private, _SEEN[_is_secure(manifest, run)]),
             private=private is not None,
             repo_id=repo_id,
             manifest=manifest,
@@ -196,11 +139,21 @@ def read_published(directory: Path) -> PublishedManifest:
     return read_manifest(directory, PUBLISHED_KINDS[kind])
 
 
-def _privacy(entry: PrivacyEntry | None) -> str:
+def _is_secure(manifest: PublishedManifest, run: Summary) -> bool | None:
+    """Whether the server saw sums of updates alone; None: who looks at this can't know."""
+    if run.rounds:
+        return all(entry.secure is not None for entry in run.rounds)
+    # An adapter that names what went into it was made of updates that somebody saw.
+    known = isinstance(manifest, PackageManifest) or (isinstance(manifest, AdapterManifest) and manifest.contributions)
+    return False if known else None
+
+
+def _privacy(entry: PrivacyEntry | None, seen: str) -> str:
     if entry is None:
-        return PRIVACY
+        return _PRIVACY.format(seen=seen)
     rounds = sum(draw.rounds for draw in entry.draws)
     return _PRIVATE.format(
+        seen=seen,
         spent=entry.sentence,
         rounds="1 round" if rounds == 1 else f"{rounds} rounds",
         clip=entry.clip,
@@ -219,7 +172,7 @@ def _base_facts(base: BaseModelEntry) -> list[tuple[str, Any]]:
     ]
 
 
-def _package_facts(manifest: PackageManifest, run: _Summary) -> list[tuple[str, Any]]:
+def _package_facts(manifest: PackageManifest, run: Summary) -> list[tuple[str, Any]]:
     kept, every = manifest.kept_layers, [entry.layer for entry in manifest.layers]
     counts = Counter(manifest.codecs.values())
     return [
@@ -251,7 +204,7 @@ def _neurons(manifest: PackageManifest) -> str:
     return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
-def _adapter_facts(manifest: AdapterManifest, run: _Summary) -> list[tuple[str, Any]]:
+def _adapter_facts(manifest: AdapterManifest, run: Summary) -> list[tuple[str, Any]]:
     lora = manifest.lora
     return [
         ("round", manifest.round),
@@ -268,7 +221,7 @@ def _adapter_facts(manifest: AdapterManifest, run: _Summary) -> list[tuple[str, 
     ]
 
 
-def _checkpoint_facts(manifest: CheckpointManifest, run: _Summary) -> list[tuple[str, Any]]:
+def _checkpoint_facts(manifest: CheckpointManifest, run: Summary) -> list[tuple[str, Any]]:
     return [
         *_clients_copy(run.package),
         ("rounds", len(run.rounds) or None),
@@ -280,7 +233,7 @@ def _checkpoint_facts(manifest: CheckpointManifest, run: _Summary) -> list[tuple
     ]
 
 
-def _clients_copy(package: _Package | None) -> list[tuple[str, Any]]:
+def _clients_copy(package: PackageFacts | None) -> list[tuple[str, Any]]:
     """What the clients had of the model while they trained."""
     if package is None:
         return [("layers that the clients had", None), ("codec of the clients' copy", None)]
@@ -289,9 +242,9 @@ def _clients_copy(package: _Package | None) -> list[tuple[str, Any]]:
     return [("layers that the clients had", kept), ("codec of the clients' copy", codec)]
 
 
-def _contributions(manifest: PublishedManifest, run: _Summary) -> tuple[list[tuple[int | None, Any]], int]:
+def _contributions(manifest: PublishedManifest, run: Summary) -> tuple[list[tuple[int | None, Any]], int]:
     """(round, client) rows of the run, else those of the adapter's own round, and how many rows were cut."""
-    rows: list[tuple[int | None, _Client | Contribution]]
+    rows: list[tuple[int | None, ClientRow | Contribution]]
     rows = [(entry.round, client) for entry in run.rounds for client in entry.clients]
     if not rows and isinstance(manifest, AdapterManifest):
         rows = [(manifest.round, contribution) for contribution in manifest.contributions]

@@ -11,8 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hf_fedlarge.adapters import AdapterReader, initial_factors, target_linears, write_adapter, write_config
-from hf_fedlarge.aggregate import trained_in
+from hf_fedlarge.adapters import AdapterReader, target_linears, write_config
 from hf_fedlarge.architectures import Architecture, describe
 from hf_fedlarge.artifacts import (
     CONTROL_WEIGHTS,
@@ -21,20 +20,17 @@ from hf_fedlarge.artifacts import (
     PackageManifest,
     UpdateManifest,
     check_output,
-    describe_files,
     read_manifest,
     staged_directory,
-    verify_files,
-    write_manifest,
 )
 from hf_fedlarge.combine import Part, combine
-from hf_fedlarge.config import ON_FACTORS, AggregationSettings, Codec, LoraSettings, PrivacySettings, first_problem
+from hf_fedlarge.config import AggregationSettings, Codec, LoraSettings, first_problem
 from hf_fedlarge.errors import ArtifactError, ConfigError, UpdateRefusedError
 from hf_fedlarge.keys import AllowedKeys, read_allowed, read_signature
-from hf_fedlarge.ledger import Draw, drawn_again
+from hf_fedlarge.ledger import Draw
+from hf_fedlarge.lineage import check_continues, read_previous, seal
 from hf_fedlarge.package import package_architecture, package_config
-from hf_fedlarge.privacy import spent
-from hf_fedlarge.scaffold import difference, write_common, write_control
+from hf_fedlarge.scaffold import write_common
 from hf_fedlarge.update import Asked, Expected, client_name, open_update, read_update, validate_update
 from hf_fedlarge.weighting import weighing
 from hf_fedlarge.wire import EncodedReader, Wire
@@ -55,49 +51,6 @@ class Collected:
 
     manifest: AdapterManifest
     refused: tuple[tuple[str, str], ...]
-
-
-def start_adapter(
-    package: Path,
-    output: Path,
-    lora: LoraSettings,
-    seed: int,
-    *,
-    aggregator: str = "exact",
-    scaffold: bool = False,
-    privacy: PrivacySettings | None = None,
-    overwrite: bool = False,
-) -> AdapterManifest:
-    """Write the adapter that a federation starts from, round 0: it changes nothing yet, and is the same for all.
-
-    `aggregator` is the one of round 1, which decides what its clients train; `scaffold` asks them to correct their
-    steps, `privacy` to clip what they send.
-
-    Raises:
-        ArtifactError: `package` is not a package.
-        ConfigError: `lora` names a target that the model lacks.
-        OutputError: `output` exists or can't be written.
-    """
-    small = read_manifest(package, PackageManifest)
-    architecture = describe(package_config(package))
-    factors = initial_factors(architecture, small.kept_layers, lora, seed)
-    manifest = AdapterManifest(
-        files={},
-        base=small.base,
-        package=small.digest,
-        parent=None,
-        round=0,
-        layers=small.kept_layers,
-        lora=lora,
-        aggregator=None,
-        trains=trained_in(aggregator, 1),
-        privacy=spent(privacy, []) if privacy else None,
-    )
-    with staged_directory(output, overwrite=overwrite) as staging:
-        write_adapter(staging, factors, lora, architecture, small.base.id)
-        if scaffold:
-            write_control(staging, difference(factors, factors))
-        return seal(staging, manifest)
 
 
 def aggregate_updates(
@@ -218,20 +171,8 @@ def aggregate_updates(
         write_config(staging, combined.modules, lora, architecture, small.base.id)
         if settings.scaffold:
             write_common(staging, previous, [directory for directory, _, _ in accepted], population or len(accepted))
-        manifest = AdapterManifest(
-            files={},
-            base=small.base,
-            package=small.digest,
-            parent=parent.digest if parent else None,
-            round=number,
-            layers=small.kept_layers,
-            lora=lora,
-            aggregator=settings.aggregator,
-            weighting=settings.weighting,
-            # With privacy, nothing that comes from single clients without noise.
-            contributions=[]
-            if settings.privacy
-            else [
+        told = {
+            "contributions": [
                 Contribution(
                     client=update.client,
                     digest=update.digest,
@@ -242,14 +183,13 @@ def aggregate_updates(
                 )
                 for (_, update, _), share, part in zip(accepted, combined.shares, parts, strict=True)
             ],
-            energy_dropped=0.0 if settings.privacy else combined.dropped,
-            energy_carried=combined.carried,
-            carry_rank=combined.carry_rank,
-            trains=trained_in(settings.aggregator, number + 1),
-            server_optimizer=None if settings.server_optimizer == "none" else settings.server_optimizer,
-            privacy=spent(settings.privacy, drawn_again(parent.privacy.draws, draw)) if settings.privacy else None,
-        )
-        return Collected(seal(staging, manifest), tuple(refused))
+            "energy_dropped": combined.dropped,
+            "energy_carried": combined.carried,
+            "carry_rank": combined.carry_rank,
+        }
+        if settings.privacy:  # nothing that comes from single clients without noise
+            told = {}
+        return Collected(seal(staging, small, parent, lora, number, settings, draw, **told), tuple(refused))
 
 
 def expected_from(
@@ -329,26 +269,6 @@ def _started_from(
         yield directory, manifest, own
 
 
-def check_continues(previous: Path, parent: AdapterManifest, settings: AggregationSettings, number: int) -> None:
-    """What clients were asked to train and what the server kept must be what the settings go on with."""
-    name, optimizer = settings.aggregator, settings.server_optimizer
-    trains = trained_in(name, number)
-    if parent.trains != trains:
-        raise ConfigError(
-            f"{previous} asked its clients to train {parent.trains}; {name} expects {trains} in round {number}: go on "
-            "with the aggregator that made it."
-        )
-    if settings.scaffold != (CONTROL_WEIGHTS in parent.files):
-        raise ConfigError(f"{previous} was {'not ' if settings.scaffold else ''}made with scaffold; go on as it was.")
-    before = parent.privacy.settings if parent.privacy else None
-    if before != settings.privacy:
-        raise ConfigError(f"{previous} was made with {before or 'no privacy'}; go on as it was.")
-    if parent.carry_rank and name in ON_FACTORS:
-        raise ConfigError(f"{previous} has a carry, which {name} would lose; go on with {parent.aggregator}.")
-    if optimizer != "none" and parent.server_optimizer not in (None, optimizer):
-        raise ConfigError(f"{previous} has averages of {parent.server_optimizer}, which {optimizer} can't go on with.")
-
-
 def _majority(
     updates: list[Path],
     package: PackageManifest,
@@ -380,21 +300,3 @@ def _majority(
     counts = Counter(choice for _, choice in votes)
     winner = min(counts, key=lambda choice: (-counts[choice], choice), default=None)
     return choices[winner] if winner is not None else (LoraSettings(), round_number)
-
-
-def read_previous(previous: Path, small: PackageManifest) -> AdapterManifest:
-    """The manifest of an adapter that belongs to a package."""
-    manifest = read_manifest(previous, AdapterManifest)
-    verify_files(previous, manifest, published=True)
-    if manifest.package != small.digest:
-        raise ArtifactError(
-            f"{previous} belongs to the package {manifest.package[:12]}…; expected {small.digest[:12]}…."
-        )
-    return manifest
-
-
-def seal(staging: Path, manifest: AdapterManifest) -> AdapterManifest:
-    """Write an adapter's manifest with its files."""
-    manifest = manifest.model_copy(update={"files": describe_files(staging)})
-    write_manifest(staging, manifest)
-    return manifest

@@ -14,13 +14,14 @@ and no others, within these bounds. What names files, loads code, reports or pus
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import psutil
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from hf_fedlarge.artifacts import Count, Digest
 from hf_fedlarge.config import ClientName, Codec, Record, first_problem
@@ -118,6 +119,9 @@ class SecureOrder(Record):
     survivors: list[ClientName] = []
 
 
+_TERMS = {"training", "seed", "proximal", "eval_examples", "codec"}  # all that an order says about how to train
+
+
 class OrderDocument(Record):
     """What a federation asks for now.
 
@@ -142,10 +146,26 @@ class OrderDocument(Record):
     adapter: Digest | None = None
     secure: SecureOrder | None = None
 
+    @model_validator(mode="after")
+    def _holds_together(self) -> Self:
+        if self.secure and len(self.work) != 1:
+            raise ValueError(
+                f"it gives {len(self.work)} kinds of work; expected one, the same for all, where it is secure"
+            )
+        return self
+
     @property
     def context(self) -> str:
-        """The attempt that keys and masks of secure aggregation are for."""
-        return context(self.run, self.round, self.attempt)
+        """What keys and masks of secure aggregation are for: the attempt, and a digest of all that an order asks in it.
+
+        So clients that were told to train otherwise, from another adapter, or to round or weigh otherwise, have other
+        masks, which don't vanish from their sum.
+        """
+        terms = self.model_dump(mode="json", include=_TERMS)
+        terms["secure"] = self.secure.model_dump(mode="json", include={"limit", "weighting", "most"})
+        terms["given"] = [self.work[0].package, self.work[0].adapter]
+        digest = hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()
+        return f"{self.run}/{self.round}/{self.attempt}/{digest}"
 
     @property
     def step(self) -> tuple[str, int, int, str]:
@@ -209,11 +229,6 @@ class VerdictDocument(Record):
 
 
 DocumentT = TypeVar("DocumentT", bound=Record)
-
-
-def context(run: str, round_number: int, attempt: int) -> str:
-    """An attempt, in words."""
-    return f"{run}/{round_number}/{attempt}"
 
 
 def inbox(round_number: int, client: str | None = None, attempt: int | None = None) -> str:

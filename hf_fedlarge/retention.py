@@ -34,6 +34,17 @@ def discard(store: Store, manifest: Manifest) -> None:
     store.remove(path)
 
 
+def clear(store: Store, home: str, before: int) -> None:
+    """Remove what came or was said in rounds before one, each of which has a folder of its number in `home`.
+
+    Raises:
+        StoreError: the store can't be read or written.
+    """
+    for name in store.names(home):
+        if name.isdecimal() and int(name) < before:
+            store.remove(f"{home}/{name}")
+
+
 def _files(store: Store, path: str) -> set[str]:
     """The SHA-256 of what a manifest lists."""
     raw = store.read(path, MAX_MANIFEST_BYTES)

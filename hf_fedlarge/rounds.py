@@ -43,7 +43,7 @@ from hf_fedlarge.artifacts import (
 )
 from hf_fedlarge.calibrate import make_package, plan_package
 from hf_fedlarge.clients import HELD_OUT, SimulatedClients
-from hf_fedlarge.collect import aggregate_updates, start_adapter
+from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import FederationConfig
 from hf_fedlarge.data import load_examples
 from hf_fedlarge.errors import ConfigError, FedLargeError, OutputError, UpdateRefusedError
@@ -53,6 +53,7 @@ from hf_fedlarge.jobs import DEFAULT_MAX_LENGTH, Jobs, Train, make_tiers
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import read_allowed
 from hf_fedlarge.ledger import PrivacyEntry
+from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.merge import merge
 from hf_fedlarge.package import load_tokenizer
 from hf_fedlarge.privacy import spent

@@ -12,14 +12,12 @@ With `threshold` shares of each the server takes the masks off the sum. Nobody's
 both: `reveal` gives one share of each client, and a threshold of more than half keeps two halves of the clients from
 being asked for different ones. A vector that comes after its sender's key was given up still has its own mask.
 
-Left out: the paper's consistency check, in which clients agree on who survived; a server that doesn't keep to the
-protocol is not held to it (docs/privacy.md).
-
 Keys are fresh in every attempt at a round, so a mask is used once as long as a client masks one vector in it. Secrets
 have 128 bits, and a reconstructed one is checked against what its client advertised. `fixed_point.py` has the vectors.
 
 Left out: a graph of neighbours in place of all pairs (Bell et al. 2020), which pays from some hundreds of clients on;
-and the round in which clients sign the list of survivors, for a server that doesn't follow the protocol.
+and the paper's consistency check, in which clients sign the list of survivors: a server that doesn't keep to the
+protocol can tell each another one (docs/privacy.md).
 """
 
 from __future__ import annotations
@@ -188,6 +186,16 @@ def check_roster(
         raise ArtifactError(f"The roster of {context} has other keys of {client} than it advertised.")
     if allowed:
         check_signatures(roster.clients, context, allowed)
+
+
+def check_keys(keys: Keys) -> None:
+    """Check that others can agree with a client's keys.
+
+    Raises:
+        ArtifactError: with one of them all agree on the same, which X25519 refuses: every peer would fail.
+    """
+    for public in (keys.box, keys.mask):
+        agreed(os.urandom(KEY_BYTES), bytes.fromhex(public), b"a check")
 
 
 def check_signatures(clients: Collection[Keys], context: str, allowed: AllowedKeys) -> None:

@@ -38,7 +38,6 @@ from hf_fedlarge.orders import (
     SecureOrder,
     Stage,
     as_bytes,
-    context,
     inbox,
     read_document,
     secure,
@@ -61,7 +60,6 @@ class SecureRound:
 
     Args:
         clients: what reaches them.
-        run: the federation's id in the store.
         config: the federation, with `secure`.
         jobs: what each client gets.
         server: the round.
@@ -69,11 +67,10 @@ class SecureRound:
     """
 
     def __init__(
-        self, clients: StoreClients, run: str, config: FederationConfig, jobs: Jobs, server: RoundServer, order: Order
+        self, clients: StoreClients, config: FederationConfig, jobs: Jobs, server: RoundServer, order: Order
     ) -> None:
         self._clients, self._store, self._config = clients, clients.store, config
         self._jobs, self._server, self._order = jobs, server, order
-        self._context = context(run, order.round, order.attempt)
         self._home = (server.work / SUM).parent
         self._place = secure(order.round, order.attempt)
         self._least = config.min_updates
@@ -100,14 +97,22 @@ class SecureRound:
         if self._server.stage(self._order, "keys"):
             return
         waiting = self._server.unheard(self._order)
-        self._publish("keys", waiting)
-        found = yield from self._gather(waiting, KEYS, secagg.Keys, self._check_keys, self._order.goal)
+        context = self._publish("keys", waiting)
+
+        def check(client: str, keys: secagg.Keys) -> None:
+            if keys.client != client:
+                raise ArtifactError(f"they are in the name of {keys.client}.")
+            secagg.check_keys(keys)
+            if self._config.keys:
+                secagg.check_signatures([keys], context, read_allowed(Path(self._config.keys)))
+
+        found = yield from self._gather(waiting, KEYS, secagg.Keys, check, self._order.goal)
         # As many as are wanted, the first of the order where more came at once.
         chosen = sorted([client for client in self._order.clients if client in found][: self._order.goal])
         self._need(chosen, max(2, self._least), "have trained and advertised keys")
         threshold = secagg.threshold_of(self._config.secure.threshold, len(chosen))
         keys = [found[client] for client in chosen]
-        roster = secagg.Roster(context=self._context, threshold=threshold, clients=keys)
+        roster = secagg.Roster(context=context, threshold=threshold, clients=keys)
         write_json(self._home / ROSTER, roster.model_dump(mode="json"))
         self._server.staged(self._order, "keys", roster=roster.digest, clients=chosen, threshold=threshold)
 
@@ -133,6 +138,7 @@ class SecureRound:
         if self._server.stage(self._order, "masked"):
             return
         self._publish("masked", sharers, sharers)
+        since = time.monotonic()
         while waiting := [client for client in self._server.waiting(self._order) if client in sharers]:
             heard = False
             for client in self._clients.patiently(self._clients.present, self._order, waiting) or []:
@@ -140,8 +146,10 @@ class SecureRound:
                 if came is not None:
                     heard = True
                     yield client, came or None
-            if not heard:
-                self._pause()
+            if heard:
+                since = time.monotonic()
+            else:
+                self._clients.wait(self._server, waiting, since)
         survivors = sorted(self._server.accepted)
         self._need(survivors, max(roster.threshold, self._least), "have sent their masked updates")
         self._server.staged(self._order, "masked", survivors=survivors)
@@ -179,8 +187,12 @@ class SecureRound:
 
     # What they are made of
 
-    def _publish(self, stage: Stage, asked: list[str], sharers: list[str] = (), survivors: list[str] = ()) -> None:
-        """Order a stage of those who are asked in it; all but the first have a deadline of their own."""
+    def _publish(self, stage: Stage, asked: list[str], sharers: list[str] = (), survivors: list[str] = ()) -> str:
+        """Order a stage of those who are asked in it; all but the first have a deadline of their own.
+
+        Returns:
+            What the order's attempt is called.
+        """
         if stage != "keys":
             self._server.begin_wait(self._config.secure.stage_seconds)
         weighting = self._config.weighting
@@ -193,7 +205,7 @@ class SecureRound:
             sharers=list(sharers),
             survivors=list(survivors),
         )
-        self._clients.publish(self._jobs, self._server, self._order, asked, said)
+        return self._clients.publish(self._jobs, self._server, self._order, asked, said).context
 
     def _gather(
         self,
@@ -226,9 +238,7 @@ class SecureRound:
             if heard:
                 since = time.monotonic()
             elif not late:
-                if self._server.seconds_left is None:
-                    self._clients.check_patience(since, f"{', '.join(waiting[:5])}, and there is no deadline_seconds")
-                self._pause()
+                self._clients.wait(self._server, waiting, since)
         return found
 
     def _message(
@@ -246,12 +256,6 @@ class SecureRound:
             return message
         except ArtifactError as error:
             return f"{client} refused: {error}"
-
-    def _check_keys(self, client: str, keys: secagg.Keys) -> None:
-        if keys.client != client:
-            raise ArtifactError(f"they are in the name of {keys.client}.")
-        if self._config.keys:
-            secagg.check_signatures([keys], self._context, read_allowed(Path(self._config.keys)))
 
     def _fetched(self, roster: secagg.Roster, client: str) -> str | None:
         """As `StoreClients.fetched`, of an update that is masked for this roster."""
@@ -277,8 +281,3 @@ class SecureRound:
     def _need(self, came: object, least: int, what: str) -> None:
         if len(came) < least:
             self._server.abandon(self._order, f"{len(came)} clients {what}; at least {least} are needed.")
-
-    def _pause(self) -> None:
-        left = self._server.seconds_left
-        poll = self._clients.poll
-        time.sleep(poll if left is None else max(0.0, min(poll, left + 0.01)))

@@ -7,7 +7,7 @@ the server gets of all of them is the mean change, which becomes the next adapte
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from hf_fedlarge.adapters import AdapterReader, expected_shapes, write_config
-from hf_fedlarge.aggregate import Trained, trained_in
+from hf_fedlarge.aggregate import Trained
 from hf_fedlarge.architectures import describe
 from hf_fedlarge.artifacts import (
     AdapterManifest,
@@ -27,31 +27,35 @@ from hf_fedlarge.artifacts import (
     staged_directory,
     write_manifest,
 )
-from hf_fedlarge.collect import check_continues, read_previous, seal
 from hf_fedlarge.combine import Part, combine
 from hf_fedlarge.config import AggregationSettings, FederationConfig
 from hf_fedlarge.errors import ArtifactError
 from hf_fedlarge.fixed_point import MORE_WORDS, Mean, mean_of, quantized, weight_level
 from hf_fedlarge.keys import PrivateKey, sign_update
-from hf_fedlarge.ledger import Draw, drawn_again
+from hf_fedlarge.ledger import Draw
+from hf_fedlarge.lineage import check_continues, read_previous, seal
 from hf_fedlarge.orders import SecureOrder
 from hf_fedlarge.package import package_config
-from hf_fedlarge.privacy import spent, squared_change
+from hf_fedlarge.privacy import squared_change
 from hf_fedlarge.robust import clip_factors
 from hf_fedlarge.server import RoundServer
 from hf_fedlarge.tensors import Factors, StoredFactors
 from hf_fedlarge.update import MASKED_WORDS, Expected
 
 SUM = ".secure/sum"  # in a round's work
-# Which of a module's factors are trained.
 _TOLD = ("seconds", "peak_memory_bytes")  # of what a client measures
-_TRAINED: dict[Trained, tuple[int, ...]] = {"both": (0, 1), "A": (0,), "B": (1,)}
+_TRAINED: dict[Trained, tuple[int, ...]] = {"both": (0, 1), "A": (0,), "B": (1,)}  # of a module's factors
 
 
 def count_words(expected: Expected, trains: Trained) -> int:
     """How many words a masked update has."""
     shapes = expected_shapes(expected.architecture, expected.package.kept_layers, expected.lora)
-    return MORE_WORDS + sum(math.prod(pair[index]) for pair in shapes.values() for index in _TRAINED[trains])
+    return MORE_WORDS + _count(shapes.values(), trains)
+
+
+def _count(shapes: Iterable[tuple[Sequence[int], Sequence[int]]], trains: Trained) -> int:
+    """How many numbers are trained of factors with these shapes."""
+    return sum(math.prod(pair[index]) for pair in shapes for index in _TRAINED[trains])
 
 
 def mask_update(
@@ -91,7 +95,7 @@ def mask_update(
             for index in _TRAINED[parent.trains]:
                 yield factor * (new[index].double() - old[index].double()).flatten().numpy()
 
-    count = sum(before.read(module)[index].numel() for module in modules for index in _TRAINED[parent.trains])
+    count = _count((before.stored(module).shapes for module in modules), parent.trains)
     weight = 1 if order.weighting == "equal" else getattr(manifest, order.weighting)
     most = 1 if order.weighting == "equal" else order.most
     words = quantized(changes(), count, order.limit, weight_level(weight, most, clients))
@@ -127,8 +131,7 @@ class MeanReader:
         self._start, start = {}, 0
         for module in self.modules:
             self._start[module] = start
-            factors = self._before.read(module)
-            start += sum(factors[index].numel() for index in self._trained)
+            start += _count([self._before.stored(module).shapes], trains)
         assert start == len(mean.steps), f"{len(mean.steps)} numbers for {start}"
 
     def __contains__(self, module: str) -> bool:
@@ -200,19 +203,4 @@ def aggregate_mean(
         cohort = draw.cohort if draw else None
         combined = combine([part], previous, staging, parent.lora, settings, parent.trains, cohort)
         write_config(staging, combined.modules, parent.lora, describe(package_config(package)), small.base.id)
-        optimizer = settings.server_optimizer
-        manifest = AdapterManifest(
-            files={},
-            base=small.base,
-            package=small.digest,
-            parent=parent.digest,
-            round=round_number,
-            layers=small.kept_layers,
-            lora=parent.lora,
-            aggregator=settings.aggregator,
-            weighting=settings.weighting,
-            trains=trained_in(settings.aggregator, round_number + 1),
-            server_optimizer=None if optimizer == "none" else optimizer,
-            privacy=spent(settings.privacy, drawn_again(parent.privacy.draws, draw)) if settings.privacy else None,
-        )
-        return seal(staging, manifest)
+        return seal(staging, small, parent, parent.lora, round_number, settings, draw)

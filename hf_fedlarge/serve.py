@@ -48,7 +48,7 @@ from hf_fedlarge.orders import (
     write_document,
 )
 from hf_fedlarge.plan import CheckIn
-from hf_fedlarge.retention import discard
+from hf_fedlarge.retention import clear, discard
 from hf_fedlarge.rounds import Report, drive
 from hf_fedlarge.secure_serve import SecureRound
 from hf_fedlarge.server import Order, RoundServer
@@ -207,14 +207,14 @@ class StoreClients:
         """Publish the order, and look into the inbox until the round has what it wants."""
         late = order.round - (self._config.late == "buffer")
         for home in (INBOX, SECURE):
-            self.patiently(self._clear, home, late)
+            self.patiently(clear, self.store, home, late)
         self.patiently(self._forget, order.round)
         waiting = server.waiting(order)
         for client in waiting:
             asked(client)
         try:
             if self._config.secure:
-                yield from SecureRound(self, self._id, self._config, jobs, server, order).answers()
+                yield from SecureRound(self, self._config, jobs, server, order).answers()
             else:
                 yield from self._plain_answers(jobs, server, order, waiting)
         except UpdateRefusedError:  # the attempt is abandoned
@@ -244,10 +244,7 @@ class StoreClients:
             if heard:
                 since = time.monotonic()
             else:
-                left = server.seconds_left
-                if left is None:
-                    self.check_patience(since, f"{', '.join(waiting[:5])}, and there is no deadline_seconds")
-                time.sleep(self.poll if left is None else max(0.0, min(self.poll, left + 0.01)))
+                self.wait(server, waiting, since)
         self.patiently(self._tell, server, order)
 
     def end(self, adapter: Path) -> None:
@@ -257,13 +254,13 @@ class StoreClients:
         over = OrderDocument(run=self._id, state="over", round=number, attempt=0, adapter=digest)
         write_document(self.store, ORDER, over)
         for home in (INBOX, SECURE):
-            self.patiently(self._clear, home, number + 1)
+            self.patiently(clear, self.store, home, number + 1)
         self.patiently(self._forget, number + 1)
 
     def publish(
         self, jobs: Jobs, server: RoundServer, order: Order, waiting: list[str], secure: SecureOrder | None = None
-    ) -> None:
-        """Ask clients for what an order wants of them, or for a stage of it."""
+    ) -> OrderDocument:
+        """Ask clients for what an order wants of them, or for a stage of it, in a document."""
         work = []
         for tier in jobs.tiers:
             clients = [client for client in waiting if jobs.tier_of(client) is tier]
@@ -301,6 +298,7 @@ class StoreClients:
             secure=secure,
         )
         write_document(self.store, ORDER, document)
+        return document
 
     def present(self, order: Order, clients: list[str]) -> list[str]:
         """Those of the clients of whom there is something in the inbox."""
@@ -357,18 +355,12 @@ class StoreClients:
             write_document(self.store, verdict(order.round, client, order.attempt), said)
             self._told.add(answer)
 
-    def _clear(self, place: str, before: int) -> None:
-        """Remove what came or was said in rounds before one."""
-        for name in self.store.names(place):
-            if name.isdecimal() and int(name) < before:
-                self.store.remove(f"{place}/{name}")
-
     def _forget(self, number: int) -> None:
         """Remove what clients of rounds before the last one started from, and what they were told.
 
         Some client of the last round may just be fetching its adapter; the server itself has all in the run directory.
         """
-        self._clear(VERDICTS, number - 1)
+        clear(self.store, VERDICTS, number - 1)
         for past in range(number - 2):  # whose adapters were for the rounds after them
             home = self._run / "rounds" / f"{past:04d}"
             for adapter in [home / "adapter", *sorted(home.glob("tiers/*"))]:
@@ -392,6 +384,13 @@ class StoreClients:
         """End with a StoreError what has been waited for long enough."""
         if time.monotonic() - since > self._patience:
             raise StoreError(f"Waited {self._patience:g} s (--patience) for {what}; the same command goes on.")
+
+    def wait(self, server: RoundServer, waiting: list[str], since: float) -> None:
+        """Let the time until the next look for clients' answers go by; patience is for rounds without a deadline."""
+        left = server.seconds_left
+        if left is None:
+            self.check_patience(since, f"{', '.join(waiting[:5])}, and there is no deadline_seconds")
+        time.sleep(self.poll if left is None else max(0.0, min(self.poll, left + 0.01)))
 
     def say(self, line: str) -> None:
         """Report something once."""

@@ -7,9 +7,10 @@ from round_driver import CLIENTS, config
 
 from hf_fedlarge.artifacts import PackageManifest, read_manifest
 from hf_fedlarge.clients import write_check_ins
-from hf_fedlarge.collect import aggregate_updates, start_adapter
+from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.jobs import Jobs, Tier
 from hf_fedlarge.journal import Journal
+from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.plan import CheckIn
 from hf_fedlarge.serve import StoreClients
 from hf_fedlarge.server import RoundServer

@@ -14,7 +14,7 @@ LEVELS = [
     {"records", "ciphers", "fixed_point"},
     {"config", "layers", "stdlib_corpus", "blocks", "untrusted"},
     {"ledger", "remote"},
-    {"artifacts"},
+    {"artifacts", "summary"},
     {
         "tensors",
         "architectures",
@@ -50,6 +50,7 @@ LEVELS = [
     {"feedback", "scaffold"},
     {"update"},
     {"package", "merge", "combine", "traffic"},
+    {"lineage"},
     {"collect", "evaluation", "server", "tiers", "choice"},
     {"calibrate", "transfer", "report", "clients", "relay", "tables", "secure_sum"},
     {"jobs"},

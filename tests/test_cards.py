@@ -180,6 +180,23 @@ def test_adapter_card_without_a_summary_uses_the_manifest_and_invents_nothing(tm
     assert 'PeftModel.from_pretrained(base, "me/adapter")' in card
 
 
+def test_a_card_says_who_saw_updates_where_that_is_known(tmp_path):
+    adapter, merged = make_adapter(tmp_path / "a"), make_checkpoint(tmp_path / "c")
+    nobody = make_adapter(tmp_path / "n", contributions=[])
+    securely, plainly = {"secure": {"clients": 3}}, {"secure": None}
+    not_secure = "Updates were not encrypted or securely aggregated."
+    secure = "Updates were securely aggregated: a server that kept to the protocol saw a round's sum"
+    unknown = "Whether updates were securely aggregated is not recorded."
+    for artifact, rounds, sentence in (
+        (adapter, [], not_secure),
+        (adapter, [securely], secure),
+        (merged, [securely, plainly], not_secure),
+        (merged, [], unknown),
+        (nobody, [], unknown),
+    ):
+        assert sentence in render_card(artifact, "me/it", {"rounds": rounds})
+
+
 def test_checkpoint_card_takes_its_figures_from_the_summary(tmp_path):
     copy = {"package": {"layers": 4, "kept": [0, 2, 3], "embeddings": "int8"}}
     card = render_card(make_checkpoint(tmp_path / "c"), "me/model", SUMMARY | copy)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_fedlarge.artifacts import AdapterManifest, CheckpointManifest, PackageManifest, read_manifest
 from hf_fedlarge.cli import main
-from hf_fedlarge.collect import start_adapter
+from hf_fedlarge.lineage import start_adapter
 
 
 @pytest.fixture(scope="module")

@@ -26,11 +26,12 @@ from hf_fedlarge.artifacts import (
     verify_files,
 )
 from hf_fedlarge.cli import main
-from hf_fedlarge.collect import aggregate_updates, start_adapter
+from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import Codec
 from hf_fedlarge.data import load_examples
 from hf_fedlarge.errors import ArtifactError, ConfigError, OutputError
 from hf_fedlarge.evaluation import encode_example, evaluate
+from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.merge import merge
 from hf_fedlarge.package import load_package, load_tokenizer
 from hf_fedlarge.trainers.client import ClientArguments, train_client

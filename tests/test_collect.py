@@ -30,10 +30,11 @@ from hf_fedlarge.artifacts import (
     file_entry,
     read_manifest,
 )
-from hf_fedlarge.collect import aggregate_updates, start_adapter
+from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import Codec, LoraSettings
 from hf_fedlarge.errors import ArtifactError, ConfigError, OutputError, UpdateRefusedError
 from hf_fedlarge.evaluation import load_model
+from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.merge import merge, plan_merge
 from hf_fedlarge.package import load_package, package_architecture, package_config
 from hf_fedlarge.tensors import read_header

@@ -33,12 +33,13 @@ from hf_fedlarge.artifacts import (
     read_manifest,
 )
 from hf_fedlarge.cli import main
-from hf_fedlarge.collect import aggregate_updates, expected_from, start_adapter
+from hf_fedlarge.collect import aggregate_updates, expected_from
 from hf_fedlarge.config import Codec, LoraSettings
 from hf_fedlarge.errors import ArtifactError, FedLargeError, UpdateRefusedError
 from hf_fedlarge.experience import seen
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import SIGNATURE_NAME, allow, new_key, read_allowed
+from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.package import load_package, load_tokenizer, package_config
 from hf_fedlarge.plan import sample_cohort
 from hf_fedlarge.server import RoundServer

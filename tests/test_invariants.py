@@ -6,7 +6,8 @@ from federation import LORA, TRAINING, make_examples, make_federation, make_upda
 
 from hf_fedlarge.adapters import attach_lora, get_factors, read_factors, set_factors
 from hf_fedlarge.architectures import describe, load_config
-from hf_fedlarge.collect import aggregate_updates, start_adapter
+from hf_fedlarge.collect import aggregate_updates
+from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.package import load_package
 from hf_fedlarge.trainers.client import ClientArguments, train_client
 from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig

@@ -13,7 +13,7 @@ from round_driver import check_ins, config
 from hf_fedlarge.architectures import describe
 from hf_fedlarge.artifacts import MANIFEST_NAME, AdapterManifest, PackageManifest, UpdateManifest, read_manifest
 from hf_fedlarge.cli import main
-from hf_fedlarge.collect import aggregate_updates, start_adapter
+from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import LoraSettings
 from hf_fedlarge.errors import ConfigError, OutputError, UpdateRefusedError
 from hf_fedlarge.journal import Journal
@@ -28,6 +28,7 @@ from hf_fedlarge.keys import (
     read_key,
     revoke,
 )
+from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.package import package_config
 from hf_fedlarge.relay import relay_update
 from hf_fedlarge.server import RoundServer

@@ -25,11 +25,12 @@ from test_cards import make_checkpoint as make_merged
 from hf_fedlarge.adapters import AdapterReader
 from hf_fedlarge.artifacts import AdapterManifest, UpdateManifest, read_manifest
 from hf_fedlarge.cards import PRIVACY, render_card
-from hf_fedlarge.collect import aggregate_updates, start_adapter
+from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import AggregationSettings, DataConfig, FederationConfig, PrivacySettings, load_federation
 from hf_fedlarge.errors import ArtifactError, ConfigError
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.ledger import Draw, PrivacyEntry, drawn_again
+from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.plan import CheckIn
 from hf_fedlarge.privacy import clipped, normal, spent, squared_change, with_noise
 from hf_fedlarge.relay import relay_update

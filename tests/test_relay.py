@@ -7,8 +7,9 @@ from federation import LORA, make_federation, make_update
 from hf_fedlarge.adapters import read_factors
 from hf_fedlarge.artifacts import AdapterManifest, read_manifest
 from hf_fedlarge.cli import main
-from hf_fedlarge.collect import aggregate_updates, start_adapter
+from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.errors import ArtifactError
+from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.relay import relay_update
 
 

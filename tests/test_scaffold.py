@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from hf_fedlarge.artifacts import CONTROL_WEIGHTS, AdapterManifest, UpdateManifest, describe_files, read_manifest
 from hf_fedlarge.cli import main
-from hf_fedlarge.collect import aggregate_updates, start_adapter
+from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import AggregationSettings, FederationConfig
 from hf_fedlarge.errors import ConfigError, UpdateRefusedError
+from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.merge import merge
 from hf_fedlarge.scaffold import read_common, write_common, write_control
 from hf_fedlarge.tensors import Factors

@@ -32,10 +32,10 @@ from hf_fedlarge.artifacts import (
 )
 from hf_fedlarge.cli import main
 from hf_fedlarge.clients import write_check_ins
-from hf_fedlarge.collect import start_adapter
 from hf_fedlarge.config import LoraSettings, load_federation
 from hf_fedlarge.errors import ArtifactError, ConfigError, DataError, OutputError, StoreError
 from hf_fedlarge.keys import allow, new_key, revoke
+from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.memory import used_bytes
 from hf_fedlarge.orders import (
     CHECK_INS,
@@ -55,7 +55,7 @@ from hf_fedlarge.orders import (
     write_document,
 )
 from hf_fedlarge.plan import CheckIn
-from hf_fedlarge.retention import discard
+from hf_fedlarge.retention import clear, discard
 from hf_fedlarge.serve import StoreClients, serve_federation
 from hf_fedlarge.server import RoundServer
 from hf_fedlarge.store import Store
@@ -480,7 +480,7 @@ def test_a_late_update_is_kept_for_the_next_round_where_the_policy_says_so(home,
     make_update(tmp_path / "two", home / "package", "ann", seed=9, adapter=server.adapter(1), round_number=2)
     assert server.round._kept() == [[1, "ben"]]
     # In the next round the inbox of the first is cleared.
-    server.clients._clear(INBOX, 2)
+    clear(store, INBOX, 2)
     assert store.names("inbox") == []
 
 
@@ -769,6 +769,22 @@ def test_after_the_round_was_closed_a_client_does_not_send(store, published, mem
     member(train)
     assert store.names(inbox(1, "ann", 1)) == []
     assert "was closed before the update was ready" in member.said[-1]
+
+
+def test_what_others_put_into_a_client_s_inbox_does_not_end_it(store, published, member):
+    """Whoever may write there can stop an answer, as by removing it, but not the client."""
+    trained = []
+
+    def train(job):
+        trained.append(job.round)
+        published(state="over", round=2, work=[])
+        raise DataError("that was all")
+
+    store.write(f"{inbox(1, 'ann', 1)}/{FAILED}", b" " * 100_000)
+    published()
+    threading.Timer(1.0, published, kwargs={"round": 2}).start()
+    member(train, once=False)
+    assert trained == [2]
 
 
 def test_a_client_that_cannot_train_says_why(store, published, member):

@@ -15,10 +15,11 @@ from round_driver import CLIENTS, check_ins, close, config, drive, make_server
 
 from hf_fedlarge.architectures import describe
 from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, read_manifest
-from hf_fedlarge.collect import aggregate_updates, start_adapter
+from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.errors import ArtifactError, UpdateRefusedError
 from hf_fedlarge.experience import seen
 from hf_fedlarge.journal import Journal
+from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.package import package_config
 from hf_fedlarge.plan import SELECTIONS, CheckIn, sample_cohort
 from hf_fedlarge.server import RoundServer

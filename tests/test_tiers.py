@@ -7,9 +7,10 @@ from federation import make_update
 
 from hf_fedlarge.adapters import read_factors, read_state
 from hf_fedlarge.artifacts import AdapterManifest, read_manifest
-from hf_fedlarge.collect import aggregate_updates, start_adapter
+from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import LoraSettings
 from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.shrink import plan_shrink, shrink
 from hf_fedlarge.tiers import derive_adapter, describe_fit, fit_memory
 

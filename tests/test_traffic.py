@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from hf_fedlarge.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from hf_fedlarge.artifacts import MANIFEST_NAME, describe_files, read_manifest, write_manifest
 from hf_fedlarge.artifacts import AdapterManifest as Manifest
-from hf_fedlarge.collect import aggregate_updates, start_adapter
+from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import Codec
 from hf_fedlarge.errors import ArtifactError, BudgetError, FedLargeError
+from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.traffic import Budget, changed_bytes
 
 

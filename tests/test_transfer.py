@@ -7,9 +7,10 @@ import pytest
 from federation import LORA, make_examples, make_federation, make_update
 
 from hf_fedlarge.cli import main
-from hf_fedlarge.collect import aggregate_updates, start_adapter
+from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.data import load_examples
 from hf_fedlarge.evaluation import evaluate, example_losses, load_model
+from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.package import load_tokenizer
 from hf_fedlarge.transfer import gradient_agreement, transfer_report
 

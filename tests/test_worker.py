@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from hf_fedlarge.adapters import ADAPTER_WEIGHTS
 from hf_fedlarge.artifacts import AdapterManifest, UpdateManifest, read_manifest, write_manifest
-from hf_fedlarge.collect import start_adapter
 from hf_fedlarge.errors import DataError
+from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.trainers import worker as module
 from hf_fedlarge.trainers.client import ClientArguments, train_client
 from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig, StreamingLoraTrainer

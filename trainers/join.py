@@ -58,8 +58,8 @@ from hf_fedlarge.orders import (
 )
 from hf_fedlarge.store import Store
 from hf_fedlarge.trainers.launch import in_process
-from hf_fedlarge.trainers.secure import SecureMember
-from hf_fedlarge.update import MAX_SMALL_BYTES, outcome
+from hf_fedlarge.trainers.secure import SecureMember, answer_name, forget_secrets
+from hf_fedlarge.update import outcome
 
 logger = logging.getLogger(__name__)
 _SENT = "sent.json"
@@ -178,6 +178,7 @@ class _Member:
                 if order is not None:
                     self._hear(order)
                 if order is not None and order.state == "over":
+                    forget_secrets(self._home(order))
                     self._report(f"the federation is over after round {order.round}")
                     return
                 work = order.work_of(self._client) if order is not None and order.is_open else None
@@ -197,11 +198,8 @@ class _Member:
     def _answer(self, order: OrderDocument, work: Work) -> None:
         """Train and send the update, or why there is none; what is done already is not done again."""
         place = inbox(order.round, self._client, order.attempt)
-        if self._store.read(f"{place}/{FAILED}", MAX_SMALL_BYTES) is not None:
-            return
-        if order.secure and self._secure.is_answered(order):
-            return
-        if not order.secure and self._store.read(f"{place}/{MANIFEST_NAME}", MAX_SMALL_BYTES) is not None:
+        answer = answer_name(order.secure) if order.secure else MANIFEST_NAME
+        if {FAILED, answer} & set(self._store.names(place)):
             return
         home = self._home(order)
         update = home / f"{order.round:04d}" / "update"

@@ -8,6 +8,7 @@ of survivors, whoever asks.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from hf_fedlarge.orders import (
     ROSTER,
     SHARES,
     OrderDocument,
+    SecureOrder,
     Work,
     as_bytes,
     inbox,
@@ -45,10 +47,18 @@ class _Attempt(Record):
     update: Digest
     roster: Digest | None = None
     sharers: list[ClientName] | None = None
-    limit: float | None = None
-    weighting: str | None = None
-    most: int | None = None
     survivors: list[ClientName] | None = None
+
+
+def answer_name(order: SecureOrder) -> str:
+    """What the answer to a stage is called in the inbox."""
+    return {"keys": KEYS, "shares": SHARES, "masked": MANIFEST_NAME, "reveal": REVEALED}[order.stage]
+
+
+def forget_secrets(home: Path) -> None:
+    """Remove the secrets of attempts that a client was left out of, in all rounds of a federation that is over."""
+    for secrets in home.glob("[0-9]*/secure"):
+        shutil.rmtree(secrets)
 
 
 class SecureMember:
@@ -68,11 +78,6 @@ class SecureMember:
         self._store, self._client, self._report = store, client, report
         self._key = read_key(key) if key else None
         self._keys = keys
-
-    def is_answered(self, order: OrderDocument) -> bool:
-        """Whether the stage's answer is in the inbox already."""
-        name = {"keys": KEYS, "shares": SHARES, "masked": MANIFEST_NAME, "reveal": REVEALED}[order.secure.stage]
-        return self._store.read(f"{self._place(order)}/{name}", MAX_ORDER_BYTES) is not None
 
     def answer(self, order: OrderDocument, work: Work, update: Path) -> None:
         """Do what a stage asks for.
@@ -109,9 +114,7 @@ class SecureMember:
         boxes = self._needed(order, f"{self._client}.json", secagg.Shares).boxes
         if sorted(boxes) != order.secure.sharers:
             raise ArtifactError(f"{self._client} has shares of others than the order's sharers.")
-        # Two vectors of other steps or weights under the same masks would tell what they differ by.
-        numbers = {name: getattr(order.secure, name) for name in ("limit", "weighting", "most")}
-        attempt = self._once(path, attempt, sharers=order.secure.sharers, **numbers)
+        attempt = self._once(path, attempt, sharers=order.secure.sharers)
         opened = secagg.opened(attempt.secrets, roster, self._client, boxes)
         if order.secure.stage == "masked":
             self._send_masked(order, work, update, roster, attempt, home / "masked")

@@ -142,8 +142,8 @@ def prepare(options: argparse.Namespace, work: Path) -> tuple[Path, Path]:
     """The package and the adapter that all start from, made unless they are there."""
     from shapes import write_checkpoint
 
-    from hf_fedlarge.collect import start_adapter
     from hf_fedlarge.config import LoraSettings
+    from hf_fedlarge.lineage import start_adapter
     from hf_fedlarge.shrink import plan_shrink, shrink
 
     home = work / ("smollm2" if options.smollm2 else "tiny")
