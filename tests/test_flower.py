@@ -266,12 +266,12 @@ def silent(answer, seen=None):
 def test_who_never_answers_holds_up_no_round_and_gets_the_next_one(home, cohort):
     for name in ("ben", "cleo"):
         cohort.nodes[name].answer = silent(cohort.nodes[name].answer)
-    server = cohort.serve(deadline_seconds=1.0, min_updates=2)
+    server = cohort.serve(deadline_seconds=4, min_updates=2)
     for number in (1, 2, 3):
         server.open(number)
         before = time.monotonic()
         server.ask()
-        assert time.monotonic() - before < 3
+        assert time.monotonic() - before < 8
         assert accepted(server) == ["ann", "dan"]
         server.close()
         for name in CLIENTS:  # what they train in the next round
@@ -280,7 +280,7 @@ def test_who_never_answers_holds_up_no_round_and_gets_the_next_one(home, cohort)
             make_update(cohort.made[name], home / "package", name, **start)
     for node in cohort.nodes.values():
         assert [message.metadata.group_id for message in trains(node)] == ["1", "2", "3"]
-        assert max(message.metadata.ttl for message in trains(node)) < 1.0 + GRACE_SECONDS
+        assert max(message.metadata.ttl for message in trains(node)) < 4.0 + GRACE_SECONDS
 
 
 def test_a_client_stops_training_when_its_round_is_closed(home, cohort):
@@ -371,7 +371,7 @@ def test_a_name_belongs_to_the_node_that_has_it(cohort):
 def test_a_node_is_who_it_was_registered_as(cohort):
     cohort.nodes["ann"].name = "ann"
     cohort.nodes["ben"].name = "lab-9"
-    server = cohort.serve(deadline_seconds=1)
+    server = cohort.serve(deadline_seconds=4)
     server.open()
     server.ask()
     assert accepted(server) == ["ann", "cleo", "dan"]
@@ -419,7 +419,7 @@ def test_answers_to_other_messages_and_replies_that_cannot_be_read_spoil_nothing
         return reply
 
     monkeypatch.setattr(cohort.grid, "_pull", foreign)
-    server = cohort.serve(deadline_seconds=2, min_updates=2)
+    server = cohort.serve(deadline_seconds=4, min_updates=2)
     server.open()
     server.ask()
     assert accepted(server) == ["cleo", "dan"]
@@ -441,7 +441,7 @@ def test_a_superlink_that_cannot_be_reached_is_waited_for(cohort):
 def test_a_late_update_is_kept_where_the_policy_says_so(cohort):
     answers = {}
     cohort.nodes["cleo"].answer = silent(cohort.nodes["cleo"].answer, answers)
-    server = cohort.serve(deadline_seconds=1, late="buffer", min_updates=2)
+    server = cohort.serve(deadline_seconds=4, late="buffer", min_updates=2)
     server.open()
     server.ask()
     server.close()
