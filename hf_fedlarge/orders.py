@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import psutil
 from pydantic import Field, ValidationError, model_validator
 
-from hf_fedlarge.artifacts import Count, Digest
+from hf_fedlarge.artifacts import MANIFEST_NAME, Count, Digest
 from hf_fedlarge.config import ClientName, Codec, Record, first_problem
 from hf_fedlarge.data import load_examples
 from hf_fedlarge.errors import ArtifactError, ConfigError
@@ -102,6 +102,7 @@ class Work(Record):
 
 
 Stage = Literal["keys", "shares", "masked", "reveal"]
+_ANSWERS = {"keys": KEYS, "shares": SHARES, "masked": MANIFEST_NAME, "reveal": REVEALED}
 
 
 class SecureOrder(Record):
@@ -175,6 +176,11 @@ class OrderDocument(Record):
     def goes_on(self, step: tuple[str, int, int, str]) -> bool:
         """Whether there may be more to answer of the attempt that a step is of; when one stage's time is over, too."""
         return self.state == "open" and self.attempt_id == step[:3]
+
+    @property
+    def answer_name(self) -> str:
+        """The file that completes an answer in the inbox."""
+        return _ANSWERS[self.secure.stage] if self.secure else MANIFEST_NAME
 
     @property
     def is_last_stage(self) -> bool:

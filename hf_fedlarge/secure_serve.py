@@ -1,4 +1,4 @@
-"""A round of secure aggregation on the server, over a store: the stages of `secagg.py`, each under an order of its own.
+"""A round of secure aggregation on the server: the stages of `secagg.py`, each under an order of its own.
 
     keys     who has trained advertises keys; the round's deadline is for this
     shares   `stage_seconds` each from here on: every client's shares, which are passed on

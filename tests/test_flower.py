@@ -23,8 +23,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.constant import ErrorCode
 from grid_double import GridDouble, Node
+from secured import SecureServer, make_secure_home
 from served import CLIENTS, Server, make_home
 
+from hf_fedlarge.adapters import read_factors
 from hf_fedlarge.artifacts import (
     MANIFEST_NAME,
     SERVER_FILES,
@@ -37,7 +39,8 @@ from hf_fedlarge.artifacts import (
 )
 from hf_fedlarge.cli import main
 from hf_fedlarge.clients import write_check_ins
-from hf_fedlarge.config import load_federation
+from hf_fedlarge.collect import aggregate_updates
+from hf_fedlarge.config import AggregationSettings, load_federation
 from hf_fedlarge.flower import client as client_app
 from hf_fedlarge.flower.letters import put_in
 from hf_fedlarge.flower.mailbox import GRACE_SECONDS, Mailbox
@@ -247,6 +250,91 @@ def test_what_is_hostile_is_refused_by_name_and_the_others_count(home, cohort, k
     assert re.search(sentence, refused["reason"]), refused
 
 
+# Secure aggregation
+
+
+@pytest.fixture(scope="module")
+def secure_home(tmp_path_factory):
+    path = tmp_path_factory.mktemp("secure")
+    make_secure_home(path)
+    return path
+
+
+class SecureCohort(Cohort):
+    """Likewise, with what `ffa` trains."""
+
+    def __init__(self, home, path, monkeypatch):
+        super().__init__(home, path, monkeypatch)
+        self.made = {name: home / "ffa" / name for name in CLIENTS}
+
+    def serve(self, run="run", **changes):
+        self.mailbox = Mailbox(self.path / run / "mailbox", self.grid, self.said.append)
+        packages = Store(str(self.path / "packages"))
+        changes["secure"] = {"stage_seconds": 10.0} | changes.get("secure", {})
+        return SecureServer(self.home, self.path / run, self.mailbox, said=self.said, packages=packages, **changes)
+
+
+@pytest.fixture
+def secure_cohort(secure_home, tmp_path, monkeypatch):
+    return SecureCohort(secure_home, tmp_path, monkeypatch)
+
+
+def stage_of(message):
+    order = json.loads(message.content["files"][ORDER].data)
+    return order["secure"]["stage"]
+
+
+def test_masked_updates_sum_up_over_messages_and_nobody_gets_more_than_its_own(secure_home, tmp_path, secure_cohort):
+    server = secure_cohort.serve()
+    server.whole()
+    settings = AggregationSettings(aggregator="ffa", weighting="equal")
+    updates = [secure_home / "ffa" / name for name in CLIENTS]
+    how = {"settings": settings, "previous": secure_home / "ffa" / "start"}
+    aggregate_updates(updates, secure_home / "package", tmp_path / "plain", **how)
+    found, expected = read_factors(server.adapter(1)), read_factors(tmp_path / "plain")
+    for module, pair in expected.items():
+        for one, other in zip(pair, found[module], strict=True):
+            assert torch.allclose(one, other, rtol=0, atol=1e-7)
+    assert [job.client for job in secure_cohort.trained] == list(CLIENTS)
+    for name, node in secure_cohort.nodes.items():
+        messages = trains(node)
+        assert [stage_of(message) for message in messages] == ["keys", "shares", "masked", "reveal"]
+        for message in messages[2:]:
+            boxes = [path for path in message.content["files"] if path.startswith("secure/")]
+            assert boxes == ["secure/0001/1/roster.json", f"secure/0001/1/{name}.json"]
+
+
+@pytest.mark.parametrize("stage", ["keys", "shares", "masked", "reveal"])
+def test_a_client_lost_at_a_stage_is_left_out_and_another_node_goes_on_with_its_secrets(secure_cohort, stage):
+    """Ben never answers in the stage; cleo's node dies once it has, and is started again."""
+    cohort, dead = secure_cohort, []
+
+    def away(honest):
+        return lambda message: None if trained(message) and stage_of(message) == stage else honest(message)
+
+    def dying(message):
+        if trained(message) and stage_of(message) == stage and not dead:
+            dead.append(message)
+            if stage != "reveal":  # secrets are gone with the shares; the others' are enough
+                honest(message)
+            cohort.nodes["cleo"].since = "2"
+            return None
+        return honest(message)
+
+    honest = cohort.nodes["cleo"].answer
+    cohort.nodes["ben"].answer, cohort.nodes["cleo"].answer = away(cohort.nodes["ben"].answer), dying
+    server = cohort.serve(deadline_seconds=5, secure={"stage_seconds": 5.0})
+    server.whole()
+    [found] = [entry["found"] for entry in server.journal.find("staged", stage="reveal")]
+    assert found["clients"] == (4 if stage == "reveal" else 3)
+    assert len(dead) == 1
+    assert [job.client for job in cohort.trained].count("cleo") == 1
+
+
+def trained(message):
+    return message.metadata.message_type == "train"
+
+
 # Who is there, who comes late, who is gone
 
 
@@ -452,6 +540,27 @@ def test_a_late_update_is_kept_where_the_policy_says_so(cohort):
     server.ask()
     assert any("is kept for a later one" in line for line in cohort.said)
     assert [entry["client"] for entry in server.journal.find("late")] == ["cleo"]
+
+
+def test_a_client_is_told_with_the_next_order_what_became_of_its_update(home, cohort, capsys):
+    cohort.made["ben"] = cohort.path / "of another round"
+    make_update(cohort.made["ben"], home / "package", "ben", adapter=home / "start", round_number=7)
+    server = cohort.serve(deadline_seconds=60)
+    server.open()
+    server.ask()
+    server.close()
+    for name in CLIENTS:
+        cohort.made[name] = cohort.path / f"{name}-2"
+        make_update(cohort.made[name], home / "package", name, adapter=server.adapter(1), round_number=2)
+    capsys.readouterr()
+    server.open(2)
+    server.ask()
+    said = capsys.readouterr().out
+    assert "round 1: the server says: ben refused: it is for round 7" in said
+    assert said.count("round 1: the update counts") == 3
+    for name, node in cohort.nodes.items():
+        verdicts = [path for path in trains(node)[1].content["files"] if path.startswith("verdicts/")]
+        assert verdicts == [f"verdicts/0001/{name}/1.json"]
 
 
 def test_signatures_are_asked_for_as_anywhere(home, cohort):

@@ -1,6 +1,5 @@
 """Secure aggregation over a store: the adapter of a round without it, whoever drops out or is killed when."""
 
-import functools
 import json
 import threading
 import time
@@ -12,13 +11,14 @@ import pytest
 import torch
 import yaml
 from families import make_checkpoint
-from federation import LORA, make_examples, make_federation
-from test_serve import Processes, Server
+from federation import LORA
+from round_driver import CLIENTS
+from secured import LIMIT, TOKENS, SecureServer, make_secure_home, train
+from test_serve import Processes
 
 from hf_fedlarge import combine, secagg
 from hf_fedlarge.adapters import read_factors
-from hf_fedlarge.architectures import describe
-from hf_fedlarge.artifacts import MANIFEST_NAME, AdapterManifest, PackageManifest, UpdateManifest, read_manifest
+from hf_fedlarge.artifacts import MANIFEST_NAME, AdapterManifest, UpdateManifest, read_manifest
 from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import AggregationSettings, PrivacySettings, SecureSettings
 from hf_fedlarge.data import from_rows, write_jsonl
@@ -40,89 +40,22 @@ from hf_fedlarge.orders import (
     inbox,
     read_document,
 )
-from hf_fedlarge.package import package_config
 from hf_fedlarge.report import traffic
-from hf_fedlarge.secure_sum import aggregate_sum
 from hf_fedlarge.store import Store
 from hf_fedlarge.tensors import Factors
 from hf_fedlarge.trainers.join import join
 from hf_fedlarge.trainers.secure import SecureMember
-from hf_fedlarge.update import MASKED_WORDS, write_update
+from hf_fedlarge.update import MASKED_WORDS
 
-CLIENTS = ("ann", "ben", "cleo", "dan")
 STAGES = ("keys", "shares", "masked", "reveal")
-TOKENS = {"ann": 1000, "ben": 10, "cleo": 333, "dan": 7}
-LIMIT = 0.05
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A package, an adapter to start from for each aggregator, and every client's update of each."""
     path = tmp_path_factory.mktemp("secure")
-    make_federation(path)
-    make_examples(path / "data.jsonl")
-    for aggregator in ("ffa", "fedavg"):
-        own = path / aggregator
-        start_adapter(path / "package", own / "start", LORA, seed=0, aggregator=aggregator)
-        for number, client in enumerate(CLIENTS):
-            train(own / client, path / "package", own / "start", client, number)
+    make_secure_home(path)
     return path
-
-
-@functools.cache
-def architecture_of(package):
-    """Once, and in no thread: transformers changes torch's default dtype while it looks."""
-    return describe(package_config(package))
-
-
-def train(output, package, adapter, client, number, deviation=0.01, key=None):
-    """An update as training leaves one: small changes of what is trained."""
-    small, parent = read_manifest(package, PackageManifest), read_manifest(adapter, AdapterManifest)
-    architecture = architecture_of(package)
-    generator = torch.Generator().manual_seed(number)
-    trained = {"both": (0, 1), "B": (1,)}[parent.trains]
-    factors = {
-        module: Factors(
-            *(
-                factor + deviation * torch.randn(factor.shape, generator=generator) * (index in trained)
-                for index, factor in enumerate(pair)
-            )
-        )
-        for module, pair in read_factors(adapter).items()
-    }
-    manifest = UpdateManifest(
-        files={},
-        client=client,
-        round=parent.round + 1,
-        package=small.digest,
-        adapter=parent.digest,
-        lora=parent.lora,
-        examples=10,
-        tokens=TOKENS[client],
-    )
-    write_update(output, factors, manifest, architecture, small.base.id, key=key)
-
-
-class SecureServer(Server):
-    """The server's side with secure aggregation."""
-
-    def __init__(self, home, run, store, aggregator="ffa", secure=None, start=None, **changes):
-        secure = {"limit": LIMIT, "threshold": 0.5, "stage_seconds": 20.0} | (secure or {})
-        changes = {"deadline_seconds": 20.0, "weighting": "equal"} | changes  # so that nobody is waited for for ever
-        start = start or home / aggregator / "start"
-        super().__init__(home, run, store, start=start, aggregator=aggregator, secure=secure, **changes)
-
-    def close(self):
-        def aggregate(updates, late, adapter):
-            aggregate_sum(self.round, self.home / "package", adapter, self.adapter(self.order.round - 1), self.config)
-
-        return self.round.close(self.order, aggregate, lambda _: {}, lambda *_: {})
-
-    def whole(self, number=1):
-        """A round."""
-        self.open(number)
-        self.ask()
-        return self.close()
 
 
 class Members:

@@ -27,7 +27,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from hf_fedlarge.artifacts import (
-    MANIFEST_NAME,
     SERVER_FILES,
     AdapterManifest,
     PackageManifest,
@@ -58,7 +57,7 @@ from hf_fedlarge.orders import (
 )
 from hf_fedlarge.store import Store
 from hf_fedlarge.trainers.launch import in_process
-from hf_fedlarge.trainers.secure import SecureMember, answer_name, forget_secrets
+from hf_fedlarge.trainers.secure import SecureMember, forget_secrets
 from hf_fedlarge.update import outcome
 
 logger = logging.getLogger(__name__)
@@ -74,6 +73,7 @@ def join(
     eval_data: str | None = None,
     cache: Path | None = None,
     once: bool = False,
+    step: bool = False,
     poll: float = 5.0,
     patience: float = PATIENCE_SECONDS,
     report: Callable[[str], None] = logger.info,
@@ -91,6 +91,7 @@ def join(
         eval_data: its held-out examples; None: a tenth of `data`.
         cache: where packages and unfinished work are kept; None: `DEFAULT_CACHE`.
         once: leave after one round that this client was asked in.
+        step: leave after one order, be it for a stage of a round.
         poll: seconds between two looks into the store.
         patience: seconds after which it ends where no new order is there.
         report: told of each step in a line.
@@ -120,7 +121,7 @@ def join(
         member = _Member(
             store, package_store, check_in, data, eval_data, cache, report, train or in_process(), key, keys
         )
-        member.take_part(once, poll, patience)
+        member.take_part(once, step, poll, patience)
 
 
 @contextmanager
@@ -163,7 +164,7 @@ class _Member:
         self._data, self._eval_data, self._cache, self._report, self._train = data, eval_data, cache, report, train
         self._answered: tuple[str, int, int, str] | None = None
 
-    def take_part(self, once: bool, poll: float, patience: float) -> None:
+    def take_part(self, once: bool, step: bool, poll: float, patience: float) -> None:
         """Answer orders until the federation is over; a store that can't be reached is tried again."""
         checked_in, last, since = False, None, time.monotonic()
         while time.monotonic() - since <= patience:
@@ -185,7 +186,7 @@ class _Member:
                 if work is not None and order.step != self._answered:
                     self._answer(order, work)
                     self._answered, since = order.step, time.monotonic()
-                    if once and order.is_last_stage:
+                    if step or (once and order.is_last_stage):
                         return
                     continue
                 if once and self._answered and (order is None or not order.goes_on(self._answered)):
@@ -198,8 +199,7 @@ class _Member:
     def _answer(self, order: OrderDocument, work: Work) -> None:
         """Train and send the update, or why there is none; what is done already is not done again."""
         place = inbox(order.round, self._client, order.attempt)
-        answer = answer_name(order.secure) if order.secure else MANIFEST_NAME
-        if {FAILED, answer} & set(self._store.names(place)):
+        if {FAILED, order.answer_name} & set(self._store.names(place)):
             return
         home = self._home(order)
         update = home / f"{order.round:04d}" / "update"

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hf_fedlarge import secagg
-from hf_fedlarge.artifacts import MANIFEST_NAME, Digest, UpdateManifest, read_manifest, write_json
+from hf_fedlarge.artifacts import Digest, UpdateManifest, read_manifest, write_json
 from hf_fedlarge.ciphers import check_that_secrets_can_be_shared
 from hf_fedlarge.config import ClientName
 from hf_fedlarge.errors import ArtifactError, StoreError
@@ -26,7 +26,6 @@ from hf_fedlarge.orders import (
     ROSTER,
     SHARES,
     OrderDocument,
-    SecureOrder,
     Work,
     as_bytes,
     inbox,
@@ -48,11 +47,6 @@ class _Attempt(Record):
     roster: Digest | None = None
     sharers: list[ClientName] | None = None
     survivors: list[ClientName] | None = None
-
-
-def answer_name(order: SecureOrder) -> str:
-    """What the answer to a stage is called in the inbox."""
-    return {"keys": KEYS, "shares": SHARES, "masked": MANIFEST_NAME, "reveal": REVEALED}[order.stage]
 
 
 def forget_secrets(home: Path) -> None:

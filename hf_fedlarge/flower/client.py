@@ -26,6 +26,8 @@ from hf_fedlarge.orders import (
     CHECK_INS,
     FAILED,
     ORDER,
+    SECURE,
+    VERDICTS,
     OrderDocument,
     as_bytes,
     describe_client,
@@ -38,7 +40,11 @@ from hf_fedlarge.progress import hide_bars
 from hf_fedlarge.store import Store
 
 app = ClientApp()
-_LETTER = re.compile(rf"{re.escape(ORDER)}|artifacts/[0-9a-f]{{64}}\.json|objects/[0-9a-f]{{2}}/[0-9a-f]{{64}}")
+_NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+_LETTER = re.compile(
+    rf"{re.escape(ORDER)}|artifacts/[0-9a-f]{{64}}\.json|objects/[0-9a-f]{{2}}/[0-9a-f]{{64}}"
+    rf"|{SECURE}/\d+/\d+/{_NAME}\.json|{VERDICTS}/\d+/{_NAME}/\d+\.json"
+)
 
 
 class NodeSettings(Record):
@@ -52,6 +58,7 @@ class NodeSettings(Record):
     eval_data: str | None = None
     cache: str | None = None
     key: str | None = None
+    keys: str | None = None
     store: str | None = None
 
 
@@ -69,7 +76,7 @@ def check_in(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train and answer with the update, or with why there is none; nothing where it was too late to begin."""
+    """Answer with the update, a stage's message, or why there is none; with nothing where it was too late to begin."""
     _report(f"begun {time.time() - message.metadata.created_at:.1f} s after the order was sent")
     return Message(_answer(_settings(context), message.content), reply_to=message)
 
@@ -101,8 +108,9 @@ def _answer(settings: NodeSettings, content: RecordDict) -> RecordDict:
                 eval_data=settings.eval_data,
                 cache=Path(settings.cache) if settings.cache else None,
                 key=Path(settings.key) if settings.key else None,
+                keys=Path(settings.keys) if settings.keys else None,
                 packages=settings.store or work.package_store,
-                once=True,
+                step=True,
                 report=_report,
             )
     except (FedLargeError, TooLate) as error:

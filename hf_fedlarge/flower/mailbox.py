@@ -1,13 +1,16 @@
 """The server's store, whose files Flower carries: what `StoreClients` writes goes to the clients, and answers come in.
 
-    order.json, artifacts/, objects/    sent to each client that the order asks, with nobody else's name in it
+    order.json, artifacts/, objects/    sent to each client that the order asks, with nobody else's name in it,
+    verdicts/0001/NAME/                 what became of its last update,
+    secure/0001/1/                      and, in stages of secure aggregation, who takes part and what this one is to get
     check_ins/NAME.json                 what a node answered when it was asked who it is
     inbox/0001/NAME/1/                  what the message for this client, round and attempt was answered with
 
-A message is sent again where the node that had it is gone and the client is there again, be it as another node; what a
-client has finished it sends without training again. An answer belongs to the message that it answers (`reply_to`),
-whatever it says, and is taken only for the place that the message was about: late ones, foreign ones and second ones
-have no message that is waited for. The answers themselves are believed as little as those of any store.
+A stage of secure aggregation is a message of its own. A message is sent again where the node that had it is gone and
+the client is there again, be it as another node; what a client has finished it sends without training again. An answer
+belongs to the message that it answers (`reply_to`), whatever it says, and is taken only for the place that the message
+was about: late ones, foreign ones and second ones have no message that is waited for. The answers themselves are
+believed as little as those of any store.
 """
 
 from __future__ import annotations
@@ -32,12 +35,16 @@ from hf_fedlarge.orders import (
     FAILED,
     INBOX,
     MAX_NOTE_BYTES,
+    MAX_ORDER_BYTES,
     ORDER,
+    ROSTER,
+    VERDICTS,
     OrderDocument,
     as_bytes,
     failure,
     inbox,
     read_document,
+    secure,
     write_document,
 )
 from hf_fedlarge.rounds import Report
@@ -65,7 +72,10 @@ class _Node:
 
 @dataclass(frozen=True)
 class _Letter:
-    """A message that is not answered yet; without a client it asks the node who it is."""
+    """A message that is not answered yet; without a client it asks the node who it is.
+
+    `answer` is the file at `place` that will complete the answer.
+    """
 
     node: _Node
     expires: float
@@ -73,6 +83,7 @@ class _Letter:
     most_bytes: int
     client: str | None = None
     place: str = ""
+    answer: str = ""
 
 
 class Mailbox(Store):
@@ -146,24 +157,37 @@ class Mailbox(Store):
             return
         places = {client: inbox(order.round, client, order.attempt) for work in order.work for client in work.clients}
         if order.late == "refuse":
-            wanted = {"", *places.values()}
-            self._letters = {id: letter for id, letter in self._letters.items() if letter.place in wanted}
+            wanted = {("", ""), *((place, order.answer_name) for place in places.values())}
+            self._letters = {id: one for id, one in self._letters.items() if (one.place, one.answer) in wanted}
         sent = {(letter.place, letter.node) for letter in self._letters.values()}
         for work in order.work:
-            files = None
+            adapter = None
             for client in work.clients:
                 node, place = self._clients.get(client), places[client]
-                if node is None or (place, node) in sent or super().names(place):
+                if node is None or (place, node) in sent or {FAILED, order.answer_name} & set(super().names(place)):
                     continue
-                files = files or self._adapter(work.adapter)
+                adapter = adapter or self._adapter(work.adapter)
                 own = order.model_copy(update={"work": [work.model_copy(update={"clients": [client]})]})
+                files = {ORDER: as_bytes(own)} | adapter | self._told(order, client)
                 if order.late == "buffer" or order.closes_at is None:
                     expires = time.time() + _LONG
                 else:
                     expires = order.closes_at + GRACE_SECONDS
                 allowed = re.compile(f"{re.escape(place)}/{_FILE}")
-                letter = _Letter(node, expires, allowed, work.update_bytes, client, place)
-                self._send(letter, put_in({ORDER: as_bytes(own)} | files), MessageType.TRAIN, str(order.round))
+                letter = _Letter(node, expires, allowed, work.update_bytes, client, place, order.answer_name)
+                self._send(letter, put_in(files), MessageType.TRAIN, str(order.round))
+
+    def _told(self, order: OrderDocument, client: str) -> dict[str, bytes]:
+        """What the server has written for a client: its last verdicts, and what the stage needs."""
+        paths = []
+        for number in sorted(super().names(VERDICTS))[-1:]:
+            home = f"{VERDICTS}/{number}/{client}"
+            paths += [f"{home}/{name}" for name in super().names(home)]
+        if order.secure and order.secure.stage != "keys":
+            home = secure(order.round, order.attempt)
+            paths += [f"{home}/{ROSTER}", f"{home}/{client}.json"]
+        found = {path: self.read(path, MAX_ORDER_BYTES) for path in paths}
+        return {path: raw for path, raw in found.items() if raw is not None}
 
     def _adapter(self, digest: str) -> dict[str, bytes]:
         """An adapter's files as a client's store has to have them, without those that only the server needs."""

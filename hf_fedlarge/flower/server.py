@@ -21,7 +21,6 @@ from flwr.serverapp import Grid, ServerApp
 from pydantic import Field
 
 from hf_fedlarge.config import FederationConfig, Record, checked, load_federation
-from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.flower.mailbox import Mailbox
 from hf_fedlarge.progress import hide_bars
 from hf_fedlarge.rounds import Report, drive
@@ -75,8 +74,6 @@ def serve_over_flower(
     Raises:
         FedLargeError: as `run_federation`.
     """
-    if config.secure:
-        raise ConfigError("secure needs more than one message a round, which goes over a store; use hf-fedlarge serve.")
     packages = Store(url)
     mailbox = Mailbox(run / "mailbox", grid, report)
     return drive(config, run, StoreClients(mailbox, report, poll, packages=packages), report, stop=stop)
