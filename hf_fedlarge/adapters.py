@@ -157,14 +157,20 @@ def get_factors(
         of: what to take of each parameter, of the same shape, such as its gradient.
     """
     factors = {}
+    for path, A, B in adapter_parameters(model):
+        layer = layers[architecture.layer_of(f"{path}.")]
+        out_features, in_features = _out_in(architecture, architecture.in_block(path))
+        A_RI = _widened(of(A), 1, architecture.neurons_in(path), in_features)
+        B_OR = _widened(of(B), 0, architecture.neurons_out(path), out_features)
+        factors[_renumber(path, architecture, layer)] = Factors(A_RI, B_OR)
+    return factors
+
+
+def adapter_parameters(model: PeftModel) -> Iterator[tuple[str, torch.nn.Parameter, torch.nn.Parameter]]:
+    """The path of each matrix with an adapter in the model as it is, its A (R, in) and its B (out, R)."""
     for path, module in model.get_base_model().named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
-            layer = layers[architecture.layer_of(f"{path}.")]
-            out_features, in_features = _out_in(architecture, architecture.in_block(path))
-            A_RI = _widened(of(module.lora_A["default"].weight), 1, architecture.neurons_in(path), in_features)
-            B_OR = _widened(of(module.lora_B["default"].weight), 0, architecture.neurons_out(path), out_features)
-            factors[_renumber(path, architecture, layer)] = Factors(A_RI, B_OR)
-    return factors
+            yield path, module.lora_A["default"].weight, module.lora_B["default"].weight
 
 
 def _widened(values: torch.Tensor, dim: int, kept: torch.Tensor | None, size: int) -> torch.Tensor:

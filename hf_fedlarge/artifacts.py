@@ -15,15 +15,27 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import ValidationError
 
-from hf_fedlarge.config import ClientName, Codec, LoraSettings, Record, first_problem
+from hf_fedlarge.config import ClientName, Codec, LoraSettings, first_problem
+from hf_fedlarge.entries import (
+    BaseModelEntry,
+    Contribution,
+    Count,
+    DataFiles,
+    Digest,
+    FileEntry,
+    FileName,
+    HealedEntry,
+    LayerEntry,
+    SurrogateEntry,
+)
 from hf_fedlarge.errors import ArtifactError, OutputError, os_problem
 from hf_fedlarge.ledger import PrivacyEntry
 from hf_fedlarge.records import Growing
-from hf_fedlarge.untrusted import read_json, without_code
+from hf_fedlarge.untrusted import read_json
 
 MANIFEST_NAME = "fedlarge.json"
 _HUB_FILES = {".gitattributes", ".cache", "README.md", "FEDLARGE.md"}
@@ -36,54 +48,6 @@ VARIANCE_WEIGHTS = "server_variance.safetensors"
 CONTROL_WEIGHTS = "control.safetensors"
 UNPUBLISHED_FILES = frozenset({MOMENTUM_WEIGHTS, VARIANCE_WEIGHTS, CONTROL_WEIGHTS})
 SERVER_FILES = frozenset({MOMENTUM_WEIGHTS, VARIANCE_WEIGHTS, CARRY_WEIGHTS})
-
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0, le=2**53)]
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=255)]
-
-
-class FileEntry(Record):
-    """One file of an artifact."""
-
-    size: Count
-    sha256: Digest
-
-
-DataFiles = Annotated[dict[FileName, FileEntry], AfterValidator(without_code)]
-
-
-class BaseModelEntry(Record):
-    """The checkpoint everything goes back to: Hub id or directory name, revision if any, digest of its weights."""
-
-    id: str
-    revision: str | None = None
-    digest: Digest
-    license: str | None = None
-
-
-class LayerEntry(Record):
-    """One layer of the base model: its number there, and the package's block that holds it (None: dropped).
-
-    `neurons` is how many of its feed-forward layer's neurons that block has (None: all).
-    """
-
-    layer: Count
-    block: Count | None
-    neurons: Annotated[int, Field(ge=1)] | None = None
-
-
-class SurrogateEntry(Growing):
-    """What stands for a run of dropped layers: the layers, how its matrix is stored, and how well it fits.
-
-    `unexplained` is the share of the calibration's (weighted) squared change over the run that it does not explain.
-    `rank` is that of a map stored as two matrices; without one it is a single matrix, and isn't written down.
-    """
-
-    later: ClassVar[str | None] = "rank"
-    layers: Annotated[list[Count], Field(min_length=1)]
-    codec: Literal["nf4", "int8", "dense"]
-    unexplained: Annotated[float, Field(ge=0, le=1)]
-    rank: Annotated[int, Field(ge=1)] | None = None
 
 
 class Manifest(Growing):
@@ -116,6 +80,7 @@ class PackageManifest(Manifest):
     """A shrunk model: which layers it kept, what stands for the others, and how each weight is stored."""
 
     max_bytes: ClassVar[int] = 2**20
+    later: ClassVar[str | None] = "healed"
     kind: Literal["package"] = "package"
     files: DataFiles
     base: BaseModelEntry
@@ -124,6 +89,7 @@ class PackageManifest(Manifest):
     embeddings: Literal["int8", "nf4", "bf16"]
     codecs: dict[str, Literal["nf4", "int8", "dense"]]
     surrogates: list[SurrogateEntry] = []
+    healed: HealedEntry | None = None
 
     @property
     def kept_layers(self) -> list[int]:
@@ -152,17 +118,6 @@ class UpdateManifest(Manifest):
     loss_before: float | None = None
     loss_after: float | None = None
     roster: Digest | None = None
-
-
-class Contribution(Record):
-    """One accepted update and the share it had in the aggregate, and by how many rounds it came late."""
-
-    client: str
-    digest: Digest
-    weight: float
-    examples: Count
-    tokens: Count
-    staleness: Count = 0
 
 
 class AdapterManifest(Manifest):

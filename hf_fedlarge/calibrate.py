@@ -19,16 +19,24 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hf_fedlarge.architectures import load_config
-from hf_fedlarge.artifacts import PackageManifest, check_output, writing
+from hf_fedlarge.artifacts import (
+    PackageManifest,
+    check_output,
+    read_manifest,
+    staged_directory,
+    write_manifest,
+    writing,
+)
 from hf_fedlarge.choice import choose
 from hf_fedlarge.config import PackageSettings
 from hf_fedlarge.data import load_examples
 from hf_fedlarge.errors import ConfigError, DataError
 from hf_fedlarge.evaluation import encode_example
-from hf_fedlarge.fit import FitPlan, Fitted, fit
+from hf_fedlarge.fit import FitPlan, Fitted, fit, last_states
+from hf_fedlarge.heal import Healed, Truth, heal
 from hf_fedlarge.layers import parse_layers
-from hf_fedlarge.package import load_tokenizer, stream_checkpoint
-from hf_fedlarge.shrink import ShrinkPlan, plan_shrink, shrink
+from hf_fedlarge.package import load_package, load_tokenizer, stream_checkpoint
+from hf_fedlarge.shrink import CORRECTIONS_NAME, ShrinkPlan, plan_shrink, shrink, write_tensors
 from hf_fedlarge.stdlib_corpus import standard_library_prose
 from hf_fedlarge.tensors import checkpoint_digest
 from hf_fedlarge.walk import Walk
@@ -104,14 +112,22 @@ def plan_package(
 
 
 def calibration_text(checkpoint: Path, settings: PackageSettings) -> list[torch.Tensor]:
-    """The text that `settings` names, as `calibration_sequences` makes them.
+    """The text that `settings` names, as `calibration_sequences` makes them, filled up to `TOKENS`.
+
+    What a small text lacks is taken from Python's documentation: the fits have more unknowns than it has tokens, and
+    some other text tells them more than none.
 
     Raises:
         FedLargeError: it can't be read or used.
     """
-    examples = load_examples(settings.calibration) if settings.calibration else standard_library_prose()
     longest = getattr(load_config(checkpoint), "max_position_embeddings", None) or LENGTH
-    return calibration_sequences(load_tokenizer(checkpoint), examples, length=min(LENGTH, longest))
+    tokenizer, length, found = load_tokenizer(checkpoint), min(LENGTH, longest), []
+    if settings.calibration:
+        found = calibration_sequences(tokenizer, load_examples(settings.calibration), TOKENS, length)
+    missing = TOKENS - length * len(found)
+    if missing >= length:
+        found += calibration_sequences(tokenizer, standard_library_prose(), missing, length)
+    return found
 
 
 def make_package(
@@ -124,6 +140,7 @@ def make_package(
     overwrite: bool = False,
     fitting: Progress | None = None,
     writing: Progress | None = None,
+    healing: Progress | None = None,
 ) -> PackageManifest:
     """Fit what the plan needs fitted on calibration text, and write the package.
 
@@ -136,6 +153,7 @@ def make_package(
         output, base_id, revision, overwrite: see `shrink.shrink`.
         fitting: called with the layers that are fitted.
         writing: called with the bytes that are written.
+        healing: called with the steps of healing that are done.
 
     Raises:
         FedLargeError: as `shrink.shrink`, or the calibration text can't be used.
@@ -143,7 +161,7 @@ def make_package(
     check_output(output, overwrite)
     options = {"base_id": base_id, "revision": revision, "overwrite": overwrite, "progress": writing}
     surrogate_codec = _CODECS[settings.surrogate_codec] if settings.surrogate != "none" and plan.dropped else None
-    if surrogate_codec is None and not plan.widths:
+    if surrogate_codec is None and not plan.widths and not settings.heal_steps:
         return shrink(plan, output, **options)
     sequences = plan.sequences or calibration_text(plan.checkpoint, settings)
     full = plan.architecture
@@ -153,7 +171,54 @@ def make_package(
     )
     with _fit_directory(output, plan, fit_plan, sequences) as work:
         fitted = fit_package(plan, fit_plan, sequences, work, fitting)
-        return shrink(plan, output, fitted=fitted, **options)
+        if not settings.heal_steps:
+            return shrink(plan, output, fitted=fitted, **options)
+        whole = work / "package"
+        if not whole.exists():
+            shrink(plan, whole, fitted=fitted, stock=False, **options | {"overwrite": False})
+        healed = heal_package(whole, plan, settings, torch.cat(list(sequences)), last_states(work), healing)
+        return with_corrections(whole, output, healed, overwrite)
+
+
+def heal_package(
+    package: Path,
+    plan: ShrinkPlan,
+    settings: PackageSettings,
+    ids: torch.Tensor,
+    states: torch.Tensor,
+    progress: Progress | None = None,
+) -> Healed:
+    """`heal.heal` for a package that was fitted.
+
+    Args:
+        package: without corrections.
+        plan: what it was made by.
+        settings: rank and steps.
+        ids: the calibration text (T, S).
+        states: the full model's after its last block, (T, S, D).
+        progress: called with the steps that are done.
+    """
+    teacher = Walk(stream_checkpoint(plan.checkpoint), ids[:1])
+    true = [teacher.finish(some, own) for some, own in zip(states.split(1), ids.split(1), strict=True)]
+    model = load_package(package, verify=False)
+    return heal(model, Truth(ids, torch.cat(true), teacher.head), settings.heal_rank, settings.heal_steps, 0, progress)
+
+
+def with_corrections(package: Path, output: Path, healed: Healed, overwrite: bool) -> PackageManifest:
+    """Write a package with its corrections, if it has any.
+
+    Raises:
+        OutputError: `output` exists or can't be written.
+    """
+    manifest = read_manifest(package, PackageManifest)
+    with staged_directory(output, overwrite=overwrite) as staging:
+        for name in manifest.files:
+            shutil.copy2(package / name, staging / name)
+        if healed.tensors:
+            files = manifest.files | {CORRECTIONS_NAME: write_tensors(staging / CORRECTIONS_NAME, healed.tensors)}
+            manifest = manifest.model_copy(update={"files": files, "healed": healed.entry})
+        write_manifest(staging, manifest)
+    return manifest
 
 
 def fit_package(

@@ -20,15 +20,8 @@ import yaml
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from hf_fedlarge.artifacts import (
-    AdapterManifest,
-    BaseModelEntry,
-    CheckpointManifest,
-    Contribution,
-    PackageManifest,
-    manifest_kind,
-    read_manifest,
-)
+from hf_fedlarge.artifacts import AdapterManifest, CheckpointManifest, PackageManifest, manifest_kind, read_manifest
+from hf_fedlarge.entries import BaseModelEntry, Contribution
 from hf_fedlarge.errors import ArtifactError
 from hf_fedlarge.layers import format_ranges
 from hf_fedlarge.ledger import PrivacyEntry
@@ -187,6 +180,7 @@ def _package_facts(manifest: PackageManifest, run: Summary) -> list[tuple[str, A
             )
             or "none",
         ),
+        ("corrections of its matrices", _healed(manifest)),
         ("embeddings", manifest.embeddings),
         (
             "codecs, and how many weights",
@@ -195,6 +189,13 @@ def _package_facts(manifest: PackageManifest, run: Summary) -> list[tuple[str, A
         ("size", _bytes(manifest.total_bytes)),
         ("digest of this package", _code(manifest.digest)),
     ]
+
+
+def _healed(manifest: PackageManifest) -> str:
+    if (healed := manifest.healed) is None:
+        return "none"
+    moved = f"from {healed.without:.3g} to {healed.divergence:.3g} nats a token"
+    return f"of rank {healed.rank}; they bring KL(full model ‖ package) on calibration text {moved}"
 
 
 def _neurons(manifest: PackageManifest) -> str:

@@ -89,6 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--surrogate-codec", choices=("nf4", "int8", "bf16"), default="nf4", help="its storage (nf4)")
     one.add_argument("--surrogate-rank", type=int, metavar="R", help="make it two thin matrices (one of full rank)")
     one.add_argument("--calibration", metavar="DATA", help="public text to fit on (Python's documentation)")
+    one.add_argument("--heal-steps", type=int, default=0, metavar="N", help="of distillation on that text (0)")
+    one.add_argument("--heal-rank", type=int, default=8, metavar="R", help="of the corrections it makes (8)")
     one.add_argument("--embeddings", choices=("int8", "nf4", "bf16"), default="int8", help="embedding and head (int8)")
     one.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     add_overwrite(one)
@@ -178,6 +180,7 @@ def _shrink(options: argparse.Namespace) -> None:
     with (
         progress_bar("fitting", plan.layers, " layers") as fitting,
         progress_bar("shrinking", plan.package_bytes) as writing,
+        progress_bar("healing", settings.heal_steps, " steps") as healing,
     ):
         manifest = make_package(
             plan,
@@ -188,9 +191,14 @@ def _shrink(options: argparse.Namespace) -> None:
             overwrite=options.overwrite,
             fitting=fitting,
             writing=writing,
+            healing=healing,
         )
     for entry in manifest.surrogates:
         print(f"surrogate for {format_ranges(entry.layers)}: explains {1 - entry.unexplained:.1%} of what they change")
+    if healed := manifest.healed:
+        print(f"healed: KL of the full model to it {healed.divergence:.3f} nats a token, {healed.without:.3f} before")
+    elif settings.heal_steps:
+        print("healing made the package no more like the full model and was left out; give more text or fewer steps")
     print(f"{options.output}: {manifest.total_bytes / 1e6:.1f} MB, digest {manifest.digest[:12]}")
 
 

@@ -16,7 +16,6 @@ from hf_fedlarge.architectures import Architecture, describe
 from hf_fedlarge.artifacts import (
     CONTROL_WEIGHTS,
     AdapterManifest,
-    Contribution,
     PackageManifest,
     UpdateManifest,
     check_output,
@@ -25,6 +24,7 @@ from hf_fedlarge.artifacts import (
 )
 from hf_fedlarge.combine import Part, combine
 from hf_fedlarge.config import AggregationSettings, Codec, LoraSettings, first_problem
+from hf_fedlarge.entries import Contribution
 from hf_fedlarge.errors import ArtifactError, ConfigError, UpdateRefusedError
 from hf_fedlarge.keys import AllowedKeys, read_allowed, read_signature
 from hf_fedlarge.ledger import Draw

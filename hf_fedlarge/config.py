@@ -18,7 +18,6 @@ LayerChoice = Literal["uniform", "influence", "loss", "gradient"]
 CodecName = Literal["fp32", "bf16", "int8", "nf4", "topk"]
 TopkShare = Annotated[float, Field(gt=0, le=1)]
 ClientName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
-_NEURONS = 2 / 3
 
 
 class LoraSettings(Record):
@@ -71,8 +70,8 @@ class DataConfig(Record):
     """Where the examples come from and how they are split among clients.
 
     `source` is a file, a `datasets` Hub id (with its `hub_split` and `hub_revision`) or `stdlib`; `split` is `column`
-    (one client a value of `column`), `iid` or `dirichlet` (label skew over `column`). A share of each client's
-    examples is held out for evaluation. `memory` is what the clients say they have, in turn (None: this machine's).
+    (a client a value), `iid` or `dirichlet` (label skew over `column`). A share of each client's examples is held out
+    for evaluation. `memory` is what the clients say they have, in turn (None: this machine's).
     """
 
     source: str
@@ -92,11 +91,10 @@ class PackageSettings(Record):
 
     `keep_layers` is a count, a fraction or layer numbers, `layer_choice` how that many are chosen: evenly, or by what
     they do on calibration text. `keep_neurons` is the share of its neurons that the feed-forward layer of each kept one
-    keeps. Where only one of the two is given the other is 1; where none is, all layers stay with two thirds of their
-    neurons, which takes as many bytes as three quarters of the layers and serves much better (`docs/transfer.md`).
-    `surrogate` is what stands for dropped layers, `surrogate_rank` that map's rank (None: full). It and the matrices of
-    the kept ones are fitted on `calibration`: public text, a file or a Hub data set (None: Python's documentation,
-    which comes with the interpreter).
+    keeps. Where only one of the two is given the other is 1; where none is, all layers stay with two thirds of theirs.
+    `surrogate` stands for dropped layers; `surrogate_rank` is its rank (None: full). It and the kept ones' matrices are
+    fitted on `calibration`, public text filled up with Python's documentation (None: that alone); `heal_steps` of
+    distillation on it make corrections of the rank `heal_rank` for all matrices (`heal.py`).
     """
 
     keep_layers: str | int | float | list[int] | None = None
@@ -106,13 +104,15 @@ class PackageSettings(Record):
     surrogate_codec: SurrogateCodec = "nf4"
     surrogate_rank: Annotated[int, Field(ge=1)] | None = None
     calibration: str | None = None
+    heal_steps: Annotated[int, Field(ge=0)] = 0
+    heal_rank: Annotated[int, Field(ge=1)] = 8
     embeddings: Embeddings = "int8"
 
     @property
     def kept(self) -> tuple[str | int | float | list[int], float]:
         """What stays: layers, and the share of the neurons of each."""
         if self.keep_layers is None:
-            return 1.0, _NEURONS if self.keep_neurons is None else self.keep_neurons
+            return 1.0, 2 / 3 if self.keep_neurons is None else self.keep_neurons
         return self.keep_layers, 1.0 if self.keep_neurons is None else self.keep_neurons
 
 

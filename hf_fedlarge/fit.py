@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import nn
 
 from hf_fedlarge.architectures import Architecture
-from hf_fedlarge.artifacts import SurrogateEntry
+from hf_fedlarge.entries import SurrogateEntry
 from hf_fedlarge.neurons import NeuronFit
 from hf_fedlarge.rounding import dense, round_trip
 from hf_fedlarge.surrogate import RIDGE, Regression, store_surrogate
@@ -127,6 +127,11 @@ def fit(
         if progress:
             progress(layer + 1)
     return journal.results()
+
+
+def last_states(work: Path) -> torch.Tensor:
+    """The full model's states after its last block, (T, S, D) for T sequences, of a fit that is done."""
+    return torch.cat(_Journal(work).resume()[1])
 
 
 def _fit_block(

@@ -31,11 +31,7 @@ from hf_fedlarge.artifacts import (
     MANIFEST_NAME,
     UNPUBLISHED_FILES,
     AdapterManifest,
-    BaseModelEntry,
     CheckpointManifest,
-    Digest,
-    FileEntry,
-    FileName,
     check_output,
     file_entry,
     read_manifest,
@@ -46,6 +42,7 @@ from hf_fedlarge.artifacts import (
 )
 from hf_fedlarge.blocks import ROUNDED_DTYPES, add_product, in_order, workers
 from hf_fedlarge.config import LoraSettings, Record
+from hf_fedlarge.entries import BaseModelEntry, Digest, FileEntry, FileName
 from hf_fedlarge.errors import ArtifactError, OutputError
 from hf_fedlarge.tensors import (
     INDEX_NAME,

@@ -23,9 +23,10 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import psutil
 from pydantic import Field, ValidationError, model_validator
 
-from hf_fedlarge.artifacts import MANIFEST_NAME, Count, Digest
+from hf_fedlarge.artifacts import MANIFEST_NAME
 from hf_fedlarge.config import ClientName, Codec, Record, first_problem
 from hf_fedlarge.data import load_examples
+from hf_fedlarge.entries import Count, Digest
 from hf_fedlarge.errors import ArtifactError, ConfigError
 from hf_fedlarge.store import Store
 from hf_fedlarge.untrusted import parse_json, printable

@@ -19,6 +19,8 @@ from transformers import (
 
 from hf_fedlarge.architectures import Architecture, describe, empty_model, load_config, logit_transform
 from hf_fedlarge.artifacts import PackageManifest, read_manifest, verify_files
+from hf_fedlarge.corrections import corrected, is_correctable
+from hf_fedlarge.entries import HealedEntry
 from hf_fedlarge.errors import ArtifactError
 from hf_fedlarge.layers import format_ranges
 from hf_fedlarge.loss import StreamedHead
@@ -94,7 +96,16 @@ def load_package(
     architecture = package_architecture(directory, manifest)
     surrogates = _surrogates(manifest, tensors, config.hidden_size, dtype, torch.device(device))
     model = _assemble(
-        directory, config, architecture, tensors, manifest.codecs, dtype, device, micro_batch_size, surrogates
+        directory,
+        config,
+        architecture,
+        tensors,
+        manifest.codecs,
+        dtype,
+        device,
+        micro_batch_size,
+        surrogates,
+        healed=manifest.healed,
     )
     model.package = manifest
     return model
@@ -206,6 +217,7 @@ def _assemble(
     micro_batch_size: int | None = None,
     surrogates: dict[int, tuple[list[FrozenWeight], torch.Tensor]] | None = None,
     stored_as: Mapping[str, str] | None = None,
+    healed: HealedEntry | None = None,
 ) -> PreTrainedModel:
     """An empty model with its vectors filled in, whose matrices stream from `tensors`."""
     device = torch.device(device)
@@ -223,6 +235,8 @@ def _assemble(
         # A checkpoint keeps GPT-2's matrices as the model has them, a package as bitsandbytes wants them.
         turned = architecture.is_transposed(name) and codec != "dense"
         weights[name] = decode(name, codec, tensors, shape=(shape[1], shape[0]) if turned else shape)
+        if healed and is_correctable(architecture, name, codec):
+            weights[name] = corrected(name, weights[name], healed.rank, tensors)
         if stored_as and name in stored_as:
             rounded = RoundedWeight(weights[name], stored_as[name], architecture.is_transposed(name))
             # Rows of an embedding are looked up one by one, blocks are read whole.

@@ -20,9 +20,6 @@ from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from hf_fedlarge.architectures import Architecture, describe, empty_model, load_config, shrink_config
 from hf_fedlarge.artifacts import (
-    BaseModelEntry,
-    FileEntry,
-    LayerEntry,
     PackageManifest,
     check_output,
     file_entry,
@@ -33,6 +30,7 @@ from hf_fedlarge.artifacts import (
 from hf_fedlarge.blocks import in_order, workers
 from hf_fedlarge.cards import read_license
 from hf_fedlarge.config import Embeddings
+from hf_fedlarge.entries import BaseModelEntry, FileEntry, LayerEntry
 from hf_fedlarge.errors import ArtifactError, ConfigError
 from hf_fedlarge.fit import Fitted
 from hf_fedlarge.layers import format_ranges, parse_layers
@@ -50,6 +48,7 @@ from hf_fedlarge.untrusted import CODE_SUFFIXES
 
 MAX_SHARD_BYTES = 2**30
 FITTED_NAME = "fitted.safetensors"
+CORRECTIONS_NAME = "corrections.safetensors"
 _ROW_BLOCK_VALUES = 2 * 2**20
 # Everything besides config and weights that a model directory needs to be used; never code.
 _COMPANIONS = (
@@ -223,6 +222,7 @@ def shrink(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
     fitted: Fitted | None = None,
+    stock: bool = True,
 ) -> PackageManifest:
     """Write the package that `plan` describes.
 
@@ -234,6 +234,7 @@ def shrink(
         overwrite: replace a package that is there already.
         progress: called with the bytes that are written, of `ShrinkPlan.package_bytes`.
         fitted: from `fit.fit`, for a plan by which neurons go or surrogates are wanted.
+        stock: whether stock transformers may load it, if it can; not where corrections will be added.
 
     Raises:
         OutputError: `output` exists or can't be written.
@@ -279,8 +280,8 @@ def shrink(
             write_json(staging / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
         extras = fitted.tensors | {indices_name(layer): kept.to(torch.int32) for layer, kept in fitted.neurons.items()}
         if extras:
-            files[FITTED_NAME] = _write_tensors(staging / FITTED_NAME, extras)
-        _write_config(staging, small_config, small, plan, stock=plan.embeddings == "bf16" and not extras)
+            files[FITTED_NAME] = write_tensors(staging / FITTED_NAME, extras)
+        _write_config(staging, small_config, small, plan, stock=stock and plan.embeddings == "bf16" and not extras)
         _copy_companions(plan.checkpoint, staging)
         manifest = PackageManifest(
             files=files | {path.name: file_entry(path) for path in sorted(staging.iterdir()) if path.name not in files},
@@ -346,7 +347,8 @@ def _rows(
     return reader.read_rows(source, start, stop)
 
 
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileEntry:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileEntry:
+    """Write tensors to one file; its size and digest."""
     # Wider types first, so that every tensor is aligned to its type when the file is mapped.
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     with SafetensorsWriter(

@@ -28,7 +28,6 @@ from hf_fedlarge.artifacts import (
     KINDS,
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
-    FileEntry,
     ManifestT,
     manifest_kind,
     read_manifest,
@@ -36,6 +35,7 @@ from hf_fedlarge.artifacts import (
     staged_directory,
     verify_files,
 )
+from hf_fedlarge.entries import FileEntry
 from hf_fedlarge.errors import ArtifactError, OutputError, StoreError
 from hf_fedlarge.remote import RemoteFiles
 

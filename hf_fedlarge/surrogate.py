@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_fedlarge.artifacts import SurrogateEntry
+from hf_fedlarge.entries import SurrogateEntry
 from hf_fedlarge.linear import FrozenLinear
 from hf_fedlarge.quantize import FrozenWeight
 from hf_fedlarge.rounding import dense, round_trip

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hf_fedlarge.artifacts import FileEntry, file_entry, sha256_of
+from hf_fedlarge.artifacts import file_entry, sha256_of
+from hf_fedlarge.entries import FileEntry
 from hf_fedlarge.errors import ArtifactError
 
 INDEX_NAME = "model.safetensors.index.json"

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_fedlarge.loss import StreamedHead
 from hf_fedlarge.memory import give_back_freed_memory
 
 
@@ -93,6 +94,12 @@ class Walk:
         with self._forwards(self._blocks, self._gives(lambda _: hidden)):
             return float(self._model(ids.to(self._device), labels=ids.to(self._device)).loss)
 
+    @torch.no_grad()
+    def finish(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """What the model's head is given, (B, S, D), where the last block's output for `ids` (B, S) is `hidden`."""
+        with self._forwards(self._blocks, self._gives(lambda _: hidden)):
+            return self._model.base_model(ids.to(self._device), use_cache=False).last_hidden_state
+
     @contextmanager
     def replaced(self, number: int, function: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
         """Within it, the model has `function` of the hidden states in the place of block `number`."""
@@ -103,6 +110,11 @@ class Walk:
         """Take the pages of the model's files from this process, and from the allocator what it keeps."""
         self._model.mapped.forget()
         give_back_freed_memory()
+
+    @property
+    def head(self) -> StreamedHead:
+        """The model's."""
+        return self._model.streamed_head
 
     @property
     def _device(self) -> torch.device:

@@ -11,11 +11,7 @@ from hf_fedlarge import artifacts
 from hf_fedlarge.artifacts import (
     MANIFEST_NAME,
     AdapterManifest,
-    BaseModelEntry,
     CheckpointManifest,
-    Contribution,
-    FileEntry,
-    LayerEntry,
     PackageManifest,
     UpdateManifest,
     check_output,
@@ -27,6 +23,7 @@ from hf_fedlarge.artifacts import (
     write_manifest,
 )
 from hf_fedlarge.config import LoraSettings
+from hf_fedlarge.entries import BaseModelEntry, Contribution, FileEntry, LayerEntry
 from hf_fedlarge.errors import ArtifactError, OutputError
 
 MISSING = object()

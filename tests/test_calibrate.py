@@ -8,11 +8,12 @@ from families import make_checkpoint, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_fedlarge.artifacts import PackageManifest, read_manifest, verify_files
-from hf_fedlarge.calibrate import calibration_sequences, make_package, plan_package
+from hf_fedlarge.calibrate import calibration_sequences, calibration_text, make_package, plan_package
 from hf_fedlarge.choice import choose
 from hf_fedlarge.config import PackageSettings
+from hf_fedlarge.data import load_examples
 from hf_fedlarge.errors import ArtifactError, ConfigError, DataError
-from hf_fedlarge.package import load_package
+from hf_fedlarge.package import load_package, load_tokenizer
 from hf_fedlarge.stdlib_corpus import standard_library_prose
 
 IDS = torch.randint(4, 260, (6, 1, 32), generator=torch.Generator().manual_seed(0))
@@ -61,6 +62,20 @@ def test_own_text_can_be_given(checkpoint, tmp_path):
     with pytest.raises(DataError, match="calibration text has"):
         package_of(checkpoint, tmp_path / "short", calibration=str(data))
     assert not (tmp_path / "short").exists()
+
+
+def test_a_small_text_is_filled_up_with_python_s_documentation(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_fedlarge.calibrate.TOKENS", 1024)
+    data = tmp_path / "text.jsonl"
+    documentation = torch.cat(calibration_text(checkpoint, PackageSettings()))
+    for words, own in ((60, 3), (600, 8)):
+        data.write_text(json.dumps({"text": "ab cdef " * words}) + "\n")
+        found = torch.cat(calibration_text(checkpoint, PackageSettings(calibration=str(data))))
+        given = calibration_sequences(load_tokenizer(checkpoint), load_examples(str(data)), tokens=1024)
+        assert found.shape == documentation.shape == (8, 128)
+        assert len(given) == own
+        assert torch.equal(found[:own], torch.cat(given))
+        assert torch.equal(found[own:], documentation[: 8 - own])
 
 
 def test_no_surrogate_where_none_is_asked_for_or_nothing_is_dropped(checkpoint, tmp_path):

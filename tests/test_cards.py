@@ -8,18 +8,15 @@ from markdown_it import MarkdownIt
 
 from hf_fedlarge.artifacts import (
     AdapterManifest,
-    BaseModelEntry,
     CheckpointManifest,
-    Contribution,
-    LayerEntry,
     PackageManifest,
-    SurrogateEntry,
     UpdateManifest,
     describe_files,
     write_manifest,
 )
 from hf_fedlarge.cards import MARKER, PRIVACY, format_ranges, render_card
 from hf_fedlarge.config import LoraSettings
+from hf_fedlarge.entries import BaseModelEntry, Contribution, HealedEntry, LayerEntry, SurrogateEntry
 from hf_fedlarge.errors import ArtifactError
 
 BASE = BaseModelEntry(id="org/base", revision="b" * 40, digest="0" * 64, license="apache-2.0")
@@ -115,6 +112,7 @@ def test_package_card_tells_layers_codecs_and_base(tmp_path):
     assert facts["layers kept"] == "3 of 4: 0-1, 3"
     assert facts["layers dropped"] == "2"
     assert facts["embeddings"] == "int8"
+    assert facts["corrections of its matrices"] == "none"
     assert facts["codecs, and how many weights"] == (
         "dense (not quantized): 1; nf4 (4-bit NormalFloat in blocks of 64, their scales quantized again): 2"
     )
@@ -160,6 +158,15 @@ def test_package_card_tells_of_neurons(tmp_path):
     plain = render_card(make_package(tmp_path / "q", "bf16"), "me/small", None)
     assert ["neurons kept in their feed-forward layers", "all"] in rows(plain)
     assert "AutoModelForCausalLM" in plain
+
+
+def test_package_card_tells_of_corrections(tmp_path):
+    healed = HealedEntry(rank=8, without=0.51234, divergence=0.3)
+    card = render_card(make_package(tmp_path / "p", "bf16", healed=healed), "me/small", None)
+    facts = {row[0]: row[1] for row in rows(card) if len(row) == 2}
+    assert facts["corrections of its matrices"].startswith("of rank 8;")
+    assert "from 0.512 to 0.3 nats a token" in facts["corrections of its matrices"]
+    assert "AutoModelForCausalLM" not in card
 
 
 def test_adapter_card_without_a_summary_uses_the_manifest_and_invents_nothing(tmp_path):

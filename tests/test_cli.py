@@ -93,6 +93,7 @@ def test_overwrite_replaces_only_what_is_ours(home, tmp_path, capsys):
         ("shrink {home}/checkpoint -o {out} --keep-layers 0.0", "keeps no valid share"),
         ("shrink {home}/checkpoint -o {out} --keep-layers two", "can't be read at 'two'"),
         ("shrink {home}/checkpoint -o {out} --keep-neurons 0", "--keep-neurons 0.0 is out of range"),
+        ("shrink {home}/checkpoint -o {out} --heal-steps -1", "heal_steps: Input should be greater than"),
         ("shrink {home}/checkpoint -o {out} --surrogate-rank 0", "surrogate_rank: Input should be greater than"),
         ("shrink {home}/checkpoint -o {out} --keep-neurons nan", "keep_neurons: Input should be a finite number"),
         ("shrink {home}/checkpoint -o {home}/update", "exists already"),

@@ -17,14 +17,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from hf_fedlarge.adapters import ADAPTER_WEIGHTS, attach_lora
-from hf_fedlarge.artifacts import (
-    MANIFEST_NAME,
-    AdapterManifest,
-    UpdateManifest,
-    read_manifest,
-    sha256_of,
-    verify_files,
-)
+from hf_fedlarge.artifacts import MANIFEST_NAME, AdapterManifest, UpdateManifest, read_manifest, sha256_of, verify_files
 from hf_fedlarge.cli import main
 from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import Codec

@@ -23,7 +23,6 @@ from hf_fedlarge.adapters import initial_factors, write_adapter
 from hf_fedlarge.architectures import describe
 from hf_fedlarge.artifacts import (
     AdapterManifest,
-    BaseModelEntry,
     CheckpointManifest,
     describe_files,
     read_manifest,
@@ -31,6 +30,7 @@ from hf_fedlarge.artifacts import (
     write_manifest,
 )
 from hf_fedlarge.config import LoraSettings
+from hf_fedlarge.entries import BaseModelEntry
 from hf_fedlarge.errors import ArchitectureError, ArtifactError, OutputError
 from hf_fedlarge.merge import STATE_NAME, merge, plan_merge
 from hf_fedlarge.tensors import INDEX_NAME, CheckpointReader, Factors, SafetensorsWriter, checkpoint_digest, shard_names

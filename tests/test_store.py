@@ -14,7 +14,6 @@ from hf_fedlarge.artifacts import (
     MANIFEST_NAME,
     SERVER_FILES,
     AdapterManifest,
-    BaseModelEntry,
     PackageManifest,
     UpdateManifest,
     describe_files,
@@ -23,6 +22,7 @@ from hf_fedlarge.artifacts import (
     write_manifest,
 )
 from hf_fedlarge.config import LoraSettings
+from hf_fedlarge.entries import BaseModelEntry
 from hf_fedlarge.errors import ArtifactError, ConfigError, OutputError, StoreError
 from hf_fedlarge.retention import discard
 from hf_fedlarge.store import Store

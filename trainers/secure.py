@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hf_fedlarge import secagg
-from hf_fedlarge.artifacts import Digest, UpdateManifest, read_manifest, write_json
+from hf_fedlarge.artifacts import UpdateManifest, read_manifest, write_json
 from hf_fedlarge.ciphers import check_that_secrets_can_be_shared
 from hf_fedlarge.config import ClientName
+from hf_fedlarge.entries import Digest
 from hf_fedlarge.errors import ArtifactError, StoreError
 from hf_fedlarge.keys import read_allowed, read_key
 from hf_fedlarge.orders import (
