@@ -174,8 +174,7 @@ def make_package(
         if not settings.heal_steps:
             return shrink(plan, output, fitted=fitted, **options)
         whole = work / "package"
-        if not whole.exists():
-            shrink(plan, whole, fitted=fitted, stock=False, **options | {"overwrite": False})
+        shrink(plan, whole, fitted=fitted, stock=False, **options | {"overwrite": True})
         healed = heal_package(whole, plan, settings, torch.cat(list(sequences)), last_states(work), healing)
         return with_corrections(whole, output, healed, overwrite)
 
@@ -195,13 +194,16 @@ def heal_package(
         plan: what it was made by.
         settings: rank and steps.
         ids: the calibration text (T, S).
-        states: the full model's after its last block, (T, S, D).
+        states: the full model's after its last block, (T, S, D); written over.
         progress: called with the steps that are done.
     """
     teacher = Walk(stream_checkpoint(plan.checkpoint), ids[:1])
-    true = [teacher.finish(some, own) for some, own in zip(states.split(1), ids.split(1), strict=True)]
+    for state, own in zip(states, ids, strict=True):  # in place, for there are many
+        state.copy_(teacher.finish(state[None], own[None])[0])
+    truth = Truth(ids, states, teacher.head)
+    teacher.forget()
     model = load_package(package, verify=False)
-    return heal(model, Truth(ids, torch.cat(true), teacher.head), settings.heal_rank, settings.heal_steps, 0, progress)
+    return heal(model, truth, settings.heal_rank, settings.heal_steps, progress=progress)
 
 
 def with_corrections(package: Path, output: Path, healed: Healed, overwrite: bool) -> PackageManifest:
