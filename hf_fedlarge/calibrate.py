@@ -6,6 +6,7 @@ memory.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import shutil
 import sys
@@ -176,6 +177,8 @@ def make_package(
         whole = work / "package"
         shrink(plan, whole, fitted=fitted, stock=False, **options | {"overwrite": True})
         healed = heal_package(whole, plan, settings, torch.cat(list(sequences)), last_states(work), healing)
+        if healed is None:
+            return shrink(plan, output, fitted=fitted, **options)
         return with_corrections(whole, output, healed, overwrite)
 
 
@@ -186,7 +189,7 @@ def heal_package(
     ids: torch.Tensor,
     states: torch.Tensor,
     progress: Progress | None = None,
-) -> Healed:
+) -> Healed | None:
     """`heal.heal` for a package that was fitted.
 
     Args:
@@ -202,12 +205,14 @@ def heal_package(
         state.copy_(teacher.finish(state[None], own[None])[0])
     truth = Truth(ids, states, teacher.head)
     teacher.forget()
+    del teacher
+    gc.collect()  # models are cycles, and hold an arena each
     model = load_package(package, verify=False)
     return heal(model, truth, settings.heal_rank, settings.heal_steps, progress=progress)
 
 
 def with_corrections(package: Path, output: Path, healed: Healed, overwrite: bool) -> PackageManifest:
-    """Write a package with its corrections, if it has any.
+    """Write a package with its corrections.
 
     Raises:
         OutputError: `output` exists or can't be written.
@@ -216,9 +221,8 @@ def with_corrections(package: Path, output: Path, healed: Healed, overwrite: boo
     with staged_directory(output, overwrite=overwrite) as staging:
         for name in manifest.files:
             shutil.copy2(package / name, staging / name)
-        if healed.tensors:
-            files = manifest.files | {CORRECTIONS_NAME: write_tensors(staging / CORRECTIONS_NAME, healed.tensors)}
-            manifest = manifest.model_copy(update={"files": files, "healed": healed.entry})
+        files = manifest.files | {CORRECTIONS_NAME: write_tensors(staging / CORRECTIONS_NAME, healed.tensors)}
+        manifest = manifest.model_copy(update={"files": files, "healed": healed.entry})
         write_manifest(staging, manifest)
     return manifest
 

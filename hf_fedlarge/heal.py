@@ -50,7 +50,7 @@ class Truth:
 
 
 class Healed(NamedTuple):
-    """The tensors of corrections as a package has them, and what is said of them; no tensors: they were of no use."""
+    """Corrections that were of use: their tensors as a package has them, and what is said of them."""
 
     tensors: dict[str, torch.Tensor]
     entry: HealedEntry
@@ -63,7 +63,7 @@ def heal(
     steps: int,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
-) -> Healed:
+) -> Healed | None:
     """Train corrections for a package.
 
     Args:
@@ -75,15 +75,13 @@ def heal(
         progress: called with the steps that are done.
 
     Returns:
-        Parameter name in the package → A (R, in) and B (out, R), fp32; and the divergences before and after.
+        None: they don't lower the divergence on the text that is kept apart.
     """
     lora = LoraSettings(rank=rank, alpha=float(rank))
-    architecture, layers = model.architecture, model.package.kept_layers
+    architecture, blocks = model.architecture, list(range(model.architecture.layers))  # by the package's own numbers
     adapted = attach_lora(model, architecture, lora)
-    adapted.eval()  # no dropout, but for what is trained
-    set_factors(
-        adapted, initial_factors(architecture, list(range(architecture.layers)), lora, seed), architecture, layers
-    )
+    adapted.eval()  # without the model's own dropout
+    set_factors(adapted, initial_factors(architecture, blocks, lora, seed), architecture, blocks)
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -105,6 +103,8 @@ def heal(
         optimizer.zero_grad(set_to_none=True)
         if progress:
             progress(step + 1)
+    if not all(parameter.isfinite().all() for parameter in parameters):
+        return None
     tensors: dict[str, torch.Tensor] = {}
     for path, A, B in adapter_parameters(adapted):
         name = f"{path}.weight"
@@ -116,8 +116,8 @@ def heal(
         A.data.copy_(values.A_RI)
         B.data.copy_(values.B_OR)
     after = _mean_divergence(model, truth, apart)
-    entry = HealedEntry(rank=rank, without=before, divergence=after)
-    return Healed(tensors if after < before else {}, entry)
+    # Nor where either is not a number.
+    return Healed(tensors, HealedEntry(rank=rank, without=before, divergence=after)) if after < before else None
 
 
 def divergence(
@@ -136,7 +136,7 @@ def divergence(
     for given_ND, wanted_ND in zip(hidden_ND.detach().split(_POSITIONS), true_ND.split(_POSITIONS), strict=True):
         given_ND.requires_grad_(with_gradient)
         with torch.no_grad():
-            wanted_NV = _log_probabilities(true_head, wanted_ND)
+            wanted_NV = _log_probabilities(true_head, wanted_ND).to(hidden_ND.device)
         with torch.set_grad_enabled(with_gradient):
             given_NV = _log_probabilities(head, given_ND)
             loss = nn.functional.kl_div(given_NV, wanted_NV, log_target=True, reduction="sum") / len(hidden_ND)

@@ -163,11 +163,12 @@ class OrderDocument(Record):
         So clients that were told to train otherwise, from another adapter, or to round or weigh otherwise, have other
         masks, which don't vanish from their sum.
         """
-        terms = self.model_dump(mode="json", include=_TERMS)
-        terms["secure"] = self.secure.model_dump(mode="json", include={"limit", "weighting", "most"})
-        terms["given"] = [self.work[0].package, self.work[0].adapter]
-        digest = hashlib.sha256(json.dumps(terms, sort_keys=True).encode()).hexdigest()
-        return f"{self.run}/{self.round}/{self.attempt}/{digest}"
+        how = self.secure.model_dump(mode="json", include={"limit", "weighting", "most"})
+        return f"{self.run}/{self.round}/{self.attempt}/{_digest([self.terms(self.work[0]), how])}"
+
+    def terms(self, work: Work) -> str:
+        """A digest of all that decides what training for this order and this work gives."""
+        return _digest([self.model_dump(mode="json", include=_TERMS), work.package, work.adapter])
 
     @property
     def step(self) -> tuple[str, int, int, str]:
@@ -182,6 +183,11 @@ class OrderDocument(Record):
     def answer_name(self) -> str:
         """The file that completes an answer in the inbox."""
         return _ANSWERS[self.secure.stage] if self.secure else MANIFEST_NAME
+
+    @property
+    def is_later_stage(self) -> bool:
+        """Whether who answers has trained for it already."""
+        return self.secure is not None and self.secure.stage != "keys"
 
     @property
     def is_last_stage(self) -> bool:
@@ -238,6 +244,10 @@ class VerdictDocument(Record):
 DocumentT = TypeVar("DocumentT", bound=Record)
 
 
+def _digest(said: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
 def inbox(round_number: int, client: str | None = None, attempt: int | None = None) -> str:
     """Where the updates of a round go, or one client's for an attempt at it."""
     home = f"{INBOX}/{round_number:04d}"
@@ -277,6 +287,11 @@ def secure(round_number: int, attempt: int | None = None) -> str:
     """Where the server leaves what clients get in an attempt at a round with secure aggregation, or in all of them."""
     home = f"{SECURE}/{round_number:04d}"
     return home if attempt is None else f"{home}/{attempt}"
+
+
+def boxes_name(client: str) -> str:
+    """Where, in the home of an attempt, the boxes for a client are; a client may have any name."""
+    return f"boxes/{client}.json"
 
 
 def as_bytes(document: Record) -> bytes:

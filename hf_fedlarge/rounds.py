@@ -194,12 +194,14 @@ class _Federation:
         path = self.run / "federation.json"
         found = json.loads(path.read_text()) if path.exists() else None
         if found is not None:
+            # What a run from before a setting was there did is what the setting does by default.
+            before = {name: field.default for name, field in type(self.config).model_fields.items()} | found["settings"]
             # More rounds, another budget, other clients or another way to start them don't change what was committed.
             changed = sorted(
                 key
                 for key in (self.settings.keys() | found["settings"].keys())
                 - {"rounds", "launcher", "budget", "clients"}
-                if self.settings.get(key) != found["settings"].get(key)
+                if self.settings.get(key) != before.get(key)
             )
             if changed:
                 raise ConfigError(

@@ -38,6 +38,7 @@ from hf_fedlarge.orders import (
     SecureOrder,
     Stage,
     as_bytes,
+    boxes_name,
     inbox,
     read_document,
     secure,
@@ -97,6 +98,8 @@ class SecureRound:
         if self._server.stage(self._order, "keys"):
             return
         waiting = self._server.unheard(self._order)
+        if not waiting:  # all of them failed before the server was killed
+            self._need(waiting, max(2, self._least), "have trained and advertised keys")
         context = self._publish("keys", waiting)
 
         def check(client: str, keys: secagg.Keys) -> None:
@@ -130,7 +133,7 @@ class SecureRound:
         sent = yield from self._gather(roster.names, SHARES, secagg.Shares, check)
         self._need(sent, max(roster.threshold, self._least), "have shared their secrets")
         for client, boxes in secagg.delivered(sent).items():
-            write_document(self._store, f"{self._place}/{client}.json", boxes)
+            write_document(self._store, f"{self._place}/{boxes_name(client)}", boxes)
             self._told(client, "down", SHARES, boxes)
         self._server.staged(self._order, "shares", sharers=sorted(sent))
 

@@ -208,6 +208,7 @@ HOSTILE = {
         "it was discarded",
     ),
     "huge": (with_files(lambda files, _: files | {"more": bytes(10**7)}), "has 10[0-9]{6} bytes of files; expected"),
+    "something else": (with_files(lambda files, _: {"junk": b"x"}), "lacks fedlarge.json, which it was asked for"),
     "many": (with_files(lambda files, _: {f"f{number}": b"x" for number in range(99)}), "something else than up to 16"),
     "somebody else's place": (
         with_files(lambda files, _: {f"inbox/0001/ann/1/{name}": raw for name, raw in files.items()}),
@@ -301,7 +302,7 @@ def test_masked_updates_sum_up_over_messages_and_nobody_gets_more_than_its_own(s
         assert [stage_of(message) for message in messages] == ["keys", "shares", "masked", "reveal"]
         for message in messages[2:]:
             boxes = [path for path in message.content["files"] if path.startswith("secure/")]
-            assert boxes == ["secure/0001/1/roster.json", f"secure/0001/1/{name}.json"]
+            assert boxes == ["secure/0001/1/roster.json", f"secure/0001/1/boxes/{name}.json"]
 
 
 @pytest.mark.parametrize("stage", ["keys", "shares", "masked", "reveal"])
@@ -315,8 +316,7 @@ def test_a_client_lost_at_a_stage_is_left_out_and_another_node_goes_on_with_its_
     def dying(message):
         if trained(message) and stage_of(message) == stage and not dead:
             dead.append(message)
-            if stage != "reveal":  # secrets are gone with the shares; the others' are enough
-                honest(message)
+            honest(message)
             cohort.nodes["cleo"].since = "2"
             return None
         return honest(message)

@@ -186,6 +186,14 @@ def test_the_same_healing_gives_the_same_package_and_goes_on_from_the_fit(checkp
     assert json.loads((tmp_path / "second" / "fedlarge.json").read_text())["healed"]["rank"] == 4
 
 
+@pytest.mark.parametrize("surrogate", ["linear", "none"])
+def test_a_package_that_lost_layers_can_be_healed(checkpoint, tmp_path, surrogate):
+    manifest = heal(checkpoint, tmp_path / "package", keep_layers="0,2", keep_neurons=1.0, surrogate=surrogate)
+    assert manifest.kept_layers == [0, 2]
+    assert manifest.healed.divergence < manifest.healed.without
+    load_package(tmp_path / "package")
+
+
 def test_a_package_that_lost_nothing_but_precision_can_be_healed_too(checkpoint, tmp_path):
     settings = {"keep_layers": 1.0, "keep_neurons": 1.0, "embeddings": "bf16"}
     manifest = heal(checkpoint, tmp_path / "package", **settings)
@@ -194,9 +202,11 @@ def test_a_package_that_lost_nothing_but_precision_can_be_healed_too(checkpoint,
     assert config["quantization_config"]["quant_method"] == "hf_fedlarge"  # stock loaders would leave corrections out
 
 
-def test_corrections_that_are_of_no_use_are_left_out(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_fedlarge.heal._LEARNING_RATE", 50.0)
+@pytest.mark.parametrize("rate", [50.0, 1e30])
+def test_corrections_that_are_of_no_use_are_left_out(checkpoint, tmp_path, monkeypatch, rate):
+    monkeypatch.setattr("hf_fedlarge.heal._LEARNING_RATE", rate)
     manifest = heal(checkpoint, tmp_path / "package")
+    assert manifest.digest == heal(checkpoint, tmp_path / "plain", heal_steps=0).digest
     assert manifest.healed is None
     assert CORRECTIONS_NAME not in manifest.files
     load_package(tmp_path / "package")

@@ -316,6 +316,11 @@ def test_a_client_in_its_own_process_gives_the_same_bytes(home, tmp_path, monkey
 
 def test_a_finished_run_can_be_given_more_rounds(home, whole, tmp_path):
     run(home, tmp_path / "run", rounds=1)
+    # As a version wrote it that didn't know a setting, which is now as it was without it.
+    path = tmp_path / "run" / "federation.json"
+    found = json.loads(path.read_text())
+    assert found["settings"].pop("heal_steps") == 0
+    path.write_text(json.dumps(found))
     run(home, tmp_path / "run", rounds=2)
     assert fingerprint(tmp_path / "run") == fingerprint(whole[0])
 

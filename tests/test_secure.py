@@ -238,6 +238,15 @@ def test_with_too_few_a_round_is_abandoned_and_the_next_attempt_has_new_keys(hom
     assert difference(read_factors(server.adapter(1)), expected) < 1e-8 + ROUNDING
 
 
+def test_an_attempt_of_which_all_clients_failed_is_abandoned_by_a_server_that_was_killed(federation):
+    server, _ = federation()
+    order = server.open()
+    for client in CLIENTS:
+        server.round.fail(order, client, "nothing to learn")
+    with pytest.raises(UpdateRefusedError, match="0 clients have trained and advertised keys"):
+        server.ask()
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_clients_that_were_killed_go_on(home, federation, tmp_path, stage):
     server, members = federation()
@@ -584,9 +593,9 @@ def test_a_client_that_is_asked_again_with_something_else_reveals_nothing(
             secure = secure.model_copy(update={"survivors": ["ann", "ben", "cleo"]})
         if what == "sharers" and secure.stage == "reveal":
             changed = ["ann", "ben", "cleo"]
-            boxes = read_document(store, "secure/0001/1/ann.json", secagg.Shares, 10**6).boxes
+            boxes = read_document(store, "secure/0001/1/boxes/ann.json", secagg.Shares, 10**6).boxes
             fewer = secagg.Shares(boxes={name: boxes[name] for name in changed})
-            write(store, "secure/0001/1/ann.json", fewer.model_dump_json().encode())
+            write(store, "secure/0001/1/boxes/ann.json", fewer.model_dump_json().encode())
             secure = secure.model_copy(update={"sharers": changed})
         if what == "limit" and secure.stage == "masked":
             secure = secure.model_copy(update={"limit": 0.1})
@@ -624,10 +633,10 @@ def test_a_client_that_is_asked_again_with_something_else_reveals_nothing(
         failure = read_document(store, f"{inbox(1, 'ann', 1)}/{FAILED}", FailureDocument)
         assert store.read(f"{inbox(1, 'ann', 1)}/{REVEALED}", 10**6) is None
     assert {
-        "survivors": "ann was asked before with another survivors",
+        "survivors": "ann has revealed its shares in this attempt, for other survivors",
         "sharers": "ann was asked before with another sharers",
-        "limit": "The roster is for ",
-        "training": "The roster is for ",
+        "limit": "ann advertised keys for ",
+        "training": "ann advertised keys for ",
         "roster": "ann was asked before with another roster",
         "update": "ann's update is another one than when it advertised its keys",
     }[what] in failure.reason

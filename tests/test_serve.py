@@ -771,6 +771,14 @@ def test_after_the_round_was_closed_a_client_does_not_send(store, published, mem
     assert "was closed before the update was ready" in member.said[-1]
 
 
+def test_an_update_is_trained_anew_under_other_terms_and_not_under_the_same(published, member):
+    """Or a server could have all clients but one train to nothing, and then ask for the sum under honest terms."""
+    for attempt, rate, trained in ((1, 0.0, 1), (2, 0.0, 1), (3, 1e-3, 2), (4, 1e-3, 2)):
+        published(attempt=attempt, training=TrainingOrder(learning_rate=rate))
+        member()
+        assert len(member.jobs) == trained
+
+
 def test_what_others_put_into_a_client_s_inbox_does_not_end_it(store, published, member):
     """Whoever may write there can stop an answer, as by removing it, but not the client."""
     trained = []

@@ -5,8 +5,9 @@
 What is kept between rounds, and when the process is killed, lies in the cache:
 
     packages/DIGEST/             fetched once, for every client on this machine
-    clients/RUN/NAME/0001/       the round's adapter, the training in progress, the update, secrets of its attempts;
-                                 sent.json while the server has not said what became of the update
+    clients/RUN/NAME/0001/       the round's adapter, the training in progress, the update and the terms that it was
+                                 trained under (trained.json), secrets of its attempts; sent.json while the server has
+                                 not said what became of the update
     clients/RUN/NAME/state/      what it keeps from round to round
 
 The store is not trusted: an order may hold nothing but bounded training arguments (`orders.py`), and what is fetched is
@@ -30,8 +31,6 @@ from hf_fedlarge.artifacts import (
     SERVER_FILES,
     AdapterManifest,
     PackageManifest,
-    UpdateManifest,
-    read_manifest,
     write_json,
     writing,
 )
@@ -61,7 +60,7 @@ from hf_fedlarge.trainers.secure import SecureMember, forget_secrets
 from hf_fedlarge.update import outcome
 
 logger = logging.getLogger(__name__)
-_SENT = "sent.json"
+_SENT, _TRAINED = "sent.json", "trained.json"
 DEFAULT_CACHE = Path.home() / ".cache" / "hf_fedlarge"
 
 
@@ -257,10 +256,12 @@ class _Member:
         self._package_store.get(work.package, package, PackageManifest, most_bytes=work.package_bytes)
         bounds = {"most_bytes": work.adapter_bytes, "leave_out": SERVER_FILES}
         self._store.get(work.adapter, adapter, AdapterManifest, **bounds)
-        if update.exists() and read_manifest(update, UpdateManifest).adapter != work.adapter:
+        terms, trained = order.terms(work), update.with_name(_TRAINED)
+        if update.exists() and not (trained.exists() and json.loads(trained.read_text()) == terms):
             shutil.rmtree(update)  # of another attempt at the federation's round
         if update.exists():
             return
+        write_json(trained, terms)
         self._report(f"round {order.round}: training")
         job = ClientJob(
             client=self._client,

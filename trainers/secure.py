@@ -29,6 +29,7 @@ from hf_fedlarge.orders import (
     OrderDocument,
     Work,
     as_bytes,
+    boxes_name,
     inbox,
     read_document,
     secure,
@@ -41,13 +42,18 @@ from hf_fedlarge.untrusted import read_json
 
 
 class _Attempt(Record):
-    """What a client keeps of an attempt: its secrets, which update they are for, and what it answered to."""
+    """What a client keeps of an attempt: its name, its secrets and which update they are for, and what it answered.
 
-    secrets: secagg.Secrets
+    The secrets go once shares are revealed, which may have to be sent again.
+    """
+
+    context: str
+    secrets: secagg.Secrets | None
     update: Digest
     roster: Digest | None = None
     sharers: list[ClientName] | None = None
     survivors: list[ClientName] | None = None
+    revealed: secagg.Revealed | None = None
 
 
 def forget_secrets(home: Path) -> None:
@@ -99,6 +105,13 @@ class SecureMember:
         attempt = _Attempt.model_validate(read_json(path, MAX_ORDER_BYTES))
         if attempt.update != digest:
             raise ArtifactError(f"{self._client}'s update is another one than when it advertised its keys.")
+        if attempt.context != order.context:
+            raise ArtifactError(f"{self._client} advertised keys for {attempt.context}, not for {order.context}.")
+        if attempt.revealed:
+            if order.secure.stage != "reveal" or order.secure.survivors != attempt.survivors:
+                raise ArtifactError(f"{self._client} has revealed its shares in this attempt, for other survivors.")
+            self._send(order, REVEALED, attempt.revealed)
+            return
         roster = self._needed(order, ROSTER, secagg.Roster)
         allowed = read_allowed(self._keys) if self._keys else None
         secagg.check_roster(roster, self._client, attempt.secrets, order.context, allowed)
@@ -106,7 +119,7 @@ class SecureMember:
         if order.secure.stage == "shares":
             self._send(order, SHARES, secagg.shared(attempt.secrets, roster, self._client))
             return
-        boxes = self._needed(order, f"{self._client}.json", secagg.Shares).boxes
+        boxes = self._needed(order, boxes_name(self._client), secagg.Shares).boxes
         if sorted(boxes) != order.secure.sharers:
             raise ArtifactError(f"{self._client} has shares of others than the order's sharers.")
         attempt = self._once(path, attempt, sharers=order.secure.sharers)
@@ -115,22 +128,23 @@ class SecureMember:
             self._send_masked(order, work, update, roster, attempt, home / "masked")
         else:
             answer = secagg.revealed(opened, roster, self._client, order.secure.survivors)
-            self._once(path, attempt, survivors=order.secure.survivors)
+            attempt = self._once(path, attempt, survivors=order.secure.survivors)
             # Shares that come after an attempt was given up would open a sum that nobody asks for any more.
             now = read_document(self._store, ORDER, OrderDocument)
             if now is None or now.step != order.step or not now.is_open:
                 self._report(f"round {order.round}: the attempt was over before the shares were ready")
                 return
+            done = attempt.model_copy(update={"revealed": answer, "secrets": None})
+            write_json(path, done.model_dump(mode="json"))
             self._send(order, REVEALED, answer)
-            path.unlink()
 
     def _advertise(self, order: OrderDocument, path: Path, digest: str) -> None:
-        if path.exists():
-            attempt = _Attempt.model_validate(read_json(path, MAX_ORDER_BYTES))
-        else:
+        attempt = _Attempt.model_validate(read_json(path, MAX_ORDER_BYTES)) if path.exists() else None
+        # Of another attempt, or this one under other terms: nothing of it is gone on with.
+        if attempt is None or attempt.secrets is None or (attempt.context, attempt.update) != (order.context, digest):
             for older in path.parent.glob("*.json"):
                 older.unlink()
-            attempt = _Attempt(secrets=secagg.new_secrets(), update=digest)
+            attempt = _Attempt(context=order.context, secrets=secagg.new_secrets(), update=digest)
             write_json(path, attempt.model_dump(mode="json"))
         self._send(order, KEYS, secagg.advertised(self._client, attempt.secrets, order.context, self._key))
 

@@ -43,7 +43,7 @@ app = ClientApp()
 _NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _LETTER = re.compile(
     rf"{re.escape(ORDER)}|artifacts/[0-9a-f]{{64}}\.json|objects/[0-9a-f]{{2}}/[0-9a-f]{{64}}"
-    rf"|{SECURE}/\d+/\d+/{_NAME}\.json|{VERDICTS}/\d+/{_NAME}/\d+\.json"
+    rf"|{SECURE}/\d+/\d+/(boxes/)?{_NAME}\.json|{VERDICTS}/\d+/{_NAME}/\d+\.json"
 )
 
 

@@ -41,6 +41,7 @@ from hf_fedlarge.orders import (
     VERDICTS,
     OrderDocument,
     as_bytes,
+    boxes_name,
     failure,
     inbox,
     read_document,
@@ -59,6 +60,10 @@ _CHECK_IN = re.compile(rf"{CHECK_INS}/(?P<client>[A-Za-z0-9][A-Za-z0-9._-]{{0,12
 _FILE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}"
 # The message or its node is gone: nothing that the client did or said.
 _LOST = {ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE}
+
+
+def _number(name: str) -> int:
+    return int(name.removesuffix(".json"))
 
 
 @dataclass(frozen=True)
@@ -161,12 +166,13 @@ class Mailbox(Store):
             self._letters = {id: one for id, one in self._letters.items() if (one.place, one.answer) in wanted}
         sent = {(letter.place, letter.node) for letter in self._letters.values()}
         for work in order.work:
-            adapter = None
+            adapter: dict[str, bytes] | None = None
             for client in work.clients:
                 node, place = self._clients.get(client), places[client]
                 if node is None or (place, node) in sent or {FAILED, order.answer_name} & set(super().names(place)):
                     continue
-                adapter = adapter or self._adapter(work.adapter)
+                # What a stage after the first is about is in the client's cache.
+                adapter = adapter or ({} if order.is_later_stage else self._adapter(work.adapter))
                 own = order.model_copy(update={"work": [work.model_copy(update={"clients": [client]})]})
                 files = {ORDER: as_bytes(own)} | adapter | self._told(order, client)
                 if order.late == "buffer" or order.closes_at is None:
@@ -178,14 +184,13 @@ class Mailbox(Store):
                 self._send(letter, put_in(files), MessageType.TRAIN, str(order.round))
 
     def _told(self, order: OrderDocument, client: str) -> dict[str, bytes]:
-        """What the server has written for a client: its last verdicts, and what the stage needs."""
-        paths = []
-        for number in sorted(super().names(VERDICTS))[-1:]:
-            home = f"{VERDICTS}/{number}/{client}"
-            paths += [f"{home}/{name}" for name in super().names(home)]
-        if order.secure and order.secure.stage != "keys":
+        """What the server has written for a client: its last verdict, and what the stage needs."""
+        homes = [f"{VERDICTS}/{number}/{client}" for number in sorted(self.names(VERDICTS))]
+        said = [f"{home}/{name}" for home in homes for name in sorted(self.names(home), key=_number)]
+        paths = said[-1:]
+        if order.is_later_stage:
             home = secure(order.round, order.attempt)
-            paths += [f"{home}/{ROSTER}", f"{home}/{client}.json"]
+            paths += [f"{home}/{ROSTER}", f"{home}/{boxes_name(client)}"]
         found = {path: self.read(path, MAX_ORDER_BYTES) for path in paths}
         return {path: raw for path, raw in found.items() if raw is not None}
 
@@ -238,6 +243,8 @@ class Mailbox(Store):
         files = take_out(reply.content, letter.allowed, letter.most_bytes)
         if letter.client is None:
             self._welcome(letter.node, files)
+        elif files and not {f"{letter.place}/{name}" for name in (FAILED, letter.answer)} & files.keys():
+            raise ArtifactError(f"its message lacks {letter.answer}, which it was asked for.")
         elif not files:
             self._report(f"  {letter.client} says that {letter.place} is over; its clock and this one have to agree")
         for path in sorted(files, key=lambda path: path.endswith(f"/{MANIFEST_NAME}")):  # the manifest last
