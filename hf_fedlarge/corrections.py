@@ -47,13 +47,13 @@ class CorrectedWeight:
     def read_rows(self, start: int, stop: int, out: torch.Tensor) -> None:
         """Write the rows [start, stop) into `out`."""
         self.weight.read_rows(start, stop, out)
-        A_RI, Bt_RO = (_dense(factor, out) for factor in (self.A, self.Bt))
+        A_RI, Bt_RO = (dense(factor, out.dtype, out.device) for factor in (self.A, self.Bt))
         out.addmm_(Bt_RO[:, start:stop].T, A_RI)
 
     def gather(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The rows at `index`."""
         rows = self.weight.gather(index, dtype)
-        A_RI, Bt_RO = (_dense(factor, rows) for factor in (self.A, self.Bt))
+        A_RI, Bt_RO = (dense(factor, dtype, rows.device) for factor in (self.A, self.Bt))
         return rows.addmm_(Bt_RO[:, index].T, A_RI)
 
 
@@ -86,9 +86,3 @@ def corrected(name: str, weight: FrozenWeight, rank: int, tensors: TensorSource)
 
 def _names(name: str) -> tuple[str, str]:
     return f"{name}.correction_A", f"{name}.correction_B"
-
-
-def _dense(weight: FrozenWeight, like: torch.Tensor) -> torch.Tensor:
-    values = torch.empty(weight.shape, dtype=like.dtype, device=like.device)
-    weight.read_rows(0, len(values), values)
-    return values

@@ -19,9 +19,9 @@ def round_trip(name: str, codec: str, values: torch.Tensor) -> tuple[dict[str, t
     return tensors, decode(name, codec, tensors)
 
 
-def dense(weight: FrozenWeight, dtype: torch.dtype) -> torch.Tensor:
-    """All rows of a stored matrix, on the CPU."""
-    values = torch.empty(weight.shape, dtype=dtype)
+def dense(weight: FrozenWeight, dtype: torch.dtype, device: str | torch.device = "cpu") -> torch.Tensor:
+    """All rows of a stored matrix."""
+    values = torch.empty(weight.shape, dtype=dtype, device=device)
     weight.read_rows(0, len(values), values)
     return values
 

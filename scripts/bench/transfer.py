@@ -14,7 +14,7 @@ The reference is LoRA on the full model in bf16. Packages are in NF4 with int8 e
 Methods: `none` (layers dropped evenly, nothing in their place), `linear` (surrogates there), `low-rank` (of rank 64),
 `influence`, `loss` and `gradient` (as `linear`, the layers chosen by score), `neurons` (all layers, with as many of
 their neurons as make no more bytes than `linear`). They are fitted on Python's documentation, text of another domain,
-and with `-in-domain` behind the name on docstrings that nobody trains on.
+and with `-in-domain` behind the name on docstrings that nobody trains on, filled up with that documentation.
 """
 
 from __future__ import annotations
