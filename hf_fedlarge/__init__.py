@@ -16,10 +16,13 @@ from typing import Any
 # On import bitsandbytes, which peft imports too, warns that a kernel package which is not used here is absent.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-# GNU's OpenMP lets waiting threads spin. Where anything else runs on the same cores, as on any client's machine, a
-# training step then takes up to ten times as long; alone it gains some percent (docs/log.md). It must be known before
-# torch loads, and whoever sets it otherwise is heard.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# GNU's OpenMP lets waiting threads spin, without a limit that matters: where anything else runs on the same cores, as
+# on any client's machine, a training step then takes several times as long. Not spinning costs a fifth of a small
+# model's step on a quiet machine, as waking a thread takes longer than many an operation. So they spin for half a
+# millisecond (docs/log.md). It must be known before torch loads, and whoever sets it otherwise is heard.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # oneDNN, and torch's layer on it, compile kernels for every length of a batch and keep a thousand, a gigabyte in a
 # process that trains many clients (docs/log.md). A step needs some thirty a length.

@@ -26,6 +26,7 @@ from hf_fedlarge.architectures import Architecture
 from hf_fedlarge.artifacts import CARRY_WEIGHTS, write_json
 from hf_fedlarge.config import LoraSettings
 from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.gated import Gated
 from hf_fedlarge.linear import Adapter, FrozenLinear
 from hf_fedlarge.tensors import Factors, SafetensorsWriter, StoredFactors
 
@@ -100,10 +101,10 @@ def _fuse(layer: LoraLayer, linear: FrozenLinear, lora: LoraSettings) -> None:
     linear.adapter = Adapter(layer.lora_A["default"].weight, layer.lora_B["default"].weight, lora.scale, dropout)
     plain = layer.forward
 
-    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(x: torch.Tensor | Gated, *args: Any, **kwargs: Any) -> torch.Tensor:
         # peft can switch adapters off or take other ones.
         if args or kwargs or layer.disable_adapters or layer.merged or layer.active_adapters != ["default"]:
-            return plain(x, *args, **kwargs)
+            return plain(x.value() if isinstance(x, Gated) else x, *args, **kwargs)
         return linear.forward_with_adapter(x)
 
     layer.forward = forward

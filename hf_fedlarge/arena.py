@@ -1,20 +1,40 @@
 """Where frozen matrices are dense while they are used: one buffer that is written over and over.
 
 A fresh tensor for every dequantized matrix costs page faults worth ten times the dequantization. The arena holds a
-whole block, which is dequantized once a visit, or, where memory is scarce, one matrix, dequantized whenever a product
-needs it. On CUDA there are two arenas of a block: while one block computes, the next is copied and dequantized into the
-other on a second stream.
+whole block, which is dequantized once a visit, or, where memory is scarce, some rows of a matrix at a time, dequantized
+whenever a product needs them. On CUDA there are two arenas of a block: while one block computes, the next is copied and
+dequantized into the other on a second stream.
+
+Not every processor multiplies matrices in bf16. Those without instructions for it take twice as long as in fp32, or
+many times, so there matrices are dense in fp32 and products are of fp32, whatever the dtype of all else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
-from hf_fedlarge.linear import FrozenLinear
+from hf_fedlarge.linear import Casts, FrozenLinear
 from hf_fedlarge.memory import fetch_pages
+
+# Where no budget was set, a block that takes no more than this is held whole.
+UNASKED_BYTES = 2**27
+# Of some rows at a time: few enough to stay in a cache, enough for a product's full rate.
+PIECE_BYTES = 2**24
+_ALIGNMENT = 64  # rows, so that a piece begins and ends with a block of NF4
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """In what products are computed fastest: fp32 for bf16 on a CPU without matrix instructions (AMX), else `dtype`.
+
+    It rests on what the processor can, not on a measurement, so that a machine always computes the same.
+    """
+    if device.type == "cpu" and dtype == torch.bfloat16 and not torch.cpu.get_capabilities().get("amx_bf16", False):
+        return torch.float32
+    return dtype
 
 
 @dataclass
@@ -23,7 +43,7 @@ class Counters:
 
     Attributes:
         visits: blocks visited.
-        dequantizations: matrices dequantized.
+        dequantizations: matrices dequantized; of pieces of one, those that make it whole.
         bytes_read: stored bytes that were read for them.
         arena_bytes: size of the buffers.
         activation_bytes: the most that was held from a forward pass for its backward.
@@ -41,9 +61,9 @@ class Arena:
 
     Args:
         blocks: the matrices of every block.
-        dtype: of the dense values.
+        dtype: of the computation, and of what layers show as their weight outside of a visit.
         device: where to compute.
-        whole_blocks: hold a block at a time; else a matrix.
+        whole_blocks: hold a block at a time; else some rows of a matrix.
         counters: what to count in.
     """
 
@@ -55,38 +75,44 @@ class Arena:
         whole_blocks: bool,
         counters: Counters,
     ) -> None:
+        products = product_dtype(dtype, device)
         self.whole_blocks = whole_blocks
-        self._blocks, self._counters = blocks, counters
+        self._blocks, self._counters, self._casts = blocks, counters, Casts(products)
         self._numbers = {linear: number for number, linears in enumerate(blocks) for linear in linears}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" and whole_blocks else None
-        size = self.bytes_needed(blocks, dtype, whole_blocks) // dtype.itemsize
         count = 1 if self._stream is None else 2
-        self._buffers = [torch.empty(size, dtype=dtype, device=device) for _ in range(count)]
-        # A buffer's block, or its matrix; what the second stream has to wait for, and what has to wait for it.
-        self._resident: list[int | FrozenLinear | None] = [None] * count
+        size = self.bytes_needed(blocks, products, whole_blocks) // products.itemsize
+        self._buffers = [torch.empty(size, dtype=products, device=device) for _ in range(count)]
+        # A buffer's block, or its matrix and the first of its rows; what the second stream has to wait for, and what
+        # has to wait for it.
+        self._resident: list[int | tuple[FrozenLinear, int] | None] = [None] * count
         self._free: list[torch.cuda.Event | None] = [None] * count
         self._ready: list[torch.cuda.Event | None] = [None] * count
         self._visited: int | None = None
         # While a block computes, another thread waits for the disk.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fetch-pages")
-        counters.arena_bytes = size * count * dtype.itemsize
+        counters.arena_bytes = size * count * products.itemsize
+        nothing = torch.full((1,), torch.nan, dtype=dtype, device=device)
         for number, linears in enumerate(blocks):
             start = 0
             for linear in linears:
-                buffer = self._buffers[number % count]
-                linear.place(buffer[start : start + linear.count], self._provide)
-                start += linear.count if whole_blocks else 0
+                slot = self._buffers[number % count][start : start + linear.count] if whole_blocks else None
+                linear.place(slot, nothing, self._casts, self._pieces)
+                start += linear.count
 
     @staticmethod
-    def bytes_needed(blocks: list[list[FrozenLinear]], dtype: torch.dtype, whole_blocks: bool) -> int:
-        """Size of one buffer."""
-        whole = sum if whole_blocks else max
-        return dtype.itemsize * max(whole(linear.count for linear in linears) for linears in blocks)
+    def bytes_needed(blocks: list[list[FrozenLinear]], products: torch.dtype, whole_blocks: bool) -> int:
+        """Size of one buffer, for products of this dtype."""
+        if whole_blocks:
+            return products.itemsize * max(sum(linear.count for linear in linears) for linears in blocks)
+        matrices = [linear for linears in blocks for linear in linears]
+        fewest = products.itemsize * _ALIGNMENT * max(linear.weight.shape[1] for linear in matrices)
+        return min(products.itemsize * max(linear.count for linear in matrices), max(fewest, PIECE_BYTES))
 
     @property
     def held_bytes(self) -> int:
         """What the buffers hold of the machine's memory: on a CPU nothing until they are first written."""
-        touched = self._buffers[0].device.type != "cpu" or any(matrix is not None for matrix in self._resident)
+        touched = self._buffers[0].device.type != "cpu" or any(held is not None for held in self._resident)
         return self._counters.arena_bytes if touched else 0
 
     def enter(self, number: int, following: int | None) -> None:
@@ -107,6 +133,7 @@ class Arena:
     def leave(self, number: int, following: int | None) -> None:
         """End a visit; on CUDA the following block is made ready while the work just queued is being done."""
         self._visited = None
+        self._casts.forget()
         if not self.whole_blocks:
             return
         for linear in self._blocks[number]:
@@ -122,25 +149,40 @@ class Arena:
             return
         self._resident[place] = None
         if self._stream is None:
-            self._dequantize(self._blocks[number])
+            self._dequantize(number)
         else:
             with torch.cuda.stream(self._stream):
                 if (free := self._free[place]) is not None:
                     self._stream.wait_event(free)
-                self._dequantize(self._blocks[number])
+                self._dequantize(number)
                 self._ready[place] = self._stream.record_event()
         self._resident[place] = number
 
-    def _provide(self, linear: FrozenLinear) -> torch.Tensor:
-        assert self._visited == self._numbers[linear], "a frozen matrix was used outside a visit of its block"
-        if not self.whole_blocks and self._resident[0] is not linear:
-            self._resident[0] = None
-            self._dequantize([linear])
-            self._resident[0] = linear
-        return linear.slot
-
-    def _dequantize(self, linears: list[FrozenLinear]) -> None:
-        for linear in linears:
+    def _dequantize(self, number: int) -> None:
+        for linear in self._blocks[number]:
             linear.weight.read_rows(0, linear.weight.shape[0], linear.slot)
-            self._counters.bytes_read += sum(part.nbytes for part in linear.weight.stored)
-        self._counters.dequantizations += len(linears)
+            self._count(linear)
+
+    def _pieces(self, linear: FrozenLinear) -> Iterator[tuple[slice, torch.Tensor]]:
+        """A matrix as it is stored, some rows at a time, each valid until the next is asked for."""
+        assert self._visited == self._numbers[linear], "a frozen matrix was used outside a visit of its block"
+        rows, columns = linear.weight.shape
+        if self.whole_blocks:
+            yield slice(0, rows), linear.slot
+            return
+        (buffer,) = self._buffers
+        step = rows if linear.count <= len(buffer) else len(buffer) // columns // _ALIGNMENT * _ALIGNMENT
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            piece = buffer[: (stop - start) * columns].view(stop - start, columns)
+            if self._resident[0] != (linear, start):
+                self._resident[0] = None
+                linear.weight.read_rows(start, stop, piece)
+                self._resident[0] = linear, start
+                if start == 0:
+                    self._count(linear)
+            yield slice(start, stop), piece
+
+    def _count(self, linear: FrozenLinear) -> None:
+        self._counters.bytes_read += sum(part.nbytes for part in linear.weight.stored)
+        self._counters.dequantizations += 1

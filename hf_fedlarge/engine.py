@@ -27,11 +27,12 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from hf_fedlarge.arena import Arena, Counters
+from hf_fedlarge.arena import UNASKED_BYTES, Arena, Counters, product_dtype
 from hf_fedlarge.budget import Plan, plan_activations
 from hf_fedlarge.errors import ArchitectureError, ConfigError
 from hf_fedlarge.linear import FrozenLinear, output_products
 from hf_fedlarge.memory import used_bytes
+from hf_fedlarge.passes import Pass, random_state, restored_random_state
 from hf_fedlarge.sequences import Group, Rows, Span, group_spans
 
 
@@ -65,12 +66,14 @@ class StreamingEngine:
         self._outputs: dict[int, list[FrozenLinear]] = {}
         self._spans: list[Span] | None = None
         self._groups: list[Group] | None = None
+        self._pass: Pass | None = None
         self._held = 0
         self._plan = Plan(group_tokens=0, kept=0)
         self._available: int | None = None
         self._token_bytes: float | None = None
         self.linear_of = {linear.module: linear for linears in self.linears for linear in linears}
-        self.arena = Arena(self.linears, dtype, device, True, self.counters)
+        block_bytes = Arena.bytes_needed(self.linears, product_dtype(dtype, device), True)
+        self.hold(whole_blocks=device.type == "cuda" or block_bytes <= UNASKED_BYTES)
         for block in self.blocks:
             block.forward = partial(self._forward, block, block.forward, inspect.signature(block.forward))
 
@@ -88,17 +91,22 @@ class StreamingEngine:
         # A gradient and, at most, two fp32 moments for each trainable value.
         own = used_bytes(self.device) - self.arena.held_bytes + 12 * sum(p.numel() for p in trainable)
         available = budget - own
-        sizes = {whole: Arena.bytes_needed(self.linears, self.dtype, whole) for whole in (True, False)}
+        products = product_dtype(self.dtype, self.device)
+        sizes = {whole: Arena.bytes_needed(self.linears, products, whole) for whole in (True, False)}
         # At least as much again as the arena has is left to activations.
         whole_blocks = 2 * sizes[True] <= available
         if 2 * sizes[whole_blocks] > available:
             raise ConfigError(
                 f"The memory budget of {budget / 1e6:.0f} MB is too small: {own / 1e6:.0f} MB are in use without any "
-                f"activation, and the largest matrix takes {sizes[False] / 1e6:.0f} MB; give at least "
+                f"activation, and a matrix's rows take {sizes[False] / 1e6:.0f} MB; give at least "
                 f"{(own + 2 * sizes[False]) / 1e6:.0f} MB."
             )
-        self.arena = Arena(self.linears, self.dtype, self.device, whole_blocks, self.counters)
+        self.hold(whole_blocks)
         self._available = available - self.counters.arena_bytes
+
+    def hold(self, whole_blocks: bool) -> None:
+        """Hold a whole block's dense matrices at a time, or some rows of a matrix (see `Arena`)."""
+        self.arena = Arena(self.linears, self.dtype, self.device, whole_blocks, self.counters)
 
     def start_over(self) -> None:
         """Forget what was learned and counted, as if nothing had been computed so far; a memory budget stays."""
@@ -153,6 +161,7 @@ class StreamingEngine:
         if torch.is_grad_enabled() and (parameters or hidden.requires_grad) and (block.training or not caches):
             # A recomputation would write to the cache a second time.
             arguments |= dict.fromkeys(caches)
+            call.passing = self._pass_of(call.number, hidden)
             output = _BlockVisit.apply(call, hidden, *parameters)
             return output if call.companions is None else (output, *call.companions)
         with torch.no_grad(), self.visit(block, call.number + 1):
@@ -161,6 +170,15 @@ class StreamingEngine:
             call.parts = self.divide(call, hidden)
             output = call.assemble(hidden, lambda place, part, inputs: call.make(part, inputs))
             return output if call.companions is None else (output, *call.companions)
+
+    def _pass_of(self, number: int, hidden: torch.Tensor) -> Pass:
+        """The forward pass in which the block `number` is called; the blocks of one are called in order."""
+        found = self._pass
+        if found is None or found.following != number:
+            found = Pass(hidden, number, len(self.blocks))
+        # Whose last block is called belongs to its graph alone.
+        self._pass = found if number + 1 < len(self.blocks) else None
+        return found
 
     def divide(self, call: _BlockCall, hidden: torch.Tensor) -> list[_Part]:
         """What a training batch is computed in; within a visit."""
@@ -260,6 +278,7 @@ class _BlockCall:
     forward: Callable[..., Any]
     arguments: dict[str, Any]
     parts: list[_Part] = field(default_factory=list)
+    passing: Pass | None = None
     companions: tuple[None, ...] | None = None
 
     def make(self, part: _Part, hidden: torch.Tensor) -> torch.Tensor:
@@ -312,7 +331,7 @@ class _BlockVisit(torch.autograd.Function):
             call.parts = engine.divide(call, hidden)
 
             def make(place: int, part: _Part, inputs: torch.Tensor) -> torch.Tensor:
-                ctx.random.append(_random_state(hidden.device))
+                ctx.random.append(random_state(hidden.device))
                 if not engine.keeps(call.number, place, len(call.parts)):
                     return call.make(part, inputs)
                 with torch.enable_grad():
@@ -320,7 +339,7 @@ class _BlockVisit(torch.autograd.Function):
                     ctx.kept[place] = inputs, call.make(part, inputs)
                 return ctx.kept[place][1].detach()
 
-            output = call.assemble(hidden, make)
+            output = call.passing.keep(call.assemble(hidden, make))
         engine.count_held(hidden, [part.group.tokens for place, part in enumerate(call.parts) if place in ctx.kept])
         return output
 
@@ -330,38 +349,25 @@ class _BlockVisit(torch.autograd.Function):
         call, parameters, engine = ctx.call, ctx.parameters, ctx.call.engine
         wants_input = ctx.needs_input_grad[1]
         grad_hidden = torch.zeros_like(hidden) if wants_input else None
-        sums: list[torch.Tensor | None] = [None] * len(parameters)
+        # Taken at once, before what the block needs for a moment, as the states are.
+        sizes = [parameter.numel() for parameter in parameters]
+        room = torch.empty(sum(sizes), dtype=torch.float32, device=hidden.device).split(sizes)
+        sums = [total.view(parameter.shape) for total, parameter in zip(room, parameters, strict=True)]
+        found = [False] * len(parameters)
         with torch.enable_grad(), engine.visit(engine.blocks[call.number], call.number - 1):
             # What was kept came last and goes first.
             for place, part in reversed(list(enumerate(call.parts))):
                 inputs, output = ctx.kept.pop(place, (None, None))
                 if output is None:
                     inputs = part.group.take(hidden).detach().requires_grad_(wants_input)
-                    with _restored_random_state(hidden.device, ctx.random[place]):
+                    with restored_random_state(hidden.device, ctx.random[place]):
                         output = call.make_again(part, inputs)
                 wanted = [inputs, *parameters] if wants_input else list(parameters)
                 gradients = list(torch.autograd.grad(output, wanted, part.group.take(grad_output), allow_unused=True))
                 if wants_input:
                     part.group.put(gradients.pop(0), grad_hidden)
-                # Whatever the computation's dtype, gradients of several parts add up in fp32.
-                sums = [_add(*pair) for pair in zip(sums, gradients, strict=True)]
-        return None, grad_hidden, *sums
-
-
-def _add(total: torch.Tensor | None, gradient: torch.Tensor | None) -> torch.Tensor | None:
-    if total is None or gradient is None:
-        return gradient if total is None else total
-    return total.float() + gradient
-
-
-def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-@contextmanager
-def _restored_random_state(device: torch.device, state: tuple[torch.Tensor, torch.Tensor | None]) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1], device)
-        yield
+                for number, gradient in enumerate(gradients):
+                    if gradient is not None:
+                        (sums[number].add_ if found[number] else sums[number].copy_)(gradient)
+                        found[number] = True
+        return None, grad_hidden, *(total if is_found else None for total, is_found in zip(sums, found, strict=True))

@@ -2,22 +2,26 @@
 
 y = x Wᵀ + s (x Aᵀ) Bᵀ with W frozen (LoRA: arXiv 2106.09685). What is saved for backward is x and x Aᵀ and never W, so
 that W need be dense only while a product with it is computed. A and B are fp32 masters and are cast to the
-computation's dtype here; plain autograd would keep W alive, and peft's own forward casts the whole input to fp32.
+products' dtype here; plain autograd would keep W alive, and peft's own forward casts the whole input to fp32.
 
-Shapes: N tokens, I inputs, O outputs, R rank.
+Shapes: N tokens, I inputs, O outputs, R rank; a stored matrix has P rows and Q columns, (O, I) or (I, O).
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from hf_fedlarge.gated import Activation, Gated, differentiate_gate, multiply_gate
 from hf_fedlarge.quantize import FrozenWeight
+
+Pieces = Iterable[tuple[slice, torch.Tensor]]
 
 
 @dataclass
@@ -37,6 +41,70 @@ class Adapter:
     dropout: nn.Module | None
 
 
+class Casts:
+    """Where products are of another dtype than what surrounds them: buffers for what they take and give.
+
+    They are used over and over. Fresh tensors would come and go between those that stay, and leave the heap in pieces.
+
+    Args:
+        dtype: of products.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._inputs: tuple[torch.Tensor, int] | None = None
+
+    def inputs(self, x_NI: torch.Tensor) -> torch.Tensor:
+        """`x_NI` in the products' dtype, until the next call; matrices that take the same follow each other."""
+        if x_NI.dtype == self.dtype:
+            return x_NI
+        if self._inputs is not None and _is_same(x_NI, *self._inputs):
+            return self._buffers["inputs"][: x_NI.numel()].view(x_NI.shape)
+        self._inputs = None if x_NI.is_inference() else (x_NI, x_NI._version)
+        return self.room(x_NI.shape, "inputs", x_NI).copy_(x_NI)
+
+    def gated(self, activation: Activation, gate_NI: torch.Tensor, up_NI: torch.Tensor) -> torch.Tensor:
+        """act(gate) · up in the products' dtype, likewise."""
+        value_NI = self.gated_room(gate_NI)
+        multiply_gate(activation, gate_NI, up_NI, value_NI)
+        return value_NI
+
+    def gated_room(self, gate_NI: torch.Tensor) -> torch.Tensor:
+        """Where that is written to."""
+        self._inputs = None
+        room_NI = self.room(gate_NI.shape, "inputs", gate_NI)
+        return torch.empty_like(gate_NI) if room_NI is None else room_NI
+
+    def gradient(self, g_NO: torch.Tensor) -> torch.Tensor:
+        """`g_NO` in the products' dtype, until the next call."""
+        return g_NO if g_NO.dtype == self.dtype else self.room(g_NO.shape, "gradient", g_NO).copy_(g_NO)
+
+    def room(self, shape: Sequence[int], place: str, like: torch.Tensor) -> torch.Tensor | None:
+        """For a result of this shape; None where `like`, what it will be cast to, has the products' dtype."""
+        if like.dtype == self.dtype:
+            return None
+        count = math.prod(shape)
+        if place not in self._buffers or len(self._buffers[place]) < count:
+            with torch.inference_mode(False):  # else it could not be used outside of it
+                self._buffers[place] = torch.empty(count, dtype=self.dtype, device=like.device)
+        return self._buffers[place][:count].view(shape)
+
+    def forget(self) -> None:
+        """Hold on to no input."""
+        self._inputs = None
+
+
+def _is_same(x: torch.Tensor, other: torch.Tensor, version: int) -> bool:
+    """Whether x has the values that `other`, still held, had at its `version`."""
+    return not x.is_inference() and (x.data_ptr(), x.shape, x.stride(), x._version) == (
+        other.data_ptr(),
+        other.shape,
+        other.stride(),
+        version,
+    )
+
+
 class FrozenLinear:
     """One frozen matrix of a block: its layer, its stored form, and where it is dense when it is.
 
@@ -52,7 +120,6 @@ class FrozenLinear:
         self._stored_as_IO = not isinstance(module, nn.Linear) and not transposed
         self.adapter: Adapter | None = None
         self.value_unused = False
-        self._provide: Callable[[FrozenLinear], torch.Tensor] | None = None
         module.forward = self.forward
 
     @property
@@ -60,97 +127,179 @@ class FrozenLinear:
         """How many values it has."""
         return self.weight.shape[0] * self.weight.shape[1]
 
-    def place(self, slot: torch.Tensor, provide: Callable[[FrozenLinear], torch.Tensor]) -> None:
-        """Give the matrix its slice of the arena; `provide` returns that slice with the dense values in it."""
-        self.slot, self._provide = slot.view(self.weight.shape), provide
-        shown = self._as_layer_has_it()
-        self.placeholder = torch.full((1,), torch.nan, dtype=slot.dtype, device=slot.device).expand(shown.shape)
+    @property
+    def outputs(self) -> int:
+        """O."""
+        return self.weight.shape[1] if self._stored_as_IO else self.weight.shape[0]
+
+    def place(
+        self, slot: torch.Tensor | None, nothing: torch.Tensor, casts: Casts, pieces: Callable[..., Pieces]
+    ) -> None:
+        """Say where the matrix is dense.
+
+        Args:
+            slot: its values in an arena of whole blocks, a vector; None: there is no such arena.
+            nothing: (1,), what the layer shows as its weight otherwise.
+            casts: for products of another dtype than the computation's.
+            pieces: gives a matrix as it is stored, some rows (p, Q) at a time, in the products' dtype.
+        """
+        self.slot = None if slot is None else slot.view(self.weight.shape)
+        self.casts, self._pieces = casts, pieces
+        shape = self.weight.shape[::-1] if self.transposed else self.weight.shape
+        self.placeholder = nothing.expand(shape)
         self.module.weight = nn.Parameter(self.placeholder, requires_grad=False)
 
     def show(self) -> None:
         """Point the layer at the dense matrix."""
-        self.module.weight.data = self._as_layer_has_it()
+        self.module.weight.data = self.slot.t() if self.transposed else self.slot
 
     def hide(self) -> None:
         """Point the layer at the placeholder."""
         self.module.weight.data = self.placeholder
 
     def dense(self) -> torch.Tensor:
-        """The dense matrix (I, O), valid until the arena is used for another."""
-        dense = self._provide(self)
-        return dense if self._stored_as_IO else dense.t()
+        """The dense matrix (I, O) within a visit, in an arena of whole blocks."""
+        return self.slot if self._stored_as_IO else self.slot.t()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def multiply(self, x_NI: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """x Wᵀ + bias, (N, O), of an `x_NI` in the products' dtype.
+
+        Args:
+            x_NI: from `casts`.
+            like: what the caller will cast the result to; until then it may lie in a buffer that is used again.
+        """
+        bias = None if self.module.bias is None else self.module.bias.to(x_NI.dtype)
+        out = self.casts.room((len(x_NI), self.outputs), "product", like)
+        return (_to_columns if self._stored_as_IO else _to_rows)(x_NI, self._pieces(self), self.outputs, bias, out)
+
+    def multiply_back(self, g_NO: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """g W, (N, I), likewise."""
+        inputs = self.count // self.outputs
+        out = self.casts.room((len(g_NO), inputs), "product", like)
+        return (_to_rows if self._stored_as_IO else _to_columns)(g_NO, self._pieces(self), inputs, None, out)
+
+    def forward(self, x: torch.Tensor | Gated) -> torch.Tensor:
         """What the layer computes, without its adapter."""
-        return _Product.apply(x, None, None, None, self)
+        return _Product.apply(*_parts(x), None, None, None, self)
 
-    def forward_with_adapter(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_with_adapter(self, x: torch.Tensor | Gated) -> torch.Tensor:
         """What the layer and its adapter compute."""
         adapter = self.adapter
-        dropped = adapter.dropout(x) if adapter.dropout is not None else x
-        return _Product.apply(x, None if dropped is x else dropped, adapter.A, adapter.B, self)
+        dropped = None
+        if adapter.dropout is not None:
+            x = x.value() if isinstance(x, Gated) else x
+            dropped = adapter.dropout(x)
+        return _Product.apply(*_parts(x), None if dropped is x else dropped, adapter.A, adapter.B, self)
 
-    def _as_layer_has_it(self) -> torch.Tensor:
-        return self.slot.t() if self.transposed else self.slot
+
+def _parts(x: torch.Tensor | Gated) -> tuple[torch.Tensor, torch.Tensor | None, Activation | None]:
+    return (x.gate, x.up, x.activation) if isinstance(x, Gated) else (x, None, None)
 
 
 class _Product(torch.autograd.Function):
-    """`ctx.linear` lets `output_products` recognize the node in a graph."""
+    """Of x, or of act(x) · up. `ctx.linear` lets `output_products` recognize the node in a graph."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
+        up: torch.Tensor | None,
+        activation: Activation | None,
         dropped: torch.Tensor | None,
         A: nn.Parameter | None,
         B: nn.Parameter | None,
         linear: FrozenLinear,
     ) -> torch.Tensor:
-        x_NI = x.reshape(-1, x.shape[-1])
-        dropped_NI = None if dropped is None else dropped.reshape(x_NI.shape)
-        u_NR = None
-        if A is not None:
-            u_NR = ((x_NI if dropped_NI is None else dropped_NI) @ A.to(x.dtype).t()).mul_(linear.adapter.scale)
-        ctx.linear, ctx.shape, ctx.adapted = linear, x.shape, A is not None
+        casts, adapted = linear.casts, A is not None
+        ctx.linear, ctx.activation, ctx.shape = linear, activation, x.shape
+        ctx.adapted, ctx.dropped = adapted, dropped is not None
+        given_NI = x.reshape(-1, x.shape[-1])
+        up_NI = None if up is None else up.reshape(given_NI.shape)
+        x_NI = u_NR = None
+        if adapted or not linear.value_unused:
+            x_NI = casts.inputs(given_NI) if up is None else casts.gated(activation, given_NI, up_NI)
+        adapter_input_NI = given_NI if dropped is None else dropped.reshape(given_NI.shape)
+        if adapted:
+            u_NR = ((x_NI if dropped is None else adapter_input_NI.to(casts.dtype)) @ A.to(casts.dtype).t()).mul_(
+                linear.adapter.scale
+            )
         # Without an adapter nothing but W is needed; with dropout, x itself isn't. A frozen factor asks for nothing.
-        trains_A, trains_B = ctx.needs_input_grad[2:4]
-        adapter_input_NI = x_NI if dropped_NI is None else dropped_NI
-        ctx.save_for_backward(adapter_input_NI if trains_A else None, u_NR if trains_B else None, A, B)
-        ctx.dropped = dropped_NI is not None
+        trains_A, trains_B = ctx.needs_input_grad[4:6]
+        keeps_input = trains_A or (up is not None and any(ctx.needs_input_grad[:2]))
+        ctx.save_for_backward(
+            adapter_input_NI if keeps_input else None, up_NI if keeps_input else None, u_NR if trains_B else None, A, B
+        )
         if linear.value_unused:
-            return x.new_zeros(()).expand(*x.shape[:-1], _outputs(linear))
-        W_IO = linear.dense()
-        bias = linear.module.bias
-        y_NO = x_NI @ W_IO if bias is None else torch.addmm(bias, x_NI, W_IO)
-        if u_NR is not None:
-            y_NO.addmm_(u_NR, B.to(x.dtype).t())
-        return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
+            return x.new_zeros(()).expand(*x.shape[:-1], linear.outputs)
+        y_NO = linear.multiply(x_NI, x)
+        if adapted:
+            y_NO.addmm_(u_NR, B.to(casts.dtype).t())
+        return y_NO.to(x.dtype).view(*x.shape[:-1], linear.outputs)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        linear = ctx.linear
-        x_NI, u_NR, A, B = ctx.saved_tensors
-        g_NO = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_dropped = grad_A = grad_B = v_NR = None
-        if A is not None:
-            if any(ctx.needs_input_grad[:3]):
-                v_NR = (g_NO @ B.to(g_NO.dtype)).mul_(linear.adapter.scale)
-            if ctx.needs_input_grad[2]:
-                grad_A = v_NR.t() @ x_NI
-            if ctx.needs_input_grad[3]:
-                grad_B = g_NO.t() @ u_NR
-        if ctx.needs_input_grad[0]:
-            grad_x = g_NO @ linear.dense().t()
+        linear, casts = ctx.linear, ctx.linear.casts
+        given_NI, up_NI, u_NR, A, B = ctx.saved_tensors
+        wants_x, wants_up, _, wants_dropped, wants_A, wants_B, _ = ctx.needs_input_grad
+        g_NO = casts.gradient(grad.reshape(-1, grad.shape[-1]))
+        grad_x = grad_up = grad_dropped = grad_A = grad_B = v_NR = x_NI = None
+        if ctx.adapted and (wants_x or wants_up or wants_dropped or wants_A):
+            v_NR = (g_NO @ B.to(casts.dtype)).mul_(linear.adapter.scale)
+        if wants_B:
+            grad_B = g_NO.t() @ u_NR
+        if wants_x or wants_up:
+            grad_NI = linear.multiply_back(g_NO, grad)
             if v_NR is not None and not ctx.dropped:
-                grad_x.addmm_(v_NR, A.to(g_NO.dtype))
-            grad_x = grad_x.view(ctx.shape)
-        if ctx.dropped and ctx.needs_input_grad[1]:
-            grad_dropped = (v_NR @ A.to(g_NO.dtype)).view(ctx.shape)
-        return grad_x, grad_dropped, grad_A, grad_B, None
+                grad_NI.addmm_(v_NR, A.to(casts.dtype))
+            if ctx.activation is None:
+                grad_x = grad_NI.to(grad.dtype).view(ctx.shape)
+            else:
+                x_NI = casts.gated_room(given_NI) if wants_A else None
+                found = differentiate_gate(ctx.activation, given_NI, up_NI, grad_NI, x_NI)
+                grad_x, grad_up = (gradient.view(ctx.shape) for gradient in found)
+        if ctx.dropped and wants_dropped:
+            grad_dropped = (v_NR @ A.to(casts.dtype)).to(grad.dtype).view(ctx.shape)
+        if wants_A:
+            if x_NI is None:
+                x_NI = casts.inputs(given_NI) if up_NI is None else casts.gated(ctx.activation, given_NI, up_NI)
+            grad_A = v_NR.t() @ x_NI
+        return grad_x, grad_up, None, grad_dropped, grad_A, grad_B, None
 
 
-def _outputs(linear: FrozenLinear) -> int:
-    return linear.weight.shape[1] if linear._stored_as_IO else linear.weight.shape[0]
+def _to_rows(
+    x_NQ: torch.Tensor, pieces: Pieces, rows: int, bias_P: torch.Tensor | None, out_NP: torch.Tensor | None
+) -> torch.Tensor:
+    """x Wᵀ + bias for a stored matrix W (P, Q); into `out_NP` where it is given."""
+    for at, W_pQ in pieces:
+        if len(W_pQ) == rows:
+            return _multiply(x_NQ, W_pQ.t(), bias_P, out_NP)
+        if out_NP is None:
+            out_NP = x_NQ.new_empty(len(x_NQ), rows)
+        _multiply(x_NQ, W_pQ.t(), None if bias_P is None else bias_P[at], out_NP[:, at])
+    return out_NP
+
+
+def _to_columns(
+    x_NP: torch.Tensor, pieces: Pieces, columns: int, bias_Q: torch.Tensor | None, out_NQ: torch.Tensor | None
+) -> torch.Tensor:
+    """x W + bias for a stored matrix W (P, Q), likewise. Products of pieces add up in fp32 at least."""
+    total_NQ = None
+    for at, W_pQ in pieces:
+        if len(W_pQ) == x_NP.shape[1]:
+            return _multiply(x_NP, W_pQ, bias_Q, out_NQ)
+        if total_NQ is None:
+            total_NQ = _multiply(x_NP[:, at], W_pQ, bias_Q, out_NQ).to(torch.promote_types(x_NP.dtype, torch.float32))
+        elif total_NQ.dtype == x_NP.dtype:
+            total_NQ.addmm_(x_NP[:, at], W_pQ)
+        else:
+            total_NQ += x_NP[:, at] @ W_pQ
+    return total_NQ.to(x_NP.dtype)
+
+
+def _multiply(
+    left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
+) -> torch.Tensor:
+    return torch.mm(left, right, out=out) if bias is None else torch.addmm(bias, left, right, out=out)
 
 
 def output_products(output: torch.Tensor) -> Iterator[FrozenLinear]:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from hf_fedlarge.architectures import LogitTransform
+from hf_fedlarge.arena import product_dtype
 from hf_fedlarge.quantize import FrozenWeight
 
 _SLICE_BYTES = 2**22  # logits of a slice and what is made of them should fit a CPU's cache
@@ -33,7 +34,7 @@ class StreamedHead:
         weight: (V, D), as stored.
         bias: (V,) or None.
         transform: what the family does to its logits, applied in `cross_entropy`; `logits` gives them raw.
-        dtype: of the dequantized rows.
+        dtype: of the logits that it returns, and what it is called with.
         device: where to compute.
     """
 
@@ -47,7 +48,8 @@ class StreamedHead:
     ) -> None:
         self.weight, self.bias, self.transform = weight, bias, transform
         self.dtype, self.device = dtype, device
-        width = weight.shape[1] * dtype.itemsize
+        self.products = product_dtype(dtype, device)
+        width = weight.shape[1] * self.products.itemsize
         self.rows = min(weight.shape[0], max(256, _SLICE_BYTES // width))
         self._buffer: torch.Tensor | None = None
         self._recorded: list[torch.Tensor] | None = None
@@ -65,7 +67,7 @@ class StreamedHead:
         """(start, stop, rows (R, D)) over the vocabulary; the rows are overwritten by the next slice."""
         vocabulary, width = self.weight.shape
         if self._buffer is None:
-            self._buffer = torch.empty(self.rows, width, dtype=self.dtype, device=self.device)
+            self._buffer = torch.empty(self.rows, width, dtype=self.products, device=self.device)
         for start in range(0, vocabulary, self.rows):
             stop = min(start + self.rows, vocabulary)
             rows_RD = self._buffer[: stop - start]
@@ -85,8 +87,8 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, head: StreamedHead) -> torch.Tensor:
         ctx.head, ctx.dtype = head, hidden.dtype
-        hidden = hidden.to(head.dtype)
-        logits = hidden.new_empty(*hidden.shape[:-1], head.weight.shape[0])
+        hidden = hidden.to(head.products)
+        logits = hidden.new_empty(*hidden.shape[:-1], head.weight.shape[0], dtype=head.dtype)
         for start, stop, rows_RD in head.slices():
             logits[..., start:stop] = hidden @ rows_RD.T
         return logits if head.bias is None else logits.add_(head.bias)
@@ -103,7 +105,9 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: torch.Tensor, labels_N: torch.Tensor, head: StreamedHead) -> torch.Tensor:
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            losses_N, grad_ND = _losses_and_gradient(hidden_ND.to(head.dtype), labels_N, head, ctx.needs_input_grad[0])
+            losses_N, grad_ND = _losses_and_gradient(
+                hidden_ND.to(head.products), labels_N, head, ctx.needs_input_grad[0]
+            )
         if grad_ND is not None:
             ctx.save_for_backward(grad_ND.to(hidden_ND.dtype))
         if head._recorded is not None:

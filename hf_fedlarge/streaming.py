@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_fedlarge.architectures import Architecture
 from hf_fedlarge.engine import StreamingEngine
+from hf_fedlarge.gated import replace_gates
 from hf_fedlarge.linear import FrozenLinear
 from hf_fedlarge.loss import StreamedHead, causal_loss, freeze_head
 from hf_fedlarge.memory import keep_freed_memory
@@ -58,6 +59,7 @@ def attach(
         if surrogates and number in surrogates:
             linears += put_behind(block, *surrogates[number])
         replace_norms(block)
+        replace_gates(block)
         blocks.append((block, linears))
     takes_apart = model._supports_attention_backend and model.config._attn_implementation == "sdpa"
     if takes_apart:

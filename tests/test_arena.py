@@ -7,7 +7,6 @@ import torch
 from families import make_package
 
 from hf_fedlarge.adapters import attach_lora
-from hf_fedlarge.arena import Arena
 from hf_fedlarge.config import LoraSettings
 from hf_fedlarge.memory import fetch_pages
 from hf_fedlarge.package import load_package
@@ -15,6 +14,7 @@ from hf_fedlarge.package import load_package
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": True})
     monkeypatch.setattr("hf_fedlarge.budget.UNASKED_BYTES", 0)  # more than all of a tiny model's activations
     model = load_package(make_package(tmp_path / "package", "llama"))
     return attach_lora(model, model.architecture, LoraSettings(rank=4)).train()
@@ -38,7 +38,7 @@ def test_counters_of_a_step(model):
 
 def test_one_matrix_at_a_time_is_dequantized_thrice_at_most(model):
     engine = model.engine
-    engine.arena = Arena(engine.linears, engine.dtype, engine.device, whole_blocks=False, counters=engine.counters)
+    engine.hold(whole_blocks=False)
     assert engine.counters.arena_bytes == 2 * 64 * 128
     step(model)
     before = engine.counters.dequantizations

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_fedlarge.linear import Adapter, FrozenLinear, output_products
+from hf_fedlarge.gated import Activation, Gated
+from hf_fedlarge.linear import Adapter, Casts, FrozenLinear, output_products
 from hf_fedlarge.quantize import DenseWeight
 
 INPUTS, OUTPUTS, RANK, SCALE = 7, 5, 3, 1.5
@@ -16,7 +17,12 @@ def linear():
     module = nn.Linear(INPUTS, OUTPUTS, dtype=torch.float64)
     weight = DenseWeight(module.weight.detach().clone())
     linear = FrozenLinear(module, weight, transposed=False)
-    linear.place(weight.values.clone().view(-1), lambda linear: linear.slot)
+    linear.place(
+        weight.values.clone().view(-1),
+        torch.full((1,), torch.nan, dtype=torch.float64),
+        Casts(torch.float64),
+        lambda linear: [(slice(0, OUTPUTS), linear.slot)],
+    )
     A, B = (nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in ((RANK, INPUTS), (OUTPUTS, RANK)))
     linear.adapter = Adapter(A, B, SCALE, None)
     return linear
@@ -92,9 +98,87 @@ def test_with_a_frozen_factor_only_the_other_s_gradient_is_computed(linear, monk
     frozen = {"A": linear.adapter.B, "B": linear.adapter.A}[trains].requires_grad_(False)
     output = linear.forward_with_adapter(x)
     # What only the frozen one's gradient needs isn't kept for it.
-    saved = output.grad_fn.saved_tensors
-    assert [tensor is None for tensor in saved[:2]] == ([False, True] if trains == "A" else [True, False])
+    inputs, _, reduced, *_ = output.grad_fn.saved_tensors
+    assert [inputs is None, reduced is None] == ([False, True] if trains == "A" else [True, False])
     (output * torch.arange(OUTPUTS)).sum().backward()
     assert frozen.grad is None
     torch.testing.assert_close(x.grad, expected[0])
     torch.testing.assert_close(getattr(linear.adapter, trains).grad, expected[1 if trains == "A" else 2])
+
+
+# Of a product of gate and branch that isn't computed yet
+
+
+def gated_inputs():
+    gate, up = (torch.randn(2, 4, INPUTS, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    return Gated(gate, up, Activation(nn.functional.silu, torch.ops.aten.silu_backward))
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("trains", ["both", "A", "B", "neither"])
+def test_a_gated_product_s_value_and_gradients(linear, trains, dropout):
+    mask = (torch.rand(2, 4, INPUTS) < 0.5).double()
+    linear.adapter.dropout = (lambda x: x * mask) if dropout else None
+    linear.adapter.A.requires_grad_(trains in ("both", "A"))
+    linear.adapter.B.requires_grad_(trains in ("both", "B"))
+    x = gated_inputs()
+    value = x.value()
+    expected = written_out(linear, value, value * mask if dropout else None)
+    output = linear.forward_with_adapter(x)
+    torch.testing.assert_close(output, expected)
+    wanted = [tensor for tensor in (x.gate, x.up, linear.adapter.A, linear.adapter.B) if tensor.requires_grad]
+    weights = torch.arange(OUTPUTS)
+    ours, theirs = (torch.autograd.grad((y * weights).sum(), wanted) for y in (output, expected))
+    for found, gradient in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, gradient)
+
+
+def test_a_gated_product_without_an_adapter(linear):
+    x = gated_inputs()
+    expected = x.value() @ linear.weight.values.t() + linear.module.bias
+    output = linear.forward(x)
+    torch.testing.assert_close(output, expected)
+    ours, theirs = (torch.autograd.grad(y.square().sum(), [x.gate, x.up]) for y in (output, expected))
+    for found, gradient in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, gradient)
+    assert all(saved is not None for saved in linear.forward(x).grad_fn.saved_tensors[:2])
+
+
+# Products of another dtype than what surrounds them
+
+
+def test_an_input_is_cast_once_for_the_matrices_that_take_it():
+    casts = Casts(torch.float32)
+    x = torch.randn(3, 4).bfloat16()
+    first = casts.inputs(x)
+    assert torch.equal(first, x.float())
+    first.fill_(7)  # what a second cast would undo
+    assert casts.inputs(x.view(3, 4)).eq(7).all()
+    for changed in (x.clone(), x.t().contiguous().t(), x[:2], x.mul_(2)):
+        assert torch.equal(casts.inputs(changed), changed.float())
+    casts.forget()
+    assert torch.equal(casts.inputs(x), x.float())
+
+
+def test_a_tensor_that_came_in_the_place_of_one_that_is_gone_is_cast():
+    casts = Casts(torch.float32)
+    for number in range(5):
+        x = torch.full((100, 100), float(number)).bfloat16()
+        assert casts.inputs(x).eq(number).all()
+        del x
+
+
+def test_nothing_is_cast_where_nothing_has_to_be():
+    casts = Casts(torch.float32)
+    x = torch.randn(3, 4)
+    assert casts.inputs(x) is x
+    assert casts.gradient(x) is x
+    assert casts.room((2, 2), "product", x) is None
+
+
+def test_what_was_cast_in_inference_can_be_used_after_it():
+    casts = Casts(torch.float32)
+    with torch.inference_mode():
+        for number in range(2):
+            assert casts.inputs(torch.full((2, 2), float(number)).bfloat16()).eq(number).all()
+    assert casts.inputs(torch.full((2, 2), 5.0).bfloat16()).eq(5).all()
