@@ -125,12 +125,10 @@ class Nf4Weight:
 
     def _scales(self, first: int, last: int) -> torch.Tensor:
         """Scales of the blocks [first, last), fp32."""
-        if first == 0 and last == len(self.absmax):
-            scales = bnb.dequantize_blockwise(
-                self.absmax, absmax=self.nested_absmax, code=self.nested_code, blocksize=NESTED_BLOCK
-            )
-            return scales.add_(self.offset)
-        return self._scale_of(torch.arange(first, last))
+        start, end = first // NESTED_BLOCK, -(-last // NESTED_BLOCK)
+        codes, outer = self.absmax[start * NESTED_BLOCK : end * NESTED_BLOCK], self.nested_absmax[start:end]
+        scales = bnb.dequantize_blockwise(codes, absmax=outer, code=self.nested_code, blocksize=NESTED_BLOCK)
+        return scales[first - start * NESTED_BLOCK : last - start * NESTED_BLOCK].add_(self.offset)
 
     def _scale_of(self, blocks: torch.Tensor) -> torch.Tensor:
         codes = self.nested_code[self.absmax[blocks].long()]

@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from hf_fedlarge.attention import causal_attention
 from hf_fedlarge.errors import ArchitectureError
 
 ATTENTION = "hf_fedlarge"
@@ -275,10 +276,26 @@ def _sdpa(
 ) -> torch.Tensor:
     dtype = query.dtype
     if torch.is_grad_enabled() and query.device.type == "cpu":
+        if mask is None and _is_plain(module, query, value, **kwargs):
+            return causal_attention(query, key, value, kwargs.get("scaling"))
         # On a CPU the gradient of torch's flash attention takes twice as long in bf16 as in fp32.
         query, key, value = query.float(), key.float(), value.float()
         mask = mask.float() if mask is not None and mask.is_floating_point() else mask
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0].to(dtype)
+
+
+def _is_plain(
+    module: nn.Module,
+    query: torch.Tensor,
+    value: torch.Tensor,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
+    **_: Any,
+) -> bool:
+    """Whether attention without a mask is causal and nothing besides."""
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    return causal and dropout == 0.0 and position_bias is None and query.shape[-1] == value.shape[-1]
 
 
 @contextmanager

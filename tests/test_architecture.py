@@ -28,6 +28,7 @@ LEVELS = [
         "keys",
         "store",
         "templates",
+        "attention",
         "gated",
         "passes",
     },

@@ -1,0 +1,49 @@
+"""Causal attention on a CPU that keeps for its backward what it was given, and not what it computes with.
+
+torch's flash attention takes twice as long to differentiate in bf16 as in fp32, so it is called with fp32; autograd
+would then keep the fp32 copies of queries, keys, values and output. Here they are kept as they came, and the output as
+it went, which the output projection keeps as well. (FlashAttention: arXiv 2205.14135.)
+
+Shapes: B sequences, H heads, G heads of keys and values, T tokens, E values a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def causal_attention(
+    q_BHTE: torch.Tensor, k_BGTE: torch.Tensor, v_BGTE: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """softmax(scale · q kᵀ, causal) v as (B, T, H, E), in fp32 inside; H is a multiple of G.
+
+    Args:
+        q_BHTE: queries, on the CPU.
+        k_BGTE: keys.
+        v_BGTE: values.
+        scale: None: 1 / sqrt(E).
+    """
+    return _CausalAttention.apply(q_BHTE, k_BGTE, v_BGTE, scale)
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
+        ctx.scale = scale
+        ctx.exact = torch.promote_types(q.dtype, torch.float32)
+        out_BHTE, lse = _flash(*(x.to(ctx.exact) for x in (q, k, v)), 0.0, True, scale=scale)
+        out_BTHE = out_BHTE.to(q.dtype).transpose(1, 2).contiguous()
+        ctx.save_for_backward(q, k, v, out_BTHE, lse)
+        return out_BTHE
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTHE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *given, out_BTHE, lse = ctx.saved_tensors
+        q, k, v, grad, out = (x.to(ctx.exact) for x in (*given, grad_BTHE.transpose(1, 2), out_BTHE.transpose(1, 2)))
+        found = _flash_backward(grad, q, k, v, out, lse, 0.0, True, scale=ctx.scale)
+        return *(gradient.to(x.dtype) for gradient, x in zip(found, given, strict=True)), None
