@@ -20,7 +20,7 @@ import torch
 from hf_fedlarge.linear import Casts, FrozenLinear
 from hf_fedlarge.memory import fetch_pages
 
-# Where no budget was set, a block that takes no more than this is held whole.
+# Where no budget was set, a block in fp32 that takes no more than this is held whole.
 UNASKED_BYTES = 2**27
 # Of some rows at a time: few enough to stay in a cache, enough for a product's full rate.
 PIECE_BYTES = 2**24

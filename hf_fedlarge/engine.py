@@ -72,8 +72,9 @@ class StreamingEngine:
         self._available: int | None = None
         self._token_bytes: float | None = None
         self.linear_of = {linear.module: linear for linears in self.linears for linear in linears}
-        block_bytes = Arena.bytes_needed(self.linears, product_dtype(dtype, device), True)
-        self.hold(whole_blocks=device.type == "cuda" or block_bytes <= UNASKED_BYTES)
+        products = product_dtype(dtype, device)
+        # In fp32 a block takes twice as much.
+        self.hold(products == dtype or Arena.bytes_needed(self.linears, products, True) <= UNASKED_BYTES)
         for block in self.blocks:
             block.forward = partial(self._forward, block, block.forward, inspect.signature(block.forward))
 
