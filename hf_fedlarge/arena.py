@@ -21,7 +21,7 @@ from hf_fedlarge.linear import Casts, FrozenLinear
 from hf_fedlarge.memory import fetch_pages
 
 # Where no budget was set, a block in fp32 that takes no more than this is held whole.
-UNASKED_BYTES = 2**27
+UNASKED_BLOCK_BYTES = 2**27
 # Of some rows at a time: few enough to stay in a cache, enough for a product's full rate.
 PIECE_BYTES = 2**24
 _ALIGNMENT = 64  # rows, so that a piece begins and ends with a block of NF4
@@ -76,7 +76,7 @@ class Arena:
         counters: Counters,
     ) -> None:
         products = product_dtype(dtype, device)
-        self.whole_blocks = whole_blocks
+        self.whole_blocks, self._dtype = whole_blocks, dtype
         self._blocks, self._counters, self._casts = blocks, counters, Casts(products)
         self._numbers = {linear: number for number, linears in enumerate(blocks) for linear in linears}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" and whole_blocks else None
@@ -114,6 +114,15 @@ class Arena:
         """What the buffers hold of the machine's memory: on a CPU nothing until they are first written."""
         touched = self._buffers[0].device.type != "cpu" or any(held is not None for held in self._resident)
         return self._counters.arena_bytes if touched else 0
+
+    @property
+    def cast_bytes(self) -> int:
+        """What a token takes of the buffers through which inputs, gradients and products are cast (see `Casts`)."""
+        if self._casts.dtype == self._dtype:
+            return 0
+        widths = [(linear.inputs, linear.outputs) for linears in self._blocks for linear in linears]
+        widest_in, widest_out = (max(sizes) for sizes in zip(*widths, strict=True))
+        return self._casts.dtype.itemsize * (widest_in + widest_out + max(widest_in, widest_out))
 
     def enter(self, number: int, following: int | None) -> None:
         """Begin a visit of a block; `following` is the block that is likely to be visited next."""

@@ -49,6 +49,7 @@ def plan_activations(
     available: int | None = None,
     token_bytes: float = 0.0,
     boundary_bytes: float = 0.0,
+    cast_bytes: float = 0.0,
 ) -> Plan:
     """Plan one batch.
 
@@ -59,6 +60,7 @@ def plan_activations(
         available: bytes that activations may take; None: no budget was set, and little is held.
         token_bytes: what one block's graph holds for a token.
         boundary_bytes: what a token's hidden state takes between two blocks.
+        cast_bytes: what a token takes of the buffers for products of another dtype.
 
     Raises:
         ConfigError: not even one sequence at a time fits.
@@ -71,14 +73,15 @@ def plan_activations(
         return Plan(group_tokens=at_once, kept=max(1, kept))
     # The hidden states between the blocks, and their gradient.
     rest = available - boundary_bytes * total * (blocks + 2)
-    if rest < WORKING * token_bytes * longest:
-        needed = WORKING * token_bytes * longest + boundary_bytes * total * (blocks + 2)
+    working_bytes = WORKING * token_bytes + cast_bytes
+    if rest < working_bytes * longest:
+        needed = working_bytes * longest + boundary_bytes * total * (blocks + 2)
         raise ConfigError(
             f"The memory budget leaves {max(available, 0) / 1e6:.0f} MB for activations, but a step of {total} tokens "
             f"takes {needed / 1e6:.0f} MB: raise --memory_budget, or lower --max_length or the batch."
         )
     # One group in work; what is left after it is kept, so a group takes no more than a third.
-    group = min(total, max(longest, FULL_RATE_TOKENS, int(rest / 3 / (WORKING * token_bytes))))
-    group = max(longest, min(group, int(rest / (WORKING * token_bytes))))
-    kept = int((rest - WORKING * token_bytes * group) / (token_bytes * group))
+    group = min(total, max(longest, FULL_RATE_TOKENS, int(rest / 3 / working_bytes)))
+    group = max(longest, min(group, int(rest / working_bytes)))
+    kept = int((rest - working_bytes * group) / (token_bytes * group))
     return Plan(group_tokens=group, kept=max(0, min(kept, blocks * -(-total // group))))

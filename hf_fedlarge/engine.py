@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from hf_fedlarge.arena import UNASKED_BYTES, Arena, Counters, product_dtype
+from hf_fedlarge.arena import UNASKED_BLOCK_BYTES, Arena, Counters, product_dtype
 from hf_fedlarge.budget import Plan, plan_activations
 from hf_fedlarge.errors import ArchitectureError, ConfigError
 from hf_fedlarge.linear import FrozenLinear, output_products
@@ -74,7 +74,7 @@ class StreamingEngine:
         self.linear_of = {linear.module: linear for linears in self.linears for linear in linears}
         products = product_dtype(dtype, device)
         # In fp32 a block takes twice as much.
-        self.hold(products == dtype or Arena.bytes_needed(self.linears, products, True) <= UNASKED_BYTES)
+        self.hold(products == dtype or Arena.bytes_needed(self.linears, products, True) <= UNASKED_BLOCK_BYTES)
         for block in self.blocks:
             block.forward = partial(self._forward, block, block.forward, inspect.signature(block.forward))
 
@@ -215,6 +215,7 @@ class StreamingEngine:
             self._available,
             self._token_bytes,
             hidden[0, 0].nbytes,
+            self.arena.cast_bytes,
         )
 
     def _measure(self, call: _BlockCall, hidden: torch.Tensor, span: Span) -> float:

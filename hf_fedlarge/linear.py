@@ -132,6 +132,11 @@ class FrozenLinear:
         """O."""
         return self.weight.shape[1] if self._stored_as_IO else self.weight.shape[0]
 
+    @property
+    def inputs(self) -> int:
+        """I."""
+        return self.count // self.outputs
+
     def place(
         self, slot: torch.Tensor | None, nothing: torch.Tensor, casts: Casts, pieces: Callable[..., Pieces]
     ) -> None:
@@ -174,9 +179,8 @@ class FrozenLinear:
 
     def multiply_back(self, g_NO: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """g W, (N, I), likewise."""
-        inputs = self.count // self.outputs
-        out = self.casts.room((len(g_NO), inputs), "product", like)
-        return (_to_rows if self._stored_as_IO else _to_columns)(g_NO, self._pieces(self), inputs, None, out)
+        out = self.casts.room((len(g_NO), self.inputs), "product", like)
+        return (_to_rows if self._stored_as_IO else _to_columns)(g_NO, self._pieces(self), self.inputs, None, out)
 
     def forward(self, x: torch.Tensor | Gated) -> torch.Tensor:
         """What the layer computes, without its adapter."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from hf_fedlarge.adapters import AdapterReader, expected_shapes, in_package, write_adapter
 from hf_fedlarge.architectures import Architecture, describe, load_config
+from hf_fedlarge.arena import UNASKED_BLOCK_BYTES
 from hf_fedlarge.artifacts import (
     AdapterManifest,
     PackageManifest,
@@ -34,7 +35,7 @@ from hf_fedlarge.shrink import ShrinkPlan, plan_shrink
 from hf_fedlarge.tensors import Factors
 
 _LIBRARIES = 600 * 10**6
-_SPARE = 1.45
+_SPARE = 1.25
 _ADAPTER_BYTES = 16  # a value, its gradient and two moments in fp32
 _STATE_BYTES = 2  # bf16
 _MIN_RANK = 4
@@ -87,8 +88,12 @@ def client_bytes(architecture: Architecture, layers: int, package_bytes: int, lo
     # Every matrix's output once in bf16, and the block's width in fp32 and bf16 around norms and sums.
     outputs = sum(values // width for values in block)
     activations = min(tokens, FULL_RATE_TOKENS) * (2 * outputs + 16 * width)
+    # In bf16 a block is held whole; where products are of fp32 only a small one is, and values pass through buffers.
+    arena = max(2 * sum(block), min(4 * sum(block), UNASKED_BLOCK_BYTES))
+    casts = 12 * min(tokens, FULL_RATE_TOKENS) * max(values // width for values in block)
     own = (
-        sum(block) * _STATE_BYTES
+        arena
+        + casts
         + tokens * width * _STATE_BYTES * (layers + 2)
         + WORKING * activations
         + UNASKED_BYTES

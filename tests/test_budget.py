@@ -51,15 +51,19 @@ def test_without_a_budget_products_have_their_full_rate_and_little_is_kept(
         assert plan.group_tokens <= max(FULL_RATE_TOKENS, micro_batch_size * max(lengths))
 
 
-@given(lengths, st.integers(1, 40), st.integers(0, 10**10), st.integers(100, 10**5), st.integers(10, 10**4))
-def test_a_plan_fits_its_budget(lengths, blocks, available, token_bytes, boundary):
+sizes = st.tuples(st.integers(100, 10**5), st.integers(10, 10**4), st.integers(0, 10**5))
+
+
+@given(lengths, st.integers(1, 40), st.integers(0, 10**10), sizes)
+def test_a_plan_fits_its_budget(lengths, blocks, available, sizes):
+    token_bytes, boundary, casts = sizes
     held = boundary * sum(lengths) * (blocks + 2)
-    if available < held + 1.5 * token_bytes * max(lengths):
+    if available < held + (1.5 * token_bytes + casts) * max(lengths):
         with pytest.raises(ConfigError, match="raise --memory_budget"):
-            plan_activations(lengths, blocks, 1, available, token_bytes, boundary)
+            plan_activations(lengths, blocks, 1, available, *sizes)
         return
-    plan = plan_activations(lengths, blocks, 1, available, token_bytes, boundary)
-    in_work = 1.5 * token_bytes * plan.group_tokens
+    plan = plan_activations(lengths, blocks, 1, available, *sizes)
+    in_work = (1.5 * token_bytes + casts) * plan.group_tokens
     assert plan.group_tokens >= max(lengths)
     assert held + in_work + plan.kept * token_bytes * plan.group_tokens <= available * (1 + 1e-9)
 
@@ -107,6 +111,13 @@ def test_a_budget_too_small_for_a_block_holds_one_matrix_at_a_time(tmp_path, mon
     engine.set_memory_budget(10**9 + moments + block)
     assert not engine.arena.whole_blocks
     assert engine.counters.arena_bytes == 64 * 128 * 4  # the largest matrix
+    assert engine.arena.cast_bytes == 0
+
+
+def test_what_products_of_another_dtype_pass_through_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", dict)
+    arena = load_package(make_package(tmp_path / "package", "llama")).engine.arena
+    assert arena.cast_bytes == 4 * 3 * 128
 
 
 def test_a_budget_too_small_for_anything_is_refused_with_what_is_needed(tmp_path):

@@ -409,7 +409,7 @@ def test_the_arena_holds_one_block(package, processor):
 
 @products
 def test_a_block_that_would_take_twice_its_size_in_fp32_is_held_some_rows_at_a_time(package, monkeypatch, processor):
-    monkeypatch.setattr("hf_fedlarge.engine.UNASKED_BYTES", 10**5)
+    monkeypatch.setattr("hf_fedlarge.engine.UNASKED_BLOCK_BYTES", 10**5)
     engine = load_package(package("llama")).engine
     assert engine.arena.whole_blocks is (processor == "bf16")
     assert engine.counters.arena_bytes == (2 * 36864 if processor == "bf16" else 4 * 64 * 128)
