@@ -107,7 +107,7 @@ def _fuse(layer: LoraLayer, linear: FrozenLinear, lora: LoraSettings) -> None:
             return plain(x.value() if isinstance(x, Gated) else x, *args, **kwargs)
         return linear.forward_with_adapter(x)
 
-    layer.forward = forward
+    layer.forward, layer.takes_gated = forward, True
 
 
 def set_trainable(model: PeftModel, trains: Literal["both", "A", "B"]) -> None:

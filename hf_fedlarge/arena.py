@@ -5,8 +5,9 @@ whole block, which is dequantized once a visit, or, where memory is scarce, some
 whenever a product needs them. On CUDA there are two arenas of a block: while one block computes, the next is copied and
 dequantized into the other on a second stream.
 
-Not every processor multiplies matrices in bf16. Those without instructions for it take twice as long as in fp32, or
-many times, so there matrices are dense in fp32 and products are of fp32, whatever the dtype of all else.
+Not every processor multiplies matrices in bf16 well. Without AMX it takes twice as long as in fp32 where there is
+AVX512-BF16, and many times where there is neither (docs/log.md; ARM was not measured). So there matrices are dense in
+fp32 and products are of fp32, whatever the dtype of all else.
 """
 
 from __future__ import annotations

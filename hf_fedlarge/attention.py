@@ -2,7 +2,7 @@
 
 torch's flash attention takes twice as long to differentiate in bf16 as in fp32, so it is called with fp32; autograd
 would then keep the fp32 copies of queries, keys, values and output. Here they are kept as they came, and the output as
-it went, which the output projection keeps as well. (FlashAttention: arXiv 2205.14135.)
+it went, which the output projection keeps too where sequences are of one length. (FlashAttention: arXiv 2205.14135.)
 
 Shapes: B sequences, H heads, G heads of keys and values, T tokens, E values a head.
 """

@@ -11,8 +11,9 @@ from hf_fedlarge.errors import ConfigError
 FULL_RATE_TOKENS = 512
 # What is kept of a forward pass without a budget: little beside what a process takes anyway.
 UNASKED_BYTES = 64 * 2**20
-# A block's backward holds its graph and, beside it, gradients of about half its activations at a time.
-WORKING = 1.5
+# A block's backward holds its graph and, beside it, gradients: of a gated layer's gate, branch and product at a time,
+# which is nearly as much as the graph.
+WORKING = 2.0
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 

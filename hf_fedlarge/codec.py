@@ -48,7 +48,11 @@ def stored_parts(codec: Codec, shape: Shape) -> dict[str, tuple[torch.dtype, int
 
 
 def encode(change_RX: torch.Tensor, codec: Codec) -> dict[str, torch.Tensor]:
-    """The parts of a finite fp32 change (R, X); the same bits for the same change."""
+    """The parts of a finite fp32 change (R, X); the same bits for the same change.
+
+    Raises:
+        ArtifactError: int8 and NF4 have no infinity and no NaN.
+    """
     if codec.name == "bf16":
         return {"values": change_RX.bfloat16().flatten()}
     if codec.name == "topk":
@@ -59,6 +63,8 @@ def encode(change_RX: torch.Tensor, codec: Codec) -> dict[str, torch.Tensor]:
         return {"indices": places.int(), "values": flat[places].bfloat16()}
     if codec.name == "int8":
         largest_R1 = change_RX.abs().amax(dim=1, keepdim=True)
+        if not largest_R1.isfinite().all():
+            raise ArtifactError("The change of a factor holds infinite values or NaN; lower the learning rate.")
         # Rounded up, so that the largest fits; a row of zeros has the smallest.
         octaves_R1 = (largest_R1.double() / 127).log2()
         codes_R1 = ((octaves_R1 + _LOWEST) * _STEPS).ceil().clamp(0, 255).to(torch.uint8)

@@ -4,7 +4,7 @@ The packed matrices stay memory-mapped; a visit dequantizes them into an arena (
 block's forward runs without a graph and keeps only its input; its backward visits the block once more, recomputes and
 differentiates it (activation checkpointing, arXiv 1604.06174). All micro-batches of an optimizer step are computed
 inside the visit, so that any number of them costs two dequantizations of a matrix, and the last block's stays for its
-backward, which makes that one.
+backward, which makes that one. Where the arena holds some rows at a time, every product dequantizes its matrix.
 
 What is not computed: padding, which is left out (`hf_fedlarge.sequences`); the value of a block's output projections in
 the recomputation, whose gradient asks for none; again what a memory budget allows to keep of the first forward pass
@@ -41,7 +41,7 @@ class StreamingEngine:
 
     Args:
         blocks: the decoder blocks in order, each with its frozen matrices.
-        dtype: of the dequantized weights and of the computation.
+        dtype: of the computation; products and dequantized weights may have another (`arena.product_dtype`).
         device: where to compute.
         takes_apart: whether the blocks' attention is `sequences`' own, so that padding can be left out.
         micro_batch_size: sequences of a training batch that a block computes at a time at least (see `Plan`); None:
@@ -86,7 +86,7 @@ class StreamingEngine:
         back when it needs them. What fits decides how sequences are grouped, so the rounding of two runs may differ.
 
         Raises:
-            ConfigError: not even one matrix at a time fits.
+            ConfigError: not even some rows of a matrix at a time fit.
         """
         trainable = [p for block in self.blocks for p in block.parameters() if p.requires_grad]
         # A gradient and, at most, two fp32 moments for each trainable value.
@@ -112,7 +112,7 @@ class StreamingEngine:
     def start_over(self) -> None:
         """Forget what was learned and counted, as if nothing had been computed so far; a memory budget stays."""
         self._outputs.clear()
-        self._token_bytes, self._held = None, 0
+        self._token_bytes, self._held, self._pass = None, 0, None
         arena_bytes = self.counters.arena_bytes
         vars(self.counters).update(vars(Counters(arena_bytes=arena_bytes)))
 
@@ -175,7 +175,8 @@ class StreamingEngine:
     def _pass_of(self, number: int, hidden: torch.Tensor) -> Pass:
         """The forward pass in which the block `number` is called; the blocks of one are called in order."""
         found = self._pass
-        if found is None or found.following != number:
+        # What a block that failed left behind is of no use.
+        if found is None or not number or found.following != number:
             found = Pass(hidden, number, len(self.blocks))
         # Whose last block is called belongs to its graph alone.
         self._pass = found if number + 1 < len(self.blocks) else None
@@ -298,7 +299,7 @@ class _BlockCall:
         first = self.parts[0]
         if first.group.tokens == hidden.shape[0] * hidden.shape[1]:
             return make(0, first, first.group.take(hidden)).reshape(hidden.shape)
-        output = torch.zeros_like(hidden)
+        output = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
         for place, part in enumerate(self.parts):
             part.group.put(make(place, part, part.group.take(hidden)), output)
         return output
@@ -350,7 +351,7 @@ class _BlockVisit(torch.autograd.Function):
         (hidden,) = ctx.saved_tensors
         call, parameters, engine = ctx.call, ctx.parameters, ctx.call.engine
         wants_input = ctx.needs_input_grad[1]
-        grad_hidden = torch.zeros_like(hidden) if wants_input else None
+        grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if wants_input else None
         # Taken at once, before what the block needs for a moment, as the states are.
         sizes = [parameter.numel() for parameter in parameters]
         room = torch.empty(sum(sizes), dtype=torch.float32, device=hidden.device).split(sizes)

@@ -1,8 +1,8 @@
 """Gated feed-forward layers (arXiv 2002.05202) of which gate and branch are kept, and nothing that is made of them.
 
 down(act(gate) · up): a graph of transformers' operations keeps gate, act(gate), up and their product, twice what is
-needed, and goes through memory for each. Here the product is made where it is multiplied with the output matrix, some
-tokens at a time that stay in a core's cache, and again in backward (`hf_fedlarge.linear`).
+needed, and goes through memory for each. Here the product is made where it is multiplied with the output matrix, on a
+CPU some tokens at a time that stay in a core's cache, and again in backward (`hf_fedlarge.linear`).
 
 Shapes: N tokens, F neurons.
 """
@@ -89,7 +89,8 @@ def differentiate_gate(
 
 
 def _pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    rows = max(1, _CACHED // tensors[0].shape[1])
+    count, neurons = tensors[0].shape
+    rows = max(1, _CACHED // neurons if tensors[0].device.type == "cpu" else count)
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
@@ -125,6 +126,7 @@ def _is_gated(module: nn.Module) -> bool:
 
 def _forward(module: nn.Module, activation: Activation, x: torch.Tensor) -> Any:
     gated = Gated(module.gate_proj(x), module.up_proj(x), activation)
-    # Whoever watches the output matrix expects to see a tensor.
-    watched = module.down_proj._forward_hooks or module.down_proj._forward_pre_hooks
-    return module.down_proj(gated.value() if watched else gated)
+    # Whoever wraps the output matrix or watches it expects to see a tensor.
+    down = module.down_proj
+    watched = down._forward_hooks or down._forward_pre_hooks or down._backward_hooks or down._backward_pre_hooks
+    return down(gated if getattr(down, "takes_gated", False) and not watched else gated.value())

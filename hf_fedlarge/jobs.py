@@ -247,8 +247,9 @@ def make_tiers(
     if not config.tiers:
         return [Tier("", package, config.lora, first.total_bytes)]
     tokens = _batch(config.training) * _max_length(config.training)
+    together = _micro_batch(config.training) * _max_length(config.training)
     full = describe(load_config(checkpoint))
-    needed = client_bytes(full, len(first.kept_layers), first.total_bytes, config.lora, tokens)
+    needed = client_bytes(full, len(first.kept_layers), first.total_bytes, config.lora, tokens, together)
     tiers = [Tier("", package, config.lora, needed)]
     wanted = sorted(config.tiers.items(), key=lambda item: -parse_bytes(item[1].memory))
     for name, settings in wanted:
@@ -261,7 +262,7 @@ def make_tiers(
                 f"{tiers[-1].memory_bytes / 1e6:.0f} MB; leave it out or lower its memory."
             )
         if kept == {"keep_layers": None, "keep_neurons": None}:
-            fit = fit_memory(checkpoint, memory, tokens, lora, config.embeddings)
+            fit = fit_memory(checkpoint, memory, tokens, lora, config.embeddings, together)
             kept = {"keep_layers": fit.keep_layers, "keep_neurons": fit.keep_neurons}
             lora = lora.model_copy(update={"rank": fit.rank})
             report(f"tier {name} {describe_fit(fit, memory, tokens)}")
@@ -275,7 +276,11 @@ def make_tiers(
 
 
 def _batch(training: dict[str, Any]) -> int:
-    return training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1)
+    return _micro_batch(training) * training.get("gradient_accumulation_steps", 1)
+
+
+def _micro_batch(training: dict[str, Any]) -> int:
+    return training.get("per_device_train_batch_size", 8)
 
 
 def _max_length(training: dict[str, Any]) -> int:

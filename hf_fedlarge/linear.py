@@ -22,6 +22,7 @@ from hf_fedlarge.gated import Activation, Gated, differentiate_gate, multiply_ga
 from hf_fedlarge.quantize import FrozenWeight
 
 Pieces = Iterable[tuple[slice, torch.Tensor]]
+_KEPT_BYTES = 2**26  # of a buffer for casts, beyond a visit: 1,500 tokens of a 7B model's widest matrix in fp32
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Casts:
     """Where products are of another dtype than what surrounds them: buffers for what they take and give.
 
     They are used over and over. Fresh tensors would come and go between those that stay, and leave the heap in pieces.
+    One that many tokens at once made large, as an evaluation may, is kept for a visit only.
 
     Args:
         dtype: of products.
@@ -86,13 +88,16 @@ class Casts:
             return None
         count = math.prod(shape)
         if place not in self._buffers or len(self._buffers[place]) < count:
+            self._buffers.pop(place, None)
             with torch.inference_mode(False):  # else it could not be used outside of it
                 self._buffers[place] = torch.empty(count, dtype=self.dtype, device=like.device)
         return self._buffers[place][:count].view(shape)
 
     def forget(self) -> None:
-        """Hold on to no input."""
+        """Hold on to no input, and to no large buffer."""
         self._inputs = None
+        for place in [place for place, buffer in self._buffers.items() if buffer.nbytes > _KEPT_BYTES]:
+            del self._buffers[place]
 
 
 def _is_same(x: torch.Tensor, other: torch.Tensor, version: int) -> bool:
@@ -120,7 +125,7 @@ class FrozenLinear:
         self._stored_as_IO = not isinstance(module, nn.Linear) and not transposed
         self.adapter: Adapter | None = None
         self.value_unused = False
-        module.forward = self.forward
+        module.forward, module.takes_gated = self.forward, True
 
     @property
     def count(self) -> int:
@@ -329,8 +334,9 @@ def output_products(output: torch.Tensor) -> Iterator[FrozenLinear]:
         linear = getattr(node, "linear", None)
         if isinstance(linear, FrozenLinear):
             yield linear
-        # Nor does the gradient of a product without an adapter, such as a surrogate's.
-        if node.name() in ("AddBackward0", "ViewBackward0") or (linear is not None and not node.adapted):
+        # Nor does the gradient of a product without an adapter, such as a surrogate's, but for one of gate and up.
+        is_plain = linear is not None and not node.adapted and node.activation is None
+        if node.name() in ("AddBackward0", "ViewBackward0") or is_plain:
             for following, _ in node.next_functions:
                 consumers[following] -= 1
                 if following is not None and not consumers[following]:

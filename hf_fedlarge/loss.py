@@ -89,8 +89,9 @@ class _Logits(torch.autograd.Function):
         ctx.head, ctx.dtype = head, hidden.dtype
         hidden = hidden.to(head.products)
         logits = hidden.new_empty(*hidden.shape[:-1], head.weight.shape[0], dtype=head.dtype)
-        for start, stop, rows_RD in head.slices():
-            logits[..., start:stop] = hidden @ rows_RD.T
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start, stop, rows_RD in head.slices():
+                logits[..., start:stop] = hidden @ rows_RD.T
         return logits if head.bias is None else logits.add_(head.bias)
 
     @staticmethod

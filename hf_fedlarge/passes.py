@@ -22,7 +22,7 @@ class Pass:
 
     def __init__(self, hidden: torch.Tensor, first: int, blocks: int) -> None:
         self.following = first
-        self._places = [torch.empty_like(hidden) for _ in range(first, blocks)]
+        self._places = [torch.empty_like(hidden, memory_format=torch.contiguous_format) for _ in range(first, blocks)]
 
     def keep(self, hidden: torch.Tensor) -> torch.Tensor:
         """The output of the next block, at its place."""

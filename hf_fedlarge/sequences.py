@@ -291,11 +291,13 @@ def _is_plain(
     dropout: float = 0.0,
     is_causal: bool | None = None,
     position_bias: torch.Tensor | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> bool:
     """Whether attention without a mask is causal and nothing besides."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    return causal and dropout == 0.0 and position_bias is None and query.shape[-1] == value.shape[-1]
+    is_softmax = dropout == 0.0 and position_bias is None and softcap is None
+    return causal and is_softmax and query.shape[-1] == value.shape[-1]
 
 
 @contextmanager

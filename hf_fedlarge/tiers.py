@@ -70,7 +70,9 @@ class Fit:
     needed_bytes: int
 
 
-def client_bytes(architecture: Architecture, layers: int, package_bytes: int, lora: LoraSettings, tokens: int) -> int:
+def client_bytes(
+    architecture: Architecture, layers: int, package_bytes: int, lora: LoraSettings, tokens: int, together: int
+) -> int:
     """An estimate of a client's peak memory on the CPU without `--memory_budget`.
 
     Args:
@@ -79,7 +81,9 @@ def client_bytes(architecture: Architecture, layers: int, package_bytes: int, lo
         package_bytes: its size.
         lora: rank and targets of the adapter.
         tokens: of one optimizer step, all its sequences together.
+        together: of one micro-batch; more are computed together only up to `FULL_RATE_TOKENS`.
     """
+    together = min(tokens, max(FULL_RATE_TOKENS, together))
     block = [
         math.prod(architecture.parameters[f"{architecture.blocks}.0.{path}.weight"]) for path in architecture.linears
     ]
@@ -87,10 +91,10 @@ def client_bytes(architecture: Architecture, layers: int, package_bytes: int, lo
     width = architecture.parameters[f"{architecture.embedding}.weight"][-1]
     # Every matrix's output once in bf16, and the block's width in fp32 and bf16 around norms and sums.
     outputs = sum(values // width for values in block)
-    activations = min(tokens, FULL_RATE_TOKENS) * (2 * outputs + 16 * width)
+    activations = together * (2 * outputs + 16 * width)
     # In bf16 a block is held whole; where products are of fp32 only a small one is, and values pass through buffers.
     arena = max(2 * sum(block), min(4 * sum(block), UNASKED_BLOCK_BYTES))
-    casts = 12 * min(tokens, FULL_RATE_TOKENS) * max(values // width for values in block)
+    casts = 12 * together * max(values // width for values in block)
     own = (
         arena
         + casts
@@ -102,10 +106,13 @@ def client_bytes(architecture: Architecture, layers: int, package_bytes: int, lo
     return int(_LIBRARIES + package_bytes + _SPARE * own)
 
 
-def fit_memory(checkpoint: Path, memory_bytes: int, tokens: int, lora: LoraSettings, embeddings: Embeddings) -> Fit:
+def fit_memory(
+    checkpoint: Path, memory_bytes: int, tokens: int, lora: LoraSettings, embeddings: Embeddings, together: int = 0
+) -> Fit:
     """The best package and the highest rank, up to `lora.rank`, that fit into `memory_bytes`.
 
-    The package comes first: a lower rank costs less of what is learned than a smaller package.
+    The package comes first: a lower rank costs less of what is learned than a smaller package. `tokens` and `together`
+    are those of a step and of a micro-batch.
 
     Raises:
         ConfigError: not even half of the layers and rank 4 fit; the message has what they need.
@@ -122,7 +129,7 @@ def fit_memory(checkpoint: Path, memory_bytes: int, tokens: int, lora: LoraSetti
         rank = lora.rank
         while rank >= min(_MIN_RANK, lora.rank):
             settings = lora.model_copy(update={"rank": rank})
-            needed = client_bytes(architecture, len(plan.kept), plan.package_bytes, settings, tokens)
+            needed = client_bytes(architecture, len(plan.kept), plan.package_bytes, settings, tokens, together)
             if needed <= memory_bytes:
                 return Fit(keep_layers, keep_neurons, rank, plan, needed)
             rank //= 2

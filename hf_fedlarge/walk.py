@@ -32,6 +32,8 @@ class Walk:
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, ids: torch.Tensor) -> None:
         self._model = model
+        # A block is stepped through many times in a row, and asked for its matrices.
+        model.engine.hold(whole_blocks=True)
         self._blocks = list(model.get_submodule(model.architecture.blocks))
         self._given: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         outputs: list[Any] = []

@@ -58,12 +58,12 @@ sizes = st.tuples(st.integers(100, 10**5), st.integers(10, 10**4), st.integers(0
 def test_a_plan_fits_its_budget(lengths, blocks, available, sizes):
     token_bytes, boundary, casts = sizes
     held = boundary * sum(lengths) * (blocks + 2)
-    if available < held + (1.5 * token_bytes + casts) * max(lengths):
+    if available < held + (2 * token_bytes + casts) * max(lengths):
         with pytest.raises(ConfigError, match="raise --memory_budget"):
             plan_activations(lengths, blocks, 1, available, *sizes)
         return
     plan = plan_activations(lengths, blocks, 1, available, *sizes)
-    in_work = (1.5 * token_bytes + casts) * plan.group_tokens
+    in_work = (2 * token_bytes + casts) * plan.group_tokens
     assert plan.group_tokens >= max(lengths)
     assert held + in_work + plan.kept * token_bytes * plan.group_tokens <= available * (1 + 1e-9)
 

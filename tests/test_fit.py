@@ -37,6 +37,19 @@ def test_a_package_without_some_neurons_computes_what_one_with_zeros_for_them_do
         torch.testing.assert_close(streamed(IDS[0]).logits, dense(IDS[0]).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_fit_holds_whole_blocks_also_where_training_would_not(tmp_path, monkeypatch):
+    checkpoint = make_checkpoint(tmp_path / "full", "llama", layers=4)
+    monkeypatch.setattr("torch.cpu.get_capabilities", dict)  # products of fp32
+    found = []
+    for name, limit in (("whole", 2**30), ("rows", 0)):
+        monkeypatch.setattr("hf_fedlarge.engine.UNASKED_BLOCK_BYTES", limit)
+        plan, fit_plan = narrow_plan(checkpoint)
+        (tmp_path / name).mkdir()
+        found.append(fit_package(plan, fit_plan, list(IDS), tmp_path / name).outputs)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 @pytest.mark.parametrize("family", NARROW)
 def test_fitted_outputs_make_the_small_model_more_like_the_full_one(family, tmp_path):
     """On text that was not fitted on, against the same neurons without a fit."""

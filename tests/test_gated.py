@@ -17,6 +17,8 @@ SIZES = {"hidden_size": 6, "intermediate_size": 10, "num_attention_heads": 2}
 class OutputMatrix(nn.Linear):
     """What a streamed one is to its layer: it may be called with a product that isn't computed yet."""
 
+    takes_gated = True
+
     def forward(self, x):
         self.given = x
         return super().forward(x.value() if isinstance(x, gated.Gated) else x)
@@ -67,6 +69,14 @@ def test_the_layer_gives_what_it_gave():
     assert replace_gates(module) == 1
     assert torch.equal(module(x), expected)
     assert isinstance(module.down_proj.given, gated.Gated)
+
+
+def test_an_output_matrix_that_takes_tensors_only_is_given_one():
+    module = feed_forward()
+    module.down_proj.takes_gated = False
+    replace_gates(module)
+    module(torch.randn(5, 6, dtype=torch.float64))
+    assert module.down_proj.given.shape == (5, 10)
 
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])

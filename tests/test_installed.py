@@ -85,3 +85,19 @@ def test_what_is_imported_is_the_wheel(installed):
     assert result.returncode == 0, result.stderr
     assert str(ROOT) not in result.stdout
     assert result.stdout.count(str(path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("passive", "10000")),
+        ({"GOMP_SPINCOUNT": "7"}, ("passive", "7")),
+        ({"OMP_WAIT_POLICY": "active"}, ("active", None)),
+    ],
+)
+def test_how_threads_wait_is_set_unless_the_user_has(given, expected):
+    ours = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+    environment = {name: value for name, value in os.environ.items() if name not in ours} | given
+    program = "import hf_fedlarge, os; print([os.environ.get(n) for n in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')])"
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == str(list(expected))

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, PAD, make_dense, make_package
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from hf_fedlarge import engine
-from hf_fedlarge.adapters import attach_lora, expected_shapes, get_factors, set_factors
+from hf_fedlarge.adapters import attach_lora, expected_shapes, get_factors, peft_warnings, set_factors
 from hf_fedlarge.architectures import describe
+from hf_fedlarge.arena import product_dtype
 from hf_fedlarge.budget import Plan
 from hf_fedlarge.config import LoraSettings
 from hf_fedlarge.errors import ArchitectureError
@@ -161,7 +163,9 @@ def assert_as_near_as_plain_bf16(package, truth, family, streamed, **options):
     plain = plain_bf16(package(family))
     truths = [truth(family, seed)[1] for seed in range(8)]
     ours = [gradient_of(streamed, some_batch(seed), **options)[1] for seed in range(8)]
-    assert min(torch.cosine_similarity(*pair, dim=0) for pair in zip(ours, plain, strict=True)) >= 0.99
+    # Products of fp32 round otherwise than the reference's.
+    least = 0.995 if product_dtype(torch.bfloat16, torch.device("cpu")) == torch.bfloat16 else 0.99
+    assert min(torch.cosine_similarity(*pair, dim=0) for pair in zip(ours, plain, strict=True)) >= least
     error, plain_error = sum(map(distance, ours, truths)), sum(map(distance, plain, truths))
     assert error <= 1.2 * plain_error, f"{error:.3g}, plain {plain_error:.3g}"
 
@@ -198,6 +202,42 @@ def test_groups_and_kept_activations_change_no_gradient(package, truth, monkeypa
         loss, gradient = gradient_of(streamed, some_batch(seed))
         assert loss == pytest.approx(truth(family, seed)[0], rel=1e-5)
         assert distance(gradient, truth(family, seed)[1]) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama", "qwen2"])
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj"], ["gate_proj", "up_proj"], ["gate_proj"], ["down_proj"]], ids="-".join
+)
+def test_gradients_of_adapters_on_some_matrices_alone(package, monkeypatch, family, targets):
+    monkeypatch.setattr(engine, "plan_activations", lambda *args, **kwargs: Plan(group_tokens=30, kept=0))
+    lora = LoraSettings(rank=4, alpha=8.0, targets=targets)
+    plain = with_adapter(make_dense(package(family)), lora)
+    streamed = with_adapter(load_package(package(family), dtype=torch.float32), lora)
+    for seed in range(2):  # several groups of several steps: what a block's first recomputation teaches is used
+        true_loss, true_gradient = gradient_of(plain, some_batch(seed))
+        loss, gradient = gradient_of(streamed, some_batch(seed))
+        assert loss == pytest.approx(true_loss, rel=1e-5)
+        assert distance(gradient, true_gradient) <= 1e-5
+
+
+def test_a_step_after_one_that_failed_in_the_first_block(package, truth, monkeypatch):
+    streamed = with_adapter(load_package(package("llama"), dtype=torch.float32))
+    with monkeypatch.context() as failing:
+        failing.setattr(streamed.engine, "divide", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            gradient_of(streamed, {name: tensor[:1] for name, tensor in some_batch().items()})
+    loss, gradient = gradient_of(streamed, some_batch())
+    assert loss == pytest.approx(truth("llama")[0], rel=1e-5)
+    assert distance(gradient, truth("llama")[1]) <= 1e-5
+
+
+def test_peft_s_own_adapters_are_given_tensors(package):
+    plain = load_package(package("llama"), dtype=torch.float32)
+    ids = some_batch()["input_ids"]
+    expected = plain(input_ids=ids).logits.detach()
+    with peft_warnings():
+        wrapped = get_peft_model(plain, LoraConfig(target_modules=["down_proj"], task_type="CAUSAL_LM"))
+    torch.testing.assert_close(wrapped(input_ids=ids).logits, expected)
 
 
 def hold_some_rows(streamed):

@@ -191,7 +191,7 @@ def measure(options: argparse.Namespace) -> Figures:
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=getattr(torch, options.tuned_dtype or "bfloat16"),
+                bnb_4bit_compute_dtype=getattr(torch, options.tuned_dtype if options.peer == "tuned" else "bfloat16"),
             )
             tuned = {"dtype": getattr(torch, options.tuned_dtype)} if options.peer == "tuned" else {}
             model = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=quantization, **tuned)

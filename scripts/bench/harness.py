@@ -32,6 +32,8 @@ FIGURES = {
     "peak_anonymous_bytes": ("MB", 1e6),
 }
 Figures = dict[str, Any]
+# As the user has it: importing hf_fedlarge sets variables for this process, which a peer should not inherit.
+ENVIRONMENT = dict(os.environ)
 DEMO_MODEL = Path("demo/SmolLM2-135M-Instruct")
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 
@@ -47,7 +49,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 def run_side(side: str, extra: list[str] | None = None, environment: dict[str, str] | None = None) -> Figures:
     """Run this program for one side in a fresh process; its figures are the last line it prints."""
     words = [sys.executable, sys.argv[0], *sys.argv[1:], "--side", side, *(extra or [])]
-    result = subprocess.run(words, capture_output=True, text=True, env=os.environ | (environment or {}))
+    result = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT | (environment or {}))
     if result.returncode:
         sys.exit(f"The side {side!r} failed with exit code {result.returncode}:\n{result.stderr[-4000:]}")
     figures = json.loads(result.stdout.splitlines()[-1])
