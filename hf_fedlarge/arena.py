@@ -5,9 +5,7 @@ whole block, which is dequantized once a visit, or, where memory is scarce, some
 whenever a product needs them. On CUDA there are two arenas of a block: while one block computes, the next is copied and
 dequantized into the other on a second stream.
 
-Not every processor multiplies matrices in bf16 well. Without AMX it takes twice as long as in fp32 where there is
-AVX512-BF16, and many times where there is neither (docs/log.md; ARM was not measured). So there matrices are dense in
-fp32 and products are of fp32, whatever the dtype of all else.
+Products may have another dtype than all else (`hf_fedlarge.processor`); the arena has theirs.
 """
 
 from __future__ import annotations
@@ -20,22 +18,13 @@ import torch
 
 from hf_fedlarge.linear import Casts, FrozenLinear
 from hf_fedlarge.memory import fetch_pages
+from hf_fedlarge.processor import product_dtype
 
 # Where no budget was set, a block in fp32 that takes no more than this is held whole.
 UNASKED_BLOCK_BYTES = 2**27
 # Of some rows at a time: few enough to stay in a cache, enough for a product's full rate.
 PIECE_BYTES = 2**24
 _ALIGNMENT = 64  # rows, so that a piece begins and ends with a block of NF4
-
-
-def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """In what products are computed fastest: fp32 for bf16 on a CPU without matrix instructions (AMX), else `dtype`.
-
-    It rests on what the processor can, not on a measurement, so that a machine always computes the same.
-    """
-    if device.type == "cpu" and dtype == torch.bfloat16 and not torch.cpu.get_capabilities().get("amx_bf16", False):
-        return torch.float32
-    return dtype
 
 
 @dataclass

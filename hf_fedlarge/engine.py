@@ -27,12 +27,13 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from hf_fedlarge.arena import UNASKED_BLOCK_BYTES, Arena, Counters, product_dtype
+from hf_fedlarge.arena import UNASKED_BLOCK_BYTES, Arena, Counters
 from hf_fedlarge.budget import Plan, plan_activations
 from hf_fedlarge.errors import ArchitectureError, ConfigError
 from hf_fedlarge.linear import FrozenLinear, output_products
 from hf_fedlarge.memory import used_bytes
 from hf_fedlarge.passes import Pass, random_state, restored_random_state
+from hf_fedlarge.processor import product_dtype
 from hf_fedlarge.sequences import Group, Rows, Span, group_spans
 
 
@@ -41,7 +42,7 @@ class StreamingEngine:
 
     Args:
         blocks: the decoder blocks in order, each with its frozen matrices.
-        dtype: of the computation; products and dequantized weights may have another (`arena.product_dtype`).
+        dtype: of the computation; products and dequantized weights may have another (`processor.product_dtype`).
         device: where to compute.
         takes_apart: whether the blocks' attention is `sequences`' own, so that padding can be left out.
         micro_batch_size: sequences of a training batch that a block computes at a time at least (see `Plan`); None:

@@ -83,7 +83,7 @@ def differentiate_gate(
         activated = activation.value(gate)
         for out in value:
             torch.mul(activated, up, out=out)
-        grad_up.copy_(activated.mul_(grad))
+        torch.mul(activated, grad, out=grad_up)
         grad_gate.copy_(activation.gradient(up * grad, gate))
     return grad_gate_NF, grad_up_NF
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from hf_fedlarge.architectures import LogitTransform
-from hf_fedlarge.arena import product_dtype
+from hf_fedlarge.processor import product_dtype
 from hf_fedlarge.quantize import FrozenWeight
 
 _SLICE_BYTES = 2**22  # logits of a slice and what is made of them should fit a CPU's cache

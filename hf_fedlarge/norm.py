@@ -52,12 +52,12 @@ class _RmsNorm(torch.autograd.Function):
         x_32 = x.float()
         inverse = x_32.square().mean(dim=-1, keepdim=True).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, inverse, weight)
-        return (x_32 * inverse).to(x.dtype).mul_(weight)
+        return torch.mul(x_32, inverse, out=torch.empty_like(x)).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         x, inverse, weight = ctx.saved_tensors
         slope = (grad * weight).float()
-        unit = x * inverse
+        unit = x.float().mul(inverse)
         along = (slope * unit).mean(dim=-1, keepdim=True)
-        return slope.sub_(unit.mul_(along)).mul_(inverse).to(x.dtype), None, None
+        return slope.addcmul_(unit, along, value=-1).mul_(inverse).to(x.dtype), None, None

@@ -12,7 +12,7 @@ LIBRARY = ROOT / "hf_fedlarge"
 LEVELS = [
     {"errors", "memory", "options"},
     {"records", "ciphers", "fixed_point"},
-    {"config", "layers", "stdlib_corpus", "blocks", "untrusted"},
+    {"config", "layers", "stdlib_corpus", "blocks", "untrusted", "processor"},
     {"ledger", "remote"},
     {"entries", "summary"},
     {"artifacts"},
@@ -46,8 +46,7 @@ LEVELS = [
         "codec",
         "secagg",
     },
-    {"arena"},
-    {"loss"},
+    {"arena", "loss"},
     {
         "walk",
         "corrections",

@@ -15,6 +15,7 @@ from datasets import Dataset
 from federation import LORA, TRAINING, make_examples, make_federation, make_update
 from filelock import FileLock
 from safetensors.torch import load_file
+from trl import SFTTrainer
 
 from hf_fedlarge.adapters import ADAPTER_WEIGHTS, attach_lora
 from hf_fedlarge.artifacts import MANIFEST_NAME, AdapterManifest, UpdateManifest, read_manifest, sha256_of, verify_files
@@ -329,30 +330,55 @@ def test_a_client_without_an_adapter_starts_its_own(home, tmp_path):
     assert all("q_proj" in name for name in weights(tmp_path / "update"))
 
 
-def test_evaluation_counts_the_tokens_that_trl_trains_on(home, tmp_path):
-    """Our encoding of an example and trl's preparation of it are the same, in each form."""
-    tokenizer = load_tokenizer(home / "package")
-    long = [{"role": "user", "content": "a" * 80}, {"role": "assistant", "content": "b" * 80}]
-    cases = [
-        ({"messages": long}, {}),
-        ({"messages": long}, {"assistant_only_loss": True}),
-        ({"prompt": long[:1], "completion": long[1:]}, {}),
-        ({"prompt": "What? ", "completion": "That."}, {}),
-        ({"text": "Just text."}, {}),
-    ]
-    for row, options in cases:
-        model = load_package(home / "package")
-        config = StreamingLoraConfig(output_dir=str(tmp_path / "x"), max_length=100, disable_tqdm=True, **options)
-        trainer = StreamingLoraTrainer(
-            attach_lora(model, model.architecture, LORA),
-            config,
-            train_dataset=Dataset.from_list([row]),
-            processing_class=tokenizer,
-        )
-        ours = encode_example(row, tokenizer, 100, options.get("assistant_only_loss", False))
-        theirs = trainer.train_dataset[0]
-        assert ours["input_ids"] == theirs["input_ids"]
-        assert ours["labels"] == theirs["labels"]
+LONG = [{"role": "user", "content": "a" * 80}, {"role": "assistant", "content": "b" * 80}]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"packing": True}, {"shuffle_dataset": True}, {"max_length": None}, {"completion_only_loss": False}],
+    ids=lambda options: "-".join(options) or "plain",
+)
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": LONG},
+        {"prompt": LONG[:1], "completion": LONG[1:]},
+        {"prompt": "What? ", "completion": "That."},
+        {"text": "Just text."},
+    ],
+    ids=["messages", "chat", "plain", "text"],
+)
+def test_examples_become_the_tokens_that_trl_makes_of_them(home, tmp_path, row, options):
+    tokenizer, model = load_tokenizer(home / "package"), load_package(home / "package")
+    # The second has no labelled token left within 100 where its prompt is that long.
+    long = {
+        key: value * 40 if isinstance(value, str) else [value[0] | {"content": "c" * 200}, *value[1:]]
+        for key, value in row.items()
+    }
+    data = Dataset.from_list([row, long, row])
+    config = StreamingLoraConfig(output_dir=str(tmp_path / "x"), disable_tqdm=True, **{"max_length": 100} | options)
+    trainer = StreamingLoraTrainer(
+        attach_lora(model, model.architecture, LORA), config, train_dataset=data, processing_class=tokenizer
+    )
+    theirs = SFTTrainer._prepare_dataset(trainer, data, tokenizer, config, config.packing, None, "train")
+    columns = ["input_ids", "labels"]
+    assert trainer.train_dataset.select_columns(columns).to_list() == theirs.select_columns(columns).to_list()
+
+
+@pytest.mark.parametrize("assistant_only", [False, True])
+def test_evaluation_counts_the_tokens_that_trl_trains_on(home, tmp_path, assistant_only):
+    tokenizer, model = load_tokenizer(home / "package"), load_package(home / "package")
+    config = StreamingLoraConfig(
+        output_dir=str(tmp_path / "x"), max_length=100, disable_tqdm=True, assistant_only_loss=assistant_only
+    )
+    data = Dataset.from_list([{"messages": LONG}])
+    trainer = StreamingLoraTrainer(
+        attach_lora(model, model.architecture, LORA), config, train_dataset=data, processing_class=tokenizer
+    )
+    ours = encode_example({"messages": LONG}, tokenizer, 100, assistant_only)
+    theirs = SFTTrainer._prepare_dataset(trainer, data, tokenizer, config, False, None, "train")[0]
+    assert ours["input_ids"] == theirs["input_ids"]
+    assert ours["labels"] == theirs["labels"]
 
 
 @pytest.mark.parametrize(

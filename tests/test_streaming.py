@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, BloomConfig
 from hf_fedlarge import engine
 from hf_fedlarge.adapters import attach_lora, expected_shapes, get_factors, peft_warnings, set_factors
 from hf_fedlarge.architectures import describe
-from hf_fedlarge.arena import product_dtype
 from hf_fedlarge.budget import Plan
 from hf_fedlarge.config import LoraSettings
 from hf_fedlarge.errors import ArchitectureError
 from hf_fedlarge.package import load_package
+from hf_fedlarge.processor import product_dtype
 from hf_fedlarge.shrink import plan_shrink, shrink
 from hf_fedlarge.tensors import Factors
 
