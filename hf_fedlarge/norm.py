@@ -58,6 +58,6 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         x, inverse, weight = ctx.saved_tensors
         slope = (grad * weight).float()
-        unit = x.float().mul(inverse)
+        unit = x * inverse
         along = (slope * unit).mean(dim=-1, keepdim=True)
         return slope.addcmul_(unit, along, value=-1).mul_(inverse).to(x.dtype), None, None
