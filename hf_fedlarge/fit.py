@@ -154,7 +154,11 @@ def _fit_block(
 
     def refit(path: str, count: int, wanted: Iterable[torch.Tensor]) -> Callable[..., torch.Tensor]:
         output = block.get_submodule(path)
-        kept_K, V_DK = _refit(student, layer, path, count, states, wanted)
+        sums, W_FD = _sums(student, layer, path, states, wanted)
+        for walk in (teacher, student):
+            walk.forget()  # solving takes most of a fit's memory, and needs no block
+        kept_K, V_KD = sums.solve(W_FD, count)
+        kept_K, V_DK = kept_K.cpu(), V_KD.T.to("cpu", torch.bfloat16).contiguous()
         _, weight = round_trip(path, plan.output_codec, V_DK)
         stored_DK = dense(weight, states[0].dtype).to(states[0].device)
         result[f"{architecture.blocks}.{layer}.{path}.weight"] = V_DK
@@ -174,14 +178,10 @@ def _fit_block(
         return [student.step(layer, hidden) for hidden in states], result
 
 
-def _refit(
-    student: Walk, layer: int, path: str, count: int, states: list[torch.Tensor], wanted: Iterable[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """An output matrix with which the block, given `states`, comes closer to `wanted`.
-
-    Returns:
-        Which of its inputs stay (K,), and the matrix (D, K) in bf16, both on the CPU.
-    """
+def _sums(
+    student: Walk, layer: int, path: str, states: list[torch.Tensor], wanted: Iterable[torch.Tensor]
+) -> tuple[NeuronFit, torch.Tensor]:
+    """What an output matrix is fitted to, that the block, given `states`, comes closer to `wanted`; and it, (F, D)."""
     block = student.block(layer)
     W_FD = student.dense(layer, path)
     share = _share_added(student, layer, path, states[0])
@@ -194,8 +194,7 @@ def _refit(
         e_ND = (y_ND - given.flatten(0, 1).float()) / share if share else torch.zeros_like(y_ND)
         w_N1 = 1 / y_ND.square().sum(dim=1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
         sums.add(seen[0].reshape(-1, len(W_FD)), e_ND, w_N1)
-    kept_K, V_KD = sums.solve(W_FD, count)
-    return kept_K.cpu(), V_KD.T.to("cpu", torch.bfloat16).contiguous()
+    return sums, W_FD
 
 
 def _share_added(student: Walk, layer: int, path: str, hidden: torch.Tensor) -> float:

@@ -16,7 +16,7 @@ import torch
 
 RIDGE = 0.5
 _SMALLEST = 1e-9
-_ROWS = 4096  # at a time
+_ROWS = 1024  # at a time
 _ROUND = 4  # of what has to go, this part goes in a round
 
 
@@ -68,7 +68,10 @@ class NeuronFit:
         if count < len(W_FD):
             inverse_FF = gram_FF.clone()
             inverse_FF.diagonal().add_(ridge)
-            kept_K = _survivors(torch.linalg.inv(inverse_FF), W_FD.clone(), count)
+            # In place: another F × F matrix or two would be what most of a fit's memory goes to.
+            torch.linalg.cholesky(inverse_FF, out=inverse_FF)
+            torch.cholesky_inverse(inverse_FF, out=inverse_FF)
+            kept_K = _survivors(inverse_FF, W_FD.clone(), count)
             del inverse_FF
         # What the others gave is the first part of what those that stay should give besides.
         wanted_KD = (gram_FF @ W_FD)[kept_K] + wanted_FD[kept_K]

@@ -32,8 +32,6 @@ class Walk:
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, ids: torch.Tensor) -> None:
         self._model = model
-        # A block is stepped through many times in a row, and asked for its matrices.
-        model.engine.hold(whole_blocks=True)
         self._blocks = list(model.get_submodule(model.architecture.blocks))
         self._given: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         outputs: list[Any] = []
@@ -43,6 +41,7 @@ class Walk:
 
         hooks = [block.register_forward_pre_hook(given, with_kwargs=True) for block in self._blocks]
         hooks.append(self._blocks[0].register_forward_hook(lambda block, args, output: outputs.append(output)))
+        self.forget()
         try:
             # What the blocks are given besides doesn't depend on the states, so one of them computes for all.
             with self._forwards(self._blocks[1:], lambda *args, **kwargs: outputs[0]):
@@ -109,7 +108,9 @@ class Walk:
             yield
 
     def forget(self) -> None:
-        """Take the pages of the model's files from this process, and from the allocator what it keeps."""
+        """Take from this process the model's pages and its dense block, and from the allocator what it keeps."""
+        # A block is stepped through many times in a row, and asked for its matrices: it is held whole.
+        self._model.engine.hold(whole_blocks=True)
         self._model.mapped.forget()
         give_back_freed_memory()
 
