@@ -112,7 +112,7 @@ def show(report: dict[str, Any], title: str, file: Path | None) -> None:
         )
     Console().print(table)
     if file:
-        file.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(file, report)
 
 
 def workplace(options: argparse.Namespace) -> tempfile.TemporaryDirectory[str] | _Kept:
@@ -129,7 +129,12 @@ def run_on_demo_model(
     with workplace(options) as directory:
         report = benchmark(options, Path(directory)).run()
     if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(options.json, report)
+
+
+def write_report(file: Path, report: dict[str, Any]) -> None:
+    """Write what a benchmark found as JSON."""
+    file.write_text(json.dumps(report, indent=2) + "\n")
 
 
 class _Kept:

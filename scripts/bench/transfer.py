@@ -7,7 +7,7 @@ Everything is trained alike: SmolLM2-135M-Instruct writes the docstrings of Pyth
 docstring only, examples cut at 160 tokens, `--steps` steps of 8, AdamW with a constant 5e-4, LoRA of rank 16 on every
 matrix of every (kept) layer, the same initial factors, the same examples in the same order; another seed has other
 factors and another order. 64 examples are held out, the same for all; 192 others are calibration text of the domain.
-The reference is LoRA on the full model in bf16. Packages are in NF4 with int8 embeddings.
+The reference is LoRA on the full model in bf16. Packages are in NF4 with int8 embeddings (`--embeddings`).
 
     share kept = (loss of the base − loss of the full model with the adapter) / (the same of the reference)
 
@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 from harness import DEMO_MODEL as CHECKPOINT
-from harness import run_on_demo_model
+from harness import run_on_demo_model, write_report
 from rich.console import Console
 from rich.table import Table
 
@@ -59,6 +59,7 @@ def main() -> int:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--surrogate-codec", choices=("nf4", "int8", "bf16"), default="nf4")
+    parser.add_argument("--embeddings", choices=("int8", "nf4", "bf16"), default="int8", help="how packages store them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep the packages there")
     options = parser.parse_args()
@@ -88,7 +89,7 @@ class Benchmark:
         self.rows: list[dict[str, Any]] = []
 
     def run(self) -> dict[str, Any]:
-        """The rows, their means by share and method, and the settings."""
+        """The base's loss, the rows, their means by share and method, and the settings."""
         options, full = self.options, self.stream_checkpoint(CHECKPOINT)
         layers = list(range(full.architecture.layers))
         base = self.loss(full)
@@ -101,7 +102,8 @@ class Benchmark:
             for (keep, method), made in packages.items():
                 package = self.load_package(made["directory"])
                 kept = package.package.kept_layers
-                row = {"keep": keep, "method": method, "seed": seed, "before": self.loss(package)}
+                row = {"keep": keep, "method": method, "seed": seed, "reference": reference["loss"]}
+                row["before"] = self.loss(package)
                 factors, figures = self.train(package, kept, seed)
                 row |= figures | {name: made[name] for name in ("kept", "bytes_share", "make_seconds")}
                 row["plugged_in"] = self.plugged_in(factors)
@@ -109,9 +111,15 @@ class Benchmark:
                 row["step_ratio"] = row["step_seconds"] / reference["step_seconds"]
                 self.rows.append(row)
                 print(row, file=sys.stderr, flush=True)
-        mean = self.means()
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-        return {"base": base, "rows": self.rows, "mean": mean, "settings": settings}
+                if options.json:  # what there is so far, for whoever can't wait
+                    write_report(options.json, self.report(base))
+        self.show()
+        return self.report(base)
+
+    def report(self, base: float) -> dict[str, Any]:
+        """What `--json` gets."""
+        settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.options).items()}
+        return {"base": base, "rows": self.rows, "mean": self.means(), "settings": settings}
 
     def package(self, keep: str, method: str) -> dict[str, Any]:
         """Make a package; where it is, what it costs and which layers it has."""
@@ -125,6 +133,7 @@ class Benchmark:
         kept = {"keep_neurons": self.neurons(keep)} if kind == "neurons" else {"keep_layers": keep}
         settings = PackageSettings(
             surrogate_codec=self.options.surrogate_codec,
+            embeddings=self.options.embeddings,
             calibration=str(self.calibration) if method.endswith(IN_DOMAIN) else None,
             **kept,
             **SETTINGS[kind],
@@ -207,23 +216,26 @@ class Benchmark:
         return evaluate_model(model, self.tokenizer, self.held_out, max_length=MAX_LENGTH).loss
 
     def means(self) -> list[dict[str, Any]]:
-        """Means over seeds, printed as a table."""
+        """Means over seeds, for each share and method."""
+        means = []
+        for keep, method in dict.fromkeys((row["keep"], row["method"]) for row in self.rows):
+            rows = [row for row in self.rows if (row["keep"], row["method"]) == (keep, method)]
+            names = [name for name, value in rows[0].items() if isinstance(value, float)]
+            mean = {name: statistics.mean(row[name] for row in rows) for name in names}
+            means.append({"keep": keep, "method": method, "seeds": len(rows)} | mean)
+        return means
+
+    def show(self) -> None:
+        """Print the means as a table."""
         table = Table(title="Share of the full model's gain that the plugged-in adapter keeps")
         columns = ("keep", "method", "share kept", "small before", "after", "plugged in", "bytes", "step", "made in")
         for column in columns:
             table.add_column(column, justify="right")
-        means = []
-        for keep, method in dict.fromkeys((row["keep"], row["method"]) for row in self.rows):
-            rows = [row for row in self.rows if (row["keep"], row["method"]) == (keep, method)]
-            mean = {"keep": keep, "method": method, "seeds": len(rows)} | {
-                name: statistics.mean(row[name] for row in rows) for name in rows[0] if isinstance(rows[0][name], float)
-            }
-            means.append(mean)
+        for mean in self.means():
             losses = [f"{mean[name]:.3f}" for name in ("before", "after", "plugged_in")]
             costs = [f"{mean['bytes_share']:.3f}", f"{mean['step_ratio']:.2f}", f"{mean['make_seconds']:.0f} s"]
-            table.add_row(keep, method, f"{mean['share_kept']:.1%}", *losses, *costs)
+            table.add_row(mean["keep"], mean["method"], f"{mean['share_kept']:.1%}", *losses, *costs)
         Console().print(table)
-        return means
 
 
 if __name__ == "__main__":
