@@ -74,6 +74,7 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("federation", type=Path, help="the federation in YAML, with eval_data")
     parser.add_argument("--output", type=Path, help="the server's run directory (run, beside the file)")
     parser.add_argument("--store", required=True, metavar="URL", help="where it meets its clients: any fsspec URL")
+    parser.add_argument("--key", type=Path, metavar="PEM", help="the server's key, to sign what it says with (none)")
     parser.add_argument(
         "--no-stop", action="store_true", help="go on where the full model with the adapter stays worse than the base"
     )
@@ -89,6 +90,7 @@ def add_joining(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, help="for packages and unfinished work (~/.cache/hf_fedlarge)")
     parser.add_argument("--key", type=Path, metavar="PEM", help="its private key, to sign updates with (none)")
     parser.add_argument("--keys", type=Path, metavar="LIST", help="everybody's keys, for secure aggregation (none)")
+    parser.add_argument("--server-key", metavar="KEY", help="64 digits, of the key that signs what the server says")
     parser.add_argument("--once", action="store_true", help="leave after one round")
     _poll(parser)
 

@@ -58,7 +58,7 @@ LEVELS = [
         "orders",
         "retention",
     },
-    {"engine", "fit", "gradients", "robust", "wire"},
+    {"engine", "fit", "gradients", "robust", "wire", "voice"},
     {"shrink", "streaming", "client_state", "privacy"},
     {"feedback", "scaffold"},
     {"update"},

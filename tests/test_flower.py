@@ -44,7 +44,7 @@ from hf_fedlarge.config import AggregationSettings, load_federation
 from hf_fedlarge.flower import client as client_app
 from hf_fedlarge.flower.letters import put_in
 from hf_fedlarge.flower.mailbox import GRACE_SECONDS, Mailbox
-from hf_fedlarge.keys import allow, new_key
+from hf_fedlarge.keys import allow, new_key, read_key
 from hf_fedlarge.orders import ORDER, OrderDocument, as_bytes, inbox
 from hf_fedlarge.plan import CheckIn
 from hf_fedlarge.store import Store
@@ -81,10 +81,10 @@ class Cohort:
         context = Context(1, 2, values | settings, RecordDict(), {})
         return lambda message: client_app.app(message, context)
 
-    def serve(self, **changes):
-        self.mailbox = Mailbox(self.path / "run" / "mailbox", self.grid, self.said.append)
+    def serve(self, key=None, **changes):
+        self.mailbox = Mailbox(self.path / "run" / "mailbox", self.grid, self.said.append, key)
         packages = Store(str(self.path / "packages"))
-        return Server(self.home, self.path / "run", self.mailbox, self.said, packages, **changes)
+        return Server(self.home, self.path / "run", self.mailbox, self.said, packages, key=key, **changes)
 
 
 @pytest.fixture
@@ -329,6 +329,28 @@ def test_a_client_lost_at_a_stage_is_left_out_and_another_node_goes_on_with_its_
     assert found["clients"] == (4 if stage == "reveal" else 3)
     assert len(dead) == 1
     assert [job.client for job in cohort.trained].count("cleo") == 1
+
+
+def test_what_became_of_masked_updates_is_heard_and_a_client_that_was_left_out_keeps_no_secrets(secure_cohort, capsys):
+    ben = secure_cohort.nodes["ben"]
+    honest = ben.answer
+
+    def away(message):
+        files = message.content["files"] if trained(message) else {}
+        if b'"masked"' in (files[ORDER].data if ORDER in files else b""):
+            return None
+        return honest(message)
+
+    ben.answer = away
+    server = secure_cohort.serve(deadline_seconds=5, secure={"stage_seconds": 3.0})
+    server.whole()
+    secrets = list(secure_cohort.path.glob("cache-ben/clients/*/ben/0001/secure/1.json"))
+    assert len(secrets) == 1
+    server.clients.end(server.adapter(1))
+    capsys.readouterr()
+    secure_cohort.mailbox.say_goodbye(30.0, 0.02)
+    assert capsys.readouterr().out.count("round 1: the update counts") == 3
+    assert not list(secure_cohort.path.glob("cache-*/clients/*/*/0001/secure"))
 
 
 def trained(message):
@@ -580,6 +602,71 @@ def test_signatures_are_asked_for_as_anywhere(home, cohort):
     reasons = {entry["client"]: entry["reason"] for entry in server.round.refused}
     assert "has no signature.json" in reasons["ben"]
     assert "which is not one of cleo's" in reasons["cleo"]
+
+
+@pytest.mark.parametrize("key", ["server", "eve", None])
+def test_a_client_that_knows_the_server_s_key_does_what_that_signed(home, cohort, key):
+    public = {name: new_key(cohort.path / f"{name}.pem", name).split()[2] for name in ("server", "eve")}
+    for name in CLIENTS[:3]:
+        cohort.nodes[name].answer = cohort.answering(name, **{"server-key": public["server"]})
+    server = cohort.serve(key and read_key(cohort.path / f"{key}.pem"), deadline_seconds=60)
+    server.open()
+    server.ask()
+    assert accepted(server) == (list(CLIENTS) if key == "server" else ["dan"])
+    sentence = "is not signed; expected" if key is None else "is signed with the key"
+    assert all(sentence in entry["reason"] for entry in server.round.refused)
+    assert len(cohort.trained) == len(accepted(server))
+
+
+def test_an_old_message_of_the_server_s_is_not_answered_again(home, cohort):
+    public = new_key(cohort.path / "server.pem", "server").split()[2]
+    cohort.nodes["ann"].answer = cohort.answering("ann", **{"server-key": public})
+    server = cohort.serve(read_key(cohort.path / "server.pem"), deadline_seconds=60, clients={"ann": 10})
+    write_check_ins(server.run, [CheckIn("ann", 10)])
+    for number in (1, 2):
+        server.open(number)
+        server.ask()
+        server.close()
+        cohort.made["ann"] = cohort.path / f"ann-{number}"
+        make_update(cohort.made["ann"], home / "package", "ann", adapter=server.adapter(1), round_number=2)
+    first, _ = trains(cohort.nodes["ann"])
+    [(path, failed)] = cohort.nodes["ann"].answer(first).content["files"].items()
+    assert (path, len(cohort.trained)) == ("inbox/0001/ann/1/failed.json", 2)
+    assert b"is an old one, for round 1, attempt 1; expected none before round 2" in failed.data
+
+
+def test_at_the_end_clients_hear_what_became_of_their_last_updates(home, cohort, capsys):
+    """Cleo is still at work on something and is not waited for."""
+    public = new_key(cohort.path / "server.pem", "server").split()[2]
+    for name in CLIENTS:
+        cohort.nodes[name].answer = cohort.answering(name, **{"server-key": public})
+    cohort.nodes["cleo"].answer = silent(cohort.nodes["cleo"].answer)
+    server = cohort.serve(read_key(cohort.path / "server.pem"), deadline_seconds=4)
+    server.open()
+    server.ask()
+    server.close()
+    server.clients.end(server.adapter(1))
+    capsys.readouterr()
+    before = time.monotonic()
+    cohort.mailbox.say_goodbye(30.0, 0.02)
+    assert time.monotonic() - before < 10
+    said = capsys.readouterr().out
+    assert said.count("round 1: the update counts") == 3
+    assert said.count("the federation is over after round 1") == 3
+    assert not [line for line in cohort.said if "is over" in line]  # of clocks that don't agree
+    assert not list(cohort.path.glob("cache-*/clients/*/*/0001/sent.json"))
+
+
+def test_an_end_that_the_server_did_not_sign_ends_nothing(home, cohort, capsys):
+    public = new_key(cohort.path / "server.pem", "server").split()[2]
+    order = OrderDocument(run="0" * 32, state="over", round=1, attempt=0)
+    reply = cohort.answering("ann", **{"server-key": public})(
+        Message(put_in({ORDER: as_bytes(order)}), 11, "train", ttl=60)
+    )
+    assert not reply.content
+    said = capsys.readouterr().out
+    assert "is not signed; expected" in said
+    assert "the federation is over" not in said
 
 
 def test_a_client_can_read_packages_elsewhere_than_the_server_says(home, cohort):

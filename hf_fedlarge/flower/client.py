@@ -38,6 +38,7 @@ from hf_fedlarge.orders import (
 )
 from hf_fedlarge.progress import hide_bars
 from hf_fedlarge.store import Store
+from hf_fedlarge.voice import DEFAULT_CACHE, Ear, check_server_key
 
 app = ClientApp()
 _NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
@@ -59,6 +60,7 @@ class NodeSettings(Record):
     cache: str | None = None
     key: str | None = None
     keys: str | None = None
+    server_key: str | None = None
     store: str | None = None
 
 
@@ -88,6 +90,9 @@ def _answer(settings: NodeSettings, content: RecordDict) -> RecordDict:
     for path, raw in take_out(content, _LETTER).items():
         mailbox.write(path, raw)
     order = read_document(mailbox, ORDER, OrderDocument)
+    if order and order.state == "over":
+        _hear_the_end(settings, mailbox)
+        return RecordDict()
     work = order.work_of(settings.client) if order else None
     if work is None or not order.is_open:
         return RecordDict()
@@ -97,8 +102,6 @@ def _answer(settings: NodeSettings, content: RecordDict) -> RecordDict:
     hide_bars()
     _report(f"libraries loaded in {time.monotonic() - began:.1f} s")
     place = inbox(order.round, settings.client, order.attempt)
-    # Who keeps the time is `_until`: an order that is closed would be waited on for the next one.
-    write_document(mailbox, ORDER, order.model_copy(update={"closes_at": None}))
     try:
         with _until(order.closes_at if order.late == "refuse" else None):
             join(
@@ -110,7 +113,8 @@ def _answer(settings: NodeSettings, content: RecordDict) -> RecordDict:
                 key=Path(settings.key) if settings.key else None,
                 keys=Path(settings.keys) if settings.keys else None,
                 packages=settings.store or work.package_store,
-                step=True,
+                server_key=settings.server_key,
+                step=True,  # and who keeps the time is `_until`
                 report=_report,
             )
     except (FedLargeError, TooLate) as error:
@@ -118,6 +122,16 @@ def _answer(settings: NodeSettings, content: RecordDict) -> RecordDict:
         write_document(mailbox, f"{place}/{FAILED}", failure(str(error)))
     names = mailbox.names(place)
     return put_in({f"{place}/{name}": mailbox.read(f"{place}/{name}", work.update_bytes) for name in names})
+
+
+def _hear_the_end(settings: NodeSettings, mailbox: Store) -> None:
+    server = check_server_key(settings.server_key) if settings.server_key is not None else None
+    cache = Path(settings.cache) if settings.cache else DEFAULT_CACHE
+    try:
+        over = Ear(mailbox, settings.client, cache.expanduser(), server, _report).hear()
+        _report(f"the federation is over after round {over.round}")
+    except FedLargeError as error:
+        _report(f"{error}")
 
 
 @contextmanager
