@@ -324,6 +324,12 @@ def _join(options: argparse.Namespace) -> None:
 
 
 def _flower(options: argparse.Namespace) -> None:
+    if options.action == "worker":
+        from hf_fedlarge.flower.resident import serve
+
+        hide_bars()
+        serve(options.directory.expanduser(), _report)
+        return
     from hf_fedlarge.flower.new_app import write_app
 
     write_app(options.directory, options.store, options.checkpoint)

@@ -105,6 +105,10 @@ def add_flower(parser: argparse.ArgumentParser) -> None:
     model = "meta-llama/Llama-3.2-1B"
     one.add_argument("--checkpoint", default=model, help=f"the full model: a directory, or a Hub id ({model})")
 
+    text = 'Keep libraries and model loaded between rounds: a process beside a SuperNode with worker="DIR".'
+    one = actions.add_parser("worker", help=text, description=text, allow_abbrev=False)
+    one.add_argument("directory", type=Path, help="for its socket, its owner's alone; made if it isn't there")
+
 
 def _poll(parser: argparse.ArgumentParser) -> None:
     def seconds(text: str) -> float:

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import signal
+import ssl
 import time
 import warnings
 import zipfile
@@ -16,9 +17,10 @@ import yaml
 pytest.importorskip("flwr", reason="flwr is not installed: pip install 'hf-fedlarge[flower]'")
 
 import httpx
+import psutil
 import torch
-from federation import LORA, TEAMS, adapter_digests, events, make_update, run_teams
-from flower_processes import Flower, make_certificates, make_node_key
+from federation import LORA, adapter_digests, events, make_update, run_teams
+from flower_processes import BIN, Flower, make_certificates, make_node_key
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.constant import ErrorCode
@@ -725,6 +727,10 @@ def flower(tmp_path):
         each.end()
 
 
+def gone(process):
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
 # The ClientApp, but for one node: that one answers with more than was asked for.
 HOSTILE_CLIENT = """
 from flwr.app import Message
@@ -749,33 +755,72 @@ def train(message, context):
 """
 
 
+# Likewise, but that one is never done with what it was asked for.
+SLOW_CLIENT = """
+import time
+
+from flwr.clientapp import ClientApp
+
+from hf_fedlarge.flower import client
+
+app = ClientApp()
+
+
+@app.query()
+def query(message, context):
+    return client.app(message, context)
+
+
+@app.train()
+def train(message, context):
+    if context.node_config["client"] == "mallory":
+        client.take_part = lambda *_: time.sleep(3600)
+    return client.app(message, context)
+"""
+DEADLINE = 14  # for what takes 6 s or so on two idle cores
+
+
+def make_app(path, tmp_path, federation, client, key):
+    assert main(["flower", "init", str(path), "--store", str(tmp_path / "packages")]) == 0
+    (path / "federation.yaml").write_text(yaml.safe_dump(federation))
+    (path / "fedlarge_app" / "client.py").write_text(client)
+    with (path / "pyproject.toml").open("a") as file:  # its last table is the ServerApp's settings
+        file.write(f'stop = false\npoll = 0.2\nkey = "{key}"\n')
+
+
 def test_flower_ends_with_the_bytes_of_one_process_whoever_is_killed_and_whatever_one_sends(tmp_path, flower):
-    """Killed are a node while it trains, then the ServerApp, and the SuperLink when the round was taken up again."""
+    """Killed are a node while it trains, then the ServerApp, and the SuperLink when the round was taken up again.
+
+    Two of the nodes have resident workers, and the server signs. Then these take part in another federation, in which a
+    third client is never ready in time.
+    """
     whole, app, cache = tmp_path / "whole", tmp_path / "teams", tmp_path / "cache"
     whole.mkdir()
     run_teams(whole, rounds=1)
-    assert main(["flower", "init", str(app), "--store", str(tmp_path / "packages")]) == 0
     federation = yaml.safe_load((whole / "federation.yaml").read_text())
     federation["clients"]["mallory"] = 6
-    (app / "federation.yaml").write_text(yaml.safe_dump(federation))
-    (app / "fedlarge_app" / "client.py").write_text(HOSTILE_CLIENT)
-    with (app / "pyproject.toml").open("a") as file:  # its last table is the ServerApp's settings
-        file.write("stop = false\npoll = 0.2\n")
+    public = new_key(tmp_path / "server.pem", "server").split()[2]
+    make_app(app, tmp_path, federation, HOSTILE_CLIENT, tmp_path / "server.pem")
     run, processes = app / "run", flower(trace=TRACED)
 
-    def joins(client, team=None):
+    def joins(client, team=None, **settings):
         own = whole / "run" / "clients" / (team or client)
-        data = {"data": own / "train.jsonl", "eval-data": own / "held_out.jsonl", "cache": cache}
-        processes.supernode(client, **data)
+        data = {"data": own / "train.jsonl", "eval-data": own / "held_out.jsonl", "cache": cache, "server-key": public}
+        processes.supernode(client, **data | settings)
 
+    workers = {team: processes.worker(team) for team in ("blue", "red")}
     processes.superlink()
     processes.superexec()
-    for team in TEAMS:
-        joins(team)
+    for team in workers:
+        joins(team, worker=workers[team])
+    joins("green")
     joins("mallory", "blue")
+    processes.until(lambda: all(map(processes.is_ready, workers)))
     processes.run(app)
     processes.until(lambda: list(cache.glob("clients/*/green/0001/adapter")))
-    processes.kill("green")
+    started = processes.kill("green")
+    assert any("flwr-clientapp" in word for process in started for word in process.cmdline())
+    processes.until(lambda: all(map(gone, started)), 30)
     processes.until(lambda: events(run, "validated"))
     processes.server_app().kill()
     processes.until(lambda: processes.server_app() is None)
@@ -793,12 +838,58 @@ def test_flower_ends_with_the_bytes_of_one_process_whoever_is_killed_and_whateve
     assert failed["client"] == "mallory"
     assert "its message has 12000000 bytes of files; expected" in failed["reason"]
     assert len(list((cache / "packages").glob("[0-9a-f]*"))) == 1
+    processes.until(lambda: "the federation is over after round 1" in (tmp_path / "blue.log").read_text())
+    assert "round 1: the update counts" in (tmp_path / "blue.log").read_text()
+    assert "no worker" not in (tmp_path / "blue.log").read_text()
+
+    before = (tmp_path / "mallory.log").read_text()
+    others = dict.fromkeys(("blue", "red", "mallory"), 6)
+    slow = federation | {"clients": others, "rounds": 3, "deadline_seconds": DEADLINE, "min_updates": 1}
+    make_app(tmp_path / "slow", tmp_path, slow, SLOW_CLIENT, tmp_path / "server.pem")
+    run = tmp_path / "slow" / "run"
+    processes.run(tmp_path / "slow")
+    processes.until((run / "summary.json").exists)
+    accepted = {(entry["round"], entry["client"]) for entry in events(run, "validated") if entry["accepted"]}
+    assert accepted == {(number, team) for number in (1, 2, 3) for team in ("blue", "red")}
+    said = (tmp_path / "mallory.log").read_text().removeprefix(before)
+    assert said.count("The round was closed before the update was ready.") == 3
+    begun = [float(found) for found in re.findall("begun ([0-9.]+) s after the order was sent", said)]
+    assert len(begun) in (3, 4)  # with what it was told at the end
+    assert max(begun[:3]) < DEADLINE
     if TRACED:
         processes.end()
         traces = "".join(path.read_text() for path in tmp_path.glob("*.trace"))
         connected = re.findall(r"sa_family=AF_INET6?, [^}]*", traces)
         assert connected
         assert [line for line in connected if "127.0.0.1" not in line and '"::1"' not in line] == []
+
+
+@pytest.mark.skipif(not (BIN / "caddy").exists(), reason="needs caddyserver of requirements-flower.txt")
+def test_a_proxy_keeps_the_control_interface_from_clients_and_passes_nodes(tmp_path, flower):
+    processes = flower(authenticated=True)
+    processes.superlink()
+    processes.gate()
+    ca = ("--root-certificates", processes.tls / "ca.pem")
+    key = make_node_key(tmp_path / "key")
+    app = tmp_path / "app"
+    assert main(["flower", "init", str(app), "--store", str(tmp_path / "packages")]) == 0
+    for words in (
+        ("run", app, "gated"),
+        ("supernode", "register", key.with_suffix(".pub"), "gated", "--name", "eve"),
+        ("list", "gated"),
+    ):
+        refused = processes.attempt(*words)
+        assert refused.returncode != 0, words
+        assert "403" in refused.stdout + refused.stderr, words
+    for path in ("/v1/control/start-run", "/v1/runtime/x", "/", "/v1/fleet/../control/list-runs", "/v1/fleet"):
+        with httpx.Client(verify=ssl.create_default_context(cafile=processes.tls / "ca.pem")) as client:
+            request = client.build_request("POST", f"https://127.0.0.1:{processes.gate_port}")
+            request.url = request.url.copy_with(raw_path=path.encode())
+            assert client.send(request).status_code == 403, path
+    assert json.loads(processes.command("list", "test", "--format", "json"))["runs"] == []
+    processes.command("supernode", "register", key.with_suffix(".pub"), "test", "--name", "known")
+    processes.supernode("known", *ca, "--auth-supernode-private-key", key, port=processes.gate_port)
+    processes.until(lambda: "SuperNode ID" in (tmp_path / "known.log").read_text())
 
 
 def test_no_node_is_let_in_without_its_key_nor_connects_without_the_superlink_s(tmp_path, flower):
