@@ -46,6 +46,7 @@ from hf_fedlarge.config import AggregationSettings, load_federation
 from hf_fedlarge.flower import client as client_app
 from hf_fedlarge.flower.letters import put_in
 from hf_fedlarge.flower.mailbox import GRACE_SECONDS, Mailbox
+from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import allow, new_key, read_key
 from hf_fedlarge.orders import ORDER, OrderDocument, as_bytes, inbox
 from hf_fedlarge.plan import CheckIn
@@ -120,6 +121,51 @@ def test_a_round_has_the_bytes_that_a_store_would_give(home, tmp_path, cohort):
     )
     assert accepted(server) == list(CLIENTS)
     assert {job.client: job.training["max_steps"] for job in cohort.trained} == dict.fromkeys(CLIENTS, 3)
+
+
+def a_round(cohort):
+    server = cohort.serve(deadline_seconds=60)
+    server.open()
+    server.ask()
+    server.close()
+    return server
+
+
+def a_round_of_many_lives(cohort, monkeypatch):
+    """Its server dies before and after each entry of its journal, and begins again with none of what Flower knew."""
+    plain, written, deaths, step = Journal.write, [], 0, 1
+
+    def dying(self, event, **fields):
+        written.append(event)
+        if len(written) == step:
+            raise KeyboardInterrupt
+        plain(self, event, **fields)
+        if len(written) == step + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "write", dying)
+    while True:
+        written.clear()
+        try:
+            server = a_round(cohort)
+        except KeyboardInterrupt:
+            deaths, step = deaths + 1, 1 if step > 4 else step + 1
+            assert deaths < 100
+            continue
+        monkeypatch.setattr(Journal, "write", plain)
+        assert deaths > 8
+        return server
+
+
+def test_a_server_app_killed_at_any_entry_of_its_journal_loses_nothing_that_it_accepted(home, tmp_path, monkeypatch):
+    cohort = Cohort(home, tmp_path / "whole", monkeypatch)
+    whole = a_round(cohort)
+    cohort = Cohort(home, tmp_path / "killed", monkeypatch)
+    server = a_round_of_many_lives(cohort, monkeypatch)
+    digests = [read_manifest(each.adapter(1), AdapterManifest).digest for each in (whole, server)]
+    assert digests[0] == digests[1]
+    assert sorted(job.client for job in cohort.trained) == list(CLIENTS)
+    assert sorted(entry["client"] for entry in server.journal.find("validated")) == list(CLIENTS)
 
 
 def test_a_message_has_the_order_and_the_adapter_and_neither_the_package_nor_other_names(home, cohort):
