@@ -310,7 +310,7 @@ def _serve(options: argparse.Namespace) -> None:
     from hf_fedlarge.serve import serve_federation
 
     config, output = _federation(options)
-    how = {"stop": not options.no_stop, "poll": options.poll, "patience": options.patience}
+    how = {name: getattr(options, name) for name in ("poll", "patience", "key")} | {"stop": not options.no_stop}
     _print_run(serve_federation(config, output, options.store, _report, **how), output)
 
 
@@ -318,12 +318,18 @@ def _join(options: argparse.Namespace) -> None:
     from hf_fedlarge.trainers.join import join
 
     hide_bars()
-    names = ("eval_data", "cache", "once", "poll", "patience", "key", "keys")
+    names = ("eval_data", "cache", "once", "poll", "patience", "key", "keys", "server_key")
     given = {name: getattr(options, name) for name in names}
     join(options.store, options.client, options.data, report=_report, **given)
 
 
 def _flower(options: argparse.Namespace) -> None:
+    if options.action == "worker":
+        from hf_fedlarge.flower.resident import serve
+
+        hide_bars()
+        serve(options.directory.expanduser(), _report)
+        return
     from hf_fedlarge.flower.new_app import write_app
 
     write_app(options.directory, options.store, options.checkpoint)

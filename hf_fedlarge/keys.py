@@ -71,7 +71,7 @@ class ListedKey(Record):
     @property
     def fingerprint(self) -> str:
         """What people call the key by."""
-        return _fingerprint(self.public)
+        return fingerprint(self.public)
 
 
 class AllowedKeys(Record):
@@ -113,14 +113,8 @@ class AllowedKeys(Record):
                 f"it is signed with {client}'s key {signature.key}, which is revoked since {key.since}; sign with a "
                 "new key that the operator allows."
             )
-        try:
-            Ed25519PublicKey.from_public_bytes(bytes.fromhex(key.public)).verify(
-                bytes.fromhex(signature.signature), content
-            )
-        except InvalidSignature as error:
-            raise ArtifactError(
-                f"its signature by the key {signature.key} is not of {what}: send it as it was signed."
-            ) from error
+        if not is_signed(key.public, content, signature):
+            raise ArtifactError(f"its signature by the key {signature.key} is not of {what}: send it as it was signed.")
 
 
 # The client's side
@@ -178,8 +172,17 @@ def sign_update(directory: Path, manifest: UpdateManifest, key: PrivateKey) -> N
 
 def sign(key: PrivateKey, content: bytes) -> Signature:
     """A signature of `content`, which begins with a prefix of its own kind."""
-    name = _fingerprint(key.public_key().public_bytes_raw().hex())
+    name = fingerprint(key.public_key().public_bytes_raw().hex())
     return Signature(key=name, signature=key.sign(content).hex())
+
+
+def is_signed(public: PublicKey, content: bytes, signature: Signature) -> bool:
+    """Whether the key that goes with `public` signed `content`."""
+    try:
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)).verify(bytes.fromhex(signature.signature), content)
+    except InvalidSignature:
+        return False
+    return True
 
 
 def read_signature(directory: Path) -> Signature | None:
@@ -294,7 +297,8 @@ def _changing(path: Path) -> Iterator[dict[str, list[ListedKey]]]:
         write_json(path, AllowedKeys(clients=clients).model_dump(mode="json"))
 
 
-def _fingerprint(public: PublicKey) -> Fingerprint:
+def fingerprint(public: PublicKey) -> Fingerprint:
+    """What people call a key by."""
     return hashlib.sha256(bytes.fromhex(public)).hexdigest()[:16]
 
 

@@ -74,6 +74,7 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("federation", type=Path, help="the federation in YAML, with eval_data")
     parser.add_argument("--output", type=Path, help="the server's run directory (run, beside the file)")
     parser.add_argument("--store", required=True, metavar="URL", help="where it meets its clients: any fsspec URL")
+    parser.add_argument("--key", type=Path, metavar="PEM", help="the server's key, to sign what it says with (none)")
     parser.add_argument(
         "--no-stop", action="store_true", help="go on where the full model with the adapter stays worse than the base"
     )
@@ -89,6 +90,7 @@ def add_joining(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, help="for packages and unfinished work (~/.cache/hf_fedlarge)")
     parser.add_argument("--key", type=Path, metavar="PEM", help="its private key, to sign updates with (none)")
     parser.add_argument("--keys", type=Path, metavar="LIST", help="everybody's keys, for secure aggregation (none)")
+    parser.add_argument("--server-key", metavar="KEY", help="64 digits, of the key that signs what the server says")
     parser.add_argument("--once", action="store_true", help="leave after one round")
     _poll(parser)
 
@@ -102,6 +104,10 @@ def add_flower(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--store", required=True, metavar="URL", help="where clients read packages: any fsspec URL")
     model = "meta-llama/Llama-3.2-1B"
     one.add_argument("--checkpoint", default=model, help=f"the full model: a directory, or a Hub id ({model})")
+
+    text = 'Keep libraries and model loaded between rounds: a process beside a SuperNode with worker="DIR".'
+    one = actions.add_parser("worker", help=text, description=text, allow_abbrev=False)
+    one.add_argument("directory", type=Path, help="for its socket, its owner's alone; made if it isn't there")
 
 
 def _poll(parser: argparse.ArgumentParser) -> None:

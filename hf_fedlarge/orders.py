@@ -9,7 +9,8 @@
 With secure aggregation an order is for one stage of a round, and the inbox has a client's other messages, too.
 
 An order says how to train, and a client does what it says on its own machine: so it may hold these training arguments
-and no others, within these bounds. What names files, loads code, reports or pushes somewhere isn't among them.
+and no others, within these bounds. What names files, loads code, reports or pushes somewhere isn't among them. What the
+server says may be signed (`voice.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import hashlib
 import json
 import math
 import time
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import psutil
 from pydantic import Field, ValidationError, model_validator
@@ -28,6 +29,7 @@ from hf_fedlarge.config import ClientName, Codec, Record, first_problem
 from hf_fedlarge.data import load_examples
 from hf_fedlarge.entries import Count, Digest
 from hf_fedlarge.errors import ArtifactError, ConfigError
+from hf_fedlarge.keys import Signature
 from hf_fedlarge.store import Store
 from hf_fedlarge.untrusted import parse_json, printable
 
@@ -86,6 +88,19 @@ class TrainingOrder(Record):
     disable_tqdm: bool | None = None
 
 
+class Said(Record):
+    """What a server says, with a signature of all the rest if it has a key."""
+
+    prefix: ClassVar[bytes]
+    signature: Signature | None = None
+
+    @property
+    def signed_bytes(self) -> bytes:
+        """What the signature is of: a prefix that nothing else begins with, and canonical JSON."""
+        body = self.model_dump(mode="json", exclude={"signature"})
+        return self.prefix + json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+
+
 class Work(Record):
     """What clients of one tier are given, and what they may send back.
 
@@ -110,13 +125,14 @@ class SecureOrder(Record):
     """What secure aggregation asks of clients now (`secagg.py`), and how they make whole numbers of their changes.
 
     Numbers are clipped to ± `limit`. A client weighs as `weighting` says, which is at most `most`. `sharers` and
-    `survivors` are those who came through the stages before.
+    `survivors` are those who came through the stages before, and `roster` is the digest of the list of their keys.
     """
 
     stage: Stage
     limit: Annotated[float, Field(gt=0, le=2**20)]
     weighting: Literal["equal", "tokens", "examples"]
     most: Annotated[int, Field(ge=1, le=2**53)]
+    roster: Digest | None = None
     sharers: list[ClientName] = []
     survivors: list[ClientName] = []
 
@@ -124,7 +140,7 @@ class SecureOrder(Record):
 _TERMS = {"training", "seed", "proximal", "eval_examples", "codec"}  # all that an order says about how to train
 
 
-class OrderDocument(Record):
+class OrderDocument(Said):
     """What a federation asks for now.
 
     `run` tells one federation's orders from another's in the same store. A round is `open` until `closes_at`, in
@@ -132,6 +148,7 @@ class OrderDocument(Record):
     `adapter` what came of them. `late` is what becomes of updates that come after the round was closed.
     """
 
+    prefix: ClassVar[bytes] = b"hf-fedlarge order v1\n"
     format_version: Literal[1] = 1
     run: RunId
     state: Literal["open", "closed", "over"]
@@ -180,6 +197,12 @@ class OrderDocument(Record):
         return self.state == "open" and self.attempt_id == step[:3]
 
     @property
+    def time(self) -> tuple[int, bool, int, int]:
+        """When in its federation it is: round, whether all is over after that, attempt, stage. It never goes back."""
+        stage = list(_ANSWERS).index(self.secure.stage) if self.secure else 0
+        return self.round, self.state == "over", self.attempt, stage
+
+    @property
     def answer_name(self) -> str:
         """The file that completes an answer in the inbox."""
         return _ANSWERS[self.secure.stage] if self.secure else MANIFEST_NAME
@@ -223,12 +246,13 @@ class FailureDocument(Record):
     reason: Reason
 
 
-class VerdictDocument(Record):
+class VerdictDocument(Said):
     """What became of a client's update for an attempt at a round: it counts, or the cause why it doesn't.
 
-    It names nobody but its client. Like an order it is not signed: it is worth as much as who may write the store.
+    It names nobody but its client.
     """
 
+    prefix: ClassVar[bytes] = b"hf-fedlarge verdict v1\n"
     run: RunId
     client: ClientName
     round: Count

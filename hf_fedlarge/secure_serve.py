@@ -199,12 +199,14 @@ class SecureRound:
         if stage != "keys":
             self._server.begin_wait(self._config.secure.stage_seconds)
         weighting = self._config.weighting
+        keys = self._server.stage(self._order, "keys")
         most = max(getattr(self._jobs.asked(client), weighting, 1) for client in self._order.clients)
         said = SecureOrder(
             stage=stage,
             limit=self._config.secure.limit,
             weighting=weighting,
             most=most,
+            roster=keys["roster"] if keys else None,
             sharers=list(sharers),
             survivors=list(survivors),
         )

@@ -25,7 +25,7 @@ from hf_fedlarge.config import FederationConfig
 from hf_fedlarge.data import load_examples, write_jsonl
 from hf_fedlarge.errors import ArtifactError, ConfigError, StoreError, UpdateRefusedError
 from hf_fedlarge.jobs import Jobs
-from hf_fedlarge.keys import MAX_SIGNATURE_BYTES, SIGNATURE_NAME
+from hf_fedlarge.keys import MAX_SIGNATURE_BYTES, SIGNATURE_NAME, PrivateKey, read_key
 from hf_fedlarge.orders import (
     CHECK_INS,
     FAILED,
@@ -37,6 +37,7 @@ from hf_fedlarge.orders import (
     CheckInDocument,
     FailureDocument,
     OrderDocument,
+    Said,
     SecureOrder,
     VerdictDocument,
     Work,
@@ -48,12 +49,13 @@ from hf_fedlarge.orders import (
     write_document,
 )
 from hf_fedlarge.plan import CheckIn
-from hf_fedlarge.retention import clear, discard
+from hf_fedlarge.retention import clear, discard_adapters
 from hf_fedlarge.rounds import Report, drive
 from hf_fedlarge.secure_serve import SecureRound
 from hf_fedlarge.server import Order, RoundServer
 from hf_fedlarge.store import Store
 from hf_fedlarge.update import MAX_SMALL_BYTES
+from hf_fedlarge.voice import signed
 
 logger = logging.getLogger(__name__)
 _IDENTITY = "store.json"
@@ -69,6 +71,7 @@ def serve_federation(
     stop: bool = True,
     poll: float = 5.0,
     patience: float = PATIENCE_SECONDS,
+    key: Path | None = None,
 ) -> dict[str, Any]:
     """Run a federation of clients that join over a store, or go on with one that was interrupted.
 
@@ -80,6 +83,7 @@ def serve_federation(
         stop: end with an error where two rounds in a row made the full model worse than the base.
         poll: seconds between two looks into the store.
         patience: seconds after which it ends where nobody checks in or, without a deadline, answers.
+        key: the file of the server's private key, which signs what it says to clients; None: it is not signed.
 
     Returns:
         The summary, as `summary.json` has it.
@@ -87,7 +91,8 @@ def serve_federation(
     Raises:
         FedLargeError: as `run_federation`, or a store that can't be written, or holds another federation.
     """
-    return drive(config, run, StoreClients(Store(url), report, poll, patience), report, stop=stop)
+    clients = StoreClients(Store(url), report, poll, patience, key=read_key(key) if key else None)
+    return drive(config, run, clients, report, stop=stop)
 
 
 class StoreClients:
@@ -99,6 +104,7 @@ class StoreClients:
         poll: seconds between two looks into the store.
         patience: seconds after which waiting for clients ends with an error.
         packages: another store, for packages; None: they lie with the orders.
+        key: signs orders and verdicts; None: they are not signed.
     """
 
     whole_adapters = True
@@ -110,8 +116,9 @@ class StoreClients:
         poll: float,
         patience: float = PATIENCE_SECONDS,
         packages: Store | None = None,
+        key: PrivateKey | None = None,
     ) -> None:
-        self.store, self._report, self.poll, self._patience = store, report, poll, patience
+        self.store, self._report, self.poll, self._patience, self._key = store, report, poll, patience, key
         self._package_store = packages or store
         self._said: set[str] = set()
         self._packages: dict[Path, str] = {}
@@ -155,8 +162,10 @@ class StoreClients:
         return found
 
     def _close(self, number: int, attempt: int) -> None:
-        closed = OrderDocument(run=self._id, state="closed", round=number, attempt=attempt)
-        write_document(self.store, ORDER, closed)
+        self._announce(ORDER, OrderDocument(run=self._id, state="closed", round=number, attempt=attempt))
+
+    def _announce(self, path: str, said: Said) -> None:
+        write_document(self.store, path, signed(said, self._key))
 
     def check_in(self, jobs: Jobs, server: RoundServer) -> None:
         """Wait for as many as are wanted, but no longer than for updates if there are enough for a round."""
@@ -215,9 +224,11 @@ class StoreClients:
         try:
             if self._config.secure:
                 yield from SecureRound(self, self._config, jobs, server, order).answers()
+                self.patiently(self._tell, server, order)
             else:
                 yield from self._plain_answers(jobs, server, order, waiting)
-        except UpdateRefusedError:  # the attempt is abandoned
+        except UpdateRefusedError:  # the attempt is abandoned, and what was good in it does not count either
+            self.patiently(lambda: self._tell(server, order, refused=True))
             self._close(order.round, order.attempt)
             raise
         self._close(order.round, order.attempt)
@@ -251,8 +262,7 @@ class StoreClients:
         """Tell the clients, and leave them what came of it."""
         digest = self.store.put(adapter, leave_out=SERVER_FILES)
         number = read_manifest(adapter, AdapterManifest).round
-        over = OrderDocument(run=self._id, state="over", round=number, attempt=0, adapter=digest)
-        write_document(self.store, ORDER, over)
+        self._announce(ORDER, OrderDocument(run=self._id, state="over", round=number, attempt=0, adapter=digest))
         for home in (INBOX, SECURE):
             self.patiently(clear, self.store, home, number + 1)
         self.patiently(self._forget, number + 1)
@@ -297,7 +307,7 @@ class StoreClients:
             closes_at=None if left is None else time.time() + left,
             secure=secure,
         )
-        write_document(self.store, ORDER, document)
+        self._announce(ORDER, document)
         return document
 
     def present(self, order: Order, clients: list[str]) -> list[str]:
@@ -343,16 +353,16 @@ class StoreClients:
                 shutil.rmtree(home / client)
         self.patiently(self._tell, server, order)
 
-    def _tell(self, server: RoundServer, order: Order) -> None:
+    def _tell(self, server: RoundServer, order: Order, *, refused: bool = False) -> None:
         """Leave each client that was heard in an attempt what became of its update, where it alone is meant to look."""
         for client, cause in server.verdicts(order).items():
             answer = (order.round, order.attempt, client)
-            if answer in self._told:
+            if answer in self._told or (refused and cause is None):
                 continue
             if cause is not None:  # in which the server's own directories, and how it reaches the store, are no news
                 cause = one_line(cause.replace(f"{self._run}/", "").replace(self.store.url, "the store"))
             said = VerdictDocument(run=self._id, client=client, round=order.round, attempt=order.attempt, cause=cause)
-            write_document(self.store, verdict(order.round, client, order.attempt), said)
+            self._announce(verdict(order.round, client, order.attempt), said)
             self._told.add(answer)
 
     def _forget(self, number: int) -> None:
@@ -361,16 +371,7 @@ class StoreClients:
         Some client of the last round may just be fetching its adapter; the server itself has all in the run directory.
         """
         clear(self.store, VERDICTS, number - 1)
-        for past in range(number - 2):  # whose adapters were for the rounds after them
-            home = self._run / "rounds" / f"{past:04d}"
-            for adapter in [home / "adapter", *sorted(home.glob("tiers/*"))]:
-                if adapter in self._forgotten:
-                    continue
-                try:
-                    discard(self.store, read_manifest(adapter, AdapterManifest))
-                except ArtifactError as error:  # not a reason to end a federation
-                    self.say(f"{adapter} stays in the store: {error}")
-                self._forgotten.add(adapter)
+        discard_adapters(self.store, self._run, range(number - 2), self._forgotten, self.say)
 
     def patiently(self, look: Callable[..., Any], *arguments: Any) -> Any:
         """What `look` gives; None where the store can't be reached just now, which the next look may mend."""

@@ -19,6 +19,28 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 BIN = Path(sys.executable).parent
+CADDYFILE = """\
+{{
+    admin off
+    auto_https off
+    persist_config off
+}}
+https://127.0.0.1:{gate} {{
+    bind 127.0.0.1
+    tls {tls}/server.pem {tls}/server.key
+    handle /v1/fleet/* {{
+        request_body {{
+            max_size 64MB
+        }}
+        reverse_proxy https://127.0.0.1:{superlink} {{
+            transport http {{
+                tls_trust_pool file {tls}/ca.pem
+            }}
+        }}
+    }}
+    respond 403
+}}
+"""
 
 
 def make_certificates(home: Path) -> Path:
@@ -68,7 +90,8 @@ class Flower:
     """
 
     def __init__(self, home: Path, *, authenticated: bool = False, trace: bool = False) -> None:
-        self.home, self.authenticated, self.trace, self.port = home, authenticated, trace, free_port()
+        self.home, self.authenticated, self.trace = home, authenticated, trace
+        self.port, self.gate_port = free_port(), free_port()
         self.processes: dict[str, subprocess.Popen] = {}
         self.environment = os.environ | {
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
@@ -83,6 +106,8 @@ class Flower:
         (home / "flwr").mkdir()
         (home / "flwr" / "config.toml").write_text(
             f'[superlink]\ndefault = "test"\n\n[superlink.test]\naddress = "127.0.0.1:{self.port}"\n'
+            f'root-certificates = "{self.tls / "ca.pem"}"\n'
+            f'\n[superlink.gated]\naddress = "127.0.0.1:{self.gate_port}"\n'
             f'root-certificates = "{self.tls / "ca.pem"}"\n'
         )
 
@@ -119,22 +144,37 @@ class Flower:
         words += ["--ssl-ca-certfile", self.tls / "ca.pem"]
         words += ["--ssl-certfile", self.tls / "server.pem", "--ssl-keyfile", self.tls / "server.key"]
         self.start("superlink", "flower-superlink", *words)
-        self.until(self._listens)
+        self.until(lambda: self._listens(self.port))
+
+    def gate(self) -> None:
+        """Start a proxy that passes on what nodes need and nothing else, and wait until it listens."""
+        (self.home / "Caddyfile").write_text(CADDYFILE.format(gate=self.gate_port, superlink=self.port, tls=self.tls))
+        self.start("gate", "caddy", "run", "--config", self.home / "Caddyfile", "--adapter", "caddyfile")
+        self.until(lambda: self._listens(self.gate_port))
+
+    def worker(self, name: str) -> Path:
+        """Start a client's resident worker; returns its directory."""
+        self.start(f"{name}-worker", "hf-fedlarge", "flower", "worker", self.home / f"{name}-worker")
+        return self.home / f"{name}-worker"
+
+    def is_ready(self, name: str) -> bool:
+        """Whether a worker is."""
+        return "ready in" in (self.home / f"{name}-worker.log").read_text()
 
     def superexec(self) -> None:
         """Start what starts ServerApps."""
         words = ["--runtime-api-address", f"127.0.0.1:{self.port}", "--root-certificates", self.tls / "ca.pem"]
         self.start("superexec", "flower-superexec", *words, "--superexec-auth-secret-file", self.home / "secret")
 
-    def _listens(self) -> bool:
+    def _listens(self, port: int) -> bool:
         with socket.socket() as connection:
-            return connection.connect_ex(("127.0.0.1", self.port)) == 0
+            return connection.connect_ex(("127.0.0.1", port)) == 0
 
-    def supernode(self, name: str, *words: object, **settings: object) -> subprocess.Popen:
+    def supernode(self, name: str, *words: object, port: int | None = None, **settings: object) -> subprocess.Popen:
         """A client's; `settings` are its node configuration, and `words` say how it connects (by TLS)."""
         words = words or ("--root-certificates", self.tls / "ca.pem")
         config = " ".join(f"{key}={json.dumps(str(value))}" for key, value in {"client": name, **settings}.items())
-        address = ["--superlink", f"127.0.0.1:{self.port}", "--port", free_port()]
+        address = ["--superlink", f"127.0.0.1:{port or self.port}", "--port", free_port()]
         return self.start(name, "flower-supernode", *address, "--node-config", config, *words)
 
     def run(self, app: Path) -> str:
@@ -144,11 +184,14 @@ class Flower:
 
     def command(self, *words: object) -> str:
         """What a `flwr` command says."""
-        command = [str(BIN / "flwr"), *map(str, words)]
-        how = {"capture_output": True, "text": True, "check": False, "cwd": self.home, "env": self.environment}
-        done = subprocess.run(command, **how)
+        done = self.attempt(*words)
         assert done.returncode == 0, done.stdout + done.stderr + self.logs()
         return done.stdout
+
+    def attempt(self, *words: object) -> subprocess.CompletedProcess[str]:
+        """A `flwr` command, which may fail."""
+        how = {"capture_output": True, "text": True, "check": False, "cwd": self.home, "env": self.environment}
+        return subprocess.run([str(BIN / "flwr"), *map(str, words)], timeout=120, **how)
 
     def server_app(self) -> psutil.Process | None:
         """The process of the ServerApp, if there is one."""
@@ -158,13 +201,16 @@ class Flower:
                     return process
         return None
 
-    def kill(self, name: str) -> None:
-        """By SIGKILL; what it started notices by itself."""
+    def kill(self, name: str) -> list[psutil.Process]:
+        """By SIGKILL; returns what it had started, which notices by itself."""
         process = self.processes.pop(name)
+        started = psutil.Process(process.pid).children(recursive=True)
         for traced in psutil.Process(process.pid).children() if self.trace else []:
+            started.remove(traced)
             traced.kill()
         process.kill()
         process.wait()
+        return started
 
     def logs(self) -> str:
         """Of all programs, for a test that fails."""
@@ -180,10 +226,12 @@ class Flower:
     def end(self) -> None:
         """End every process that was started here, and those that they started."""
         for process in self.processes.values():
-            process.terminate()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)  # strace itself takes none
+        until = time.monotonic() + 5
         for process in self.processes.values():
             with suppress(subprocess.TimeoutExpired):
-                process.wait(5)
+                process.wait(max(until - time.monotonic(), 0.1))
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

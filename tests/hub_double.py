@@ -13,9 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
+import pytest
 import yaml
+from huggingface_hub import constants
 
 WRITER = "hf_writer"  # the only token the double knows
 
@@ -70,6 +74,27 @@ class HubDouble:
         return {line.rsplit("/", 1)[1] for line in self.requests if re.match(r"GET .*/resolve/", line)}
 
 
+@contextmanager
+def connected(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubDouble]:
+    """A double that Hugging Face's client speaks to until the block ends, with caches in `home`."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    with running() as double:
+        # The client reads its environment once, on import.
+        monkeypatch.setattr(constants, "ENDPOINT", double.endpoint)
+        template = f"{double.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "no-token"))
+        monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(home / "harnesses.json"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        huggingface_hub.close_session()  # proxies are read when a session opens
+        yield double
+        huggingface_hub.close_session()
+
+
 class _Server(ThreadingHTTPServer):
     request_queue_size = 64  # with the usual 5, a client of many threads waits a second for its connection
 
@@ -102,6 +127,14 @@ def _oid(path: str, content: bytes) -> str:
     return hashlib.sha256(content).hexdigest() if _is_large(path) else _git_hash(content)
 
 
+def _entry(name: str, files: dict[str, bytes]) -> dict[str, object]:
+    content = files[name]
+    entry = {"type": "file", "path": name, "size": len(content), "oid": _git_hash(content)}
+    if _is_large(name):
+        entry["lfs"] = {"oid": _oid(name, content), "size": len(content), "pointerSize": 134}
+    return entry
+
+
 class _Handler(BaseHTTPRequestHandler):
     double: HubDouble
 
@@ -131,7 +164,8 @@ class _Handler(BaseHTTPRequestHandler):
             ("POST", r"/api/validate-yaml", self._validate_yaml),
             ("GET", r"/api/models/([^/]+/[^/]+)()", self._info),
             ("GET", r"/api/models/([^/]+/[^/]+)/revision/(.+)", self._info),
-            ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", self._tree),
+            ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", self._tree),
+            ("POST", r"/api/models/([^/]+/[^/]+)/paths-info/([^/]+)", self._paths_info),
             ("POST", r"/api/models/([^/]+/[^/]+)/preupload/(.+)", self._preupload),
             ("POST", r"/api/models/([^/]+/[^/]+)/commit/(.+)", self._commit),
             ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", self._lfs_batch),
@@ -221,15 +255,28 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in commit.files]
             self._json({"id": repo_id, "sha": commit.oid, "private": repository.private, "siblings": siblings})
 
-    def _tree(self, body: bytes, repo_id: str, revision: str) -> None:
+    def _tree(self, body: bytes, repo_id: str, revision: str, folder: str | None) -> None:
         if found := self._commit_at(repo_id, revision):
-            entries = []
-            for name, content in found[1].files.items():
-                entry = {"type": "file", "path": name, "size": len(content), "oid": _git_hash(content)}
-                if _is_large(name):
-                    entry["lfs"] = {"oid": _oid(name, content), "size": len(content), "pointerSize": 134}
-                entries.append(entry)
+            files, home = found[1].files, f"{folder}/" if folder else ""
+            below = [name for name in files if name.startswith(home)]
+            if folder and not below:
+                return self._fail(404, "EntryNotFound", f"{folder} does not exist")
+            recursive = "recursive=true" in self.path.lower()
+            entries = [_entry(name, files) for name in below if recursive or "/" not in name.removeprefix(home)]
+            parents = {str(parent) for name in below for parent in PurePosixPath(name).parents}
+            folders = sorted(name for name in parents if name.startswith(home) and name not in (".", folder))
+            entries += [
+                {"type": "directory", "path": name, "oid": _git_hash(name.encode())}
+                for name in folders
+                if recursive or "/" not in name.removeprefix(home)
+            ]
             self._json(entries)
+        return None
+
+    def _paths_info(self, body: bytes, repo_id: str, revision: str) -> None:
+        if found := self._commit_at(repo_id, revision):
+            asked = json.loads(body)["paths"]
+            self._json([_entry(name, found[1].files) for name in asked if name in found[1].files])
 
     def _preupload(self, body: bytes, repo_id: str, revision: str) -> None:
         if found := self._commit_at(repo_id, revision):
@@ -291,6 +338,15 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._fail(403, "GatedRepo", f"Access to model {repo_id} is restricted")
             if name not in commit.files:
                 return self._fail(404, "EntryNotFound", "Entry not found")
-            content = commit.files[name]
-            self._send(200, content, X_Repo_Commit=commit.oid, ETag=f'"{_oid(name, content)}"')
+            content, headers = (
+                commit.files[name],
+                {"X_Repo_Commit": commit.oid, "ETag": f'"{_oid(name, commit.files[name])}"'},
+            )
+            if wanted := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+                first, last = int(wanted[1]), min(int(wanted[2]), len(content) - 1)
+                if first > last:
+                    return self._fail(416, None, "Range not satisfiable")
+                part = content[first : last + 1]
+                return self._send(206, part, Content_Range=f"bytes {first}-{last}/{len(content)}", **headers)
+            self._send(200, content, **headers)
         return None

@@ -29,13 +29,13 @@ def make_home(path):
 class Server:
     """The server's side of rounds over a store, without a checkpoint to evaluate."""
 
-    def __init__(self, home, run, store, said=None, packages=None, start=None, **changes):
+    def __init__(self, home, run, store, said=None, packages=None, start=None, key=None, **changes):
         self.home, self.store, self.said = home, store, [] if said is None else said
         shutil.copytree(start or home / "start", run / "rounds" / "0000" / "adapter", dirs_exist_ok=True)
         changes = {"eval_data": str(home / "data.jsonl"), "clients": dict.fromkeys(CLIENTS, 10)} | changes
         self.config = config(**{"cohort": None, "min_updates": 1} | changes)
         self.run, self.journal = run, Journal(run / "journal.jsonl")
-        self.clients = StoreClients(store, self.said.append, poll=0.02, packages=packages)
+        self.clients = StoreClients(store, self.said.append, poll=0.02, packages=packages, key=key)
         self.clients.prepare(self.config, run, lambda: None)
         size = read_manifest(home / "package", PackageManifest).total_bytes
         self.jobs = Jobs(self.config, run, self.adapter, [Tier("", home / "package", LORA, size)])

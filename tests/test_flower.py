@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import signal
+import ssl
 import time
 import warnings
 import zipfile
@@ -16,9 +17,10 @@ import yaml
 pytest.importorskip("flwr", reason="flwr is not installed: pip install 'hf-fedlarge[flower]'")
 
 import httpx
+import psutil
 import torch
-from federation import LORA, TEAMS, adapter_digests, events, make_update, run_teams
-from flower_processes import Flower, make_certificates, make_node_key
+from federation import LORA, adapter_digests, events, make_update, run_teams
+from flower_processes import BIN, Flower, make_certificates, make_node_key
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.constant import ErrorCode
@@ -44,7 +46,8 @@ from hf_fedlarge.config import AggregationSettings, load_federation
 from hf_fedlarge.flower import client as client_app
 from hf_fedlarge.flower.letters import put_in
 from hf_fedlarge.flower.mailbox import GRACE_SECONDS, Mailbox
-from hf_fedlarge.keys import allow, new_key
+from hf_fedlarge.journal import Journal
+from hf_fedlarge.keys import allow, new_key, read_key
 from hf_fedlarge.orders import ORDER, OrderDocument, as_bytes, inbox
 from hf_fedlarge.plan import CheckIn
 from hf_fedlarge.store import Store
@@ -81,10 +84,10 @@ class Cohort:
         context = Context(1, 2, values | settings, RecordDict(), {})
         return lambda message: client_app.app(message, context)
 
-    def serve(self, **changes):
-        self.mailbox = Mailbox(self.path / "run" / "mailbox", self.grid, self.said.append)
+    def serve(self, key=None, **changes):
+        self.mailbox = Mailbox(self.path / "run" / "mailbox", self.grid, self.said.append, key)
         packages = Store(str(self.path / "packages"))
-        return Server(self.home, self.path / "run", self.mailbox, self.said, packages, **changes)
+        return Server(self.home, self.path / "run", self.mailbox, self.said, packages, key=key, **changes)
 
 
 @pytest.fixture
@@ -118,6 +121,51 @@ def test_a_round_has_the_bytes_that_a_store_would_give(home, tmp_path, cohort):
     )
     assert accepted(server) == list(CLIENTS)
     assert {job.client: job.training["max_steps"] for job in cohort.trained} == dict.fromkeys(CLIENTS, 3)
+
+
+def a_round(cohort):
+    server = cohort.serve(deadline_seconds=60)
+    server.open()
+    server.ask()
+    server.close()
+    return server
+
+
+def a_round_of_many_lives(cohort, monkeypatch):
+    """Its server dies before and after each entry of its journal, and begins again with none of what Flower knew."""
+    plain, written, deaths, step = Journal.write, [], 0, 1
+
+    def dying(self, event, **fields):
+        written.append(event)
+        if len(written) == step:
+            raise KeyboardInterrupt
+        plain(self, event, **fields)
+        if len(written) == step + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "write", dying)
+    while True:
+        written.clear()
+        try:
+            server = a_round(cohort)
+        except KeyboardInterrupt:
+            deaths, step = deaths + 1, 1 if step > 4 else step + 1
+            assert deaths < 100
+            continue
+        monkeypatch.setattr(Journal, "write", plain)
+        assert deaths > 8
+        return server
+
+
+def test_a_server_app_killed_at_any_entry_of_its_journal_loses_nothing_that_it_accepted(home, tmp_path, monkeypatch):
+    cohort = Cohort(home, tmp_path / "whole", monkeypatch)
+    whole = a_round(cohort)
+    cohort = Cohort(home, tmp_path / "killed", monkeypatch)
+    server = a_round_of_many_lives(cohort, monkeypatch)
+    digests = [read_manifest(each.adapter(1), AdapterManifest).digest for each in (whole, server)]
+    assert digests[0] == digests[1]
+    assert sorted(job.client for job in cohort.trained) == list(CLIENTS)
+    assert sorted(entry["client"] for entry in server.journal.find("validated")) == list(CLIENTS)
 
 
 def test_a_message_has_the_order_and_the_adapter_and_neither_the_package_nor_other_names(home, cohort):
@@ -329,6 +377,28 @@ def test_a_client_lost_at_a_stage_is_left_out_and_another_node_goes_on_with_its_
     assert found["clients"] == (4 if stage == "reveal" else 3)
     assert len(dead) == 1
     assert [job.client for job in cohort.trained].count("cleo") == 1
+
+
+def test_what_became_of_masked_updates_is_heard_and_a_client_that_was_left_out_keeps_no_secrets(secure_cohort, capsys):
+    ben = secure_cohort.nodes["ben"]
+    honest = ben.answer
+
+    def away(message):
+        files = message.content["files"] if trained(message) else {}
+        if b'"masked"' in (files[ORDER].data if ORDER in files else b""):
+            return None
+        return honest(message)
+
+    ben.answer = away
+    server = secure_cohort.serve(deadline_seconds=5, secure={"stage_seconds": 3.0})
+    server.whole()
+    secrets = list(secure_cohort.path.glob("cache-ben/clients/*/ben/0001/secure/1.json"))
+    assert len(secrets) == 1
+    server.clients.end(server.adapter(1))
+    capsys.readouterr()
+    secure_cohort.mailbox.say_goodbye(30.0, 0.02)
+    assert capsys.readouterr().out.count("round 1: the update counts") == 3
+    assert not list(secure_cohort.path.glob("cache-*/clients/*/*/0001/secure"))
 
 
 def trained(message):
@@ -582,6 +652,71 @@ def test_signatures_are_asked_for_as_anywhere(home, cohort):
     assert "which is not one of cleo's" in reasons["cleo"]
 
 
+@pytest.mark.parametrize("key", ["server", "eve", None])
+def test_a_client_that_knows_the_server_s_key_does_what_that_signed(home, cohort, key):
+    public = {name: new_key(cohort.path / f"{name}.pem", name).split()[2] for name in ("server", "eve")}
+    for name in CLIENTS[:3]:
+        cohort.nodes[name].answer = cohort.answering(name, **{"server-key": public["server"]})
+    server = cohort.serve(key and read_key(cohort.path / f"{key}.pem"), deadline_seconds=60)
+    server.open()
+    server.ask()
+    assert accepted(server) == (list(CLIENTS) if key == "server" else ["dan"])
+    sentence = "is not signed; expected" if key is None else "is signed with the key"
+    assert all(sentence in entry["reason"] for entry in server.round.refused)
+    assert len(cohort.trained) == len(accepted(server))
+
+
+def test_an_old_message_of_the_server_s_is_not_answered_again(home, cohort):
+    public = new_key(cohort.path / "server.pem", "server").split()[2]
+    cohort.nodes["ann"].answer = cohort.answering("ann", **{"server-key": public})
+    server = cohort.serve(read_key(cohort.path / "server.pem"), deadline_seconds=60, clients={"ann": 10})
+    write_check_ins(server.run, [CheckIn("ann", 10)])
+    for number in (1, 2):
+        server.open(number)
+        server.ask()
+        server.close()
+        cohort.made["ann"] = cohort.path / f"ann-{number}"
+        make_update(cohort.made["ann"], home / "package", "ann", adapter=server.adapter(1), round_number=2)
+    first, _ = trains(cohort.nodes["ann"])
+    [(path, failed)] = cohort.nodes["ann"].answer(first).content["files"].items()
+    assert (path, len(cohort.trained)) == ("inbox/0001/ann/1/failed.json", 2)
+    assert b"is an old one, for round 1, attempt 1; expected none before round 2" in failed.data
+
+
+def test_at_the_end_clients_hear_what_became_of_their_last_updates(home, cohort, capsys):
+    """Cleo is still at work on something and is not waited for."""
+    public = new_key(cohort.path / "server.pem", "server").split()[2]
+    for name in CLIENTS:
+        cohort.nodes[name].answer = cohort.answering(name, **{"server-key": public})
+    cohort.nodes["cleo"].answer = silent(cohort.nodes["cleo"].answer)
+    server = cohort.serve(read_key(cohort.path / "server.pem"), deadline_seconds=4)
+    server.open()
+    server.ask()
+    server.close()
+    server.clients.end(server.adapter(1))
+    capsys.readouterr()
+    before = time.monotonic()
+    cohort.mailbox.say_goodbye(30.0, 0.02)
+    assert time.monotonic() - before < 10
+    said = capsys.readouterr().out
+    assert said.count("round 1: the update counts") == 3
+    assert said.count("the federation is over after round 1") == 3
+    assert not [line for line in cohort.said if "is over" in line]  # of clocks that don't agree
+    assert not list(cohort.path.glob("cache-*/clients/*/*/0001/sent.json"))
+
+
+def test_an_end_that_the_server_did_not_sign_ends_nothing(home, cohort, capsys):
+    public = new_key(cohort.path / "server.pem", "server").split()[2]
+    order = OrderDocument(run="0" * 32, state="over", round=1, attempt=0)
+    reply = cohort.answering("ann", **{"server-key": public})(
+        Message(put_in({ORDER: as_bytes(order)}), 11, "train", ttl=60)
+    )
+    assert not reply.content
+    said = capsys.readouterr().out
+    assert "is not signed; expected" in said
+    assert "the federation is over" not in said
+
+
 def test_a_client_can_read_packages_elsewhere_than_the_server_says(home, cohort):
     mirror = Store(str(cohort.path / "mirror"))
     mirror.put(home / "package")
@@ -638,6 +773,10 @@ def flower(tmp_path):
         each.end()
 
 
+def gone(process):
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
 # The ClientApp, but for one node: that one answers with more than was asked for.
 HOSTILE_CLIENT = """
 from flwr.app import Message
@@ -662,33 +801,72 @@ def train(message, context):
 """
 
 
+# Likewise, but that one is never done with what it was asked for.
+SLOW_CLIENT = """
+import time
+
+from flwr.clientapp import ClientApp
+
+from hf_fedlarge.flower import client
+
+app = ClientApp()
+
+
+@app.query()
+def query(message, context):
+    return client.app(message, context)
+
+
+@app.train()
+def train(message, context):
+    if context.node_config["client"] == "mallory":
+        client.take_part = lambda *_: time.sleep(3600)
+    return client.app(message, context)
+"""
+DEADLINE = 14  # for what takes 6 s or so on two idle cores
+
+
+def make_app(path, tmp_path, federation, client, key):
+    assert main(["flower", "init", str(path), "--store", str(tmp_path / "packages")]) == 0
+    (path / "federation.yaml").write_text(yaml.safe_dump(federation))
+    (path / "fedlarge_app" / "client.py").write_text(client)
+    with (path / "pyproject.toml").open("a") as file:  # its last table is the ServerApp's settings
+        file.write(f'stop = false\npoll = 0.2\nkey = "{key}"\n')
+
+
 def test_flower_ends_with_the_bytes_of_one_process_whoever_is_killed_and_whatever_one_sends(tmp_path, flower):
-    """Killed are a node while it trains, then the ServerApp, and the SuperLink when the round was taken up again."""
+    """Killed are a node while it trains, then the ServerApp, and the SuperLink when the round was taken up again.
+
+    Two of the nodes have resident workers, and the server signs. Then these take part in another federation, in which a
+    third client is never ready in time.
+    """
     whole, app, cache = tmp_path / "whole", tmp_path / "teams", tmp_path / "cache"
     whole.mkdir()
     run_teams(whole, rounds=1)
-    assert main(["flower", "init", str(app), "--store", str(tmp_path / "packages")]) == 0
     federation = yaml.safe_load((whole / "federation.yaml").read_text())
     federation["clients"]["mallory"] = 6
-    (app / "federation.yaml").write_text(yaml.safe_dump(federation))
-    (app / "fedlarge_app" / "client.py").write_text(HOSTILE_CLIENT)
-    with (app / "pyproject.toml").open("a") as file:  # its last table is the ServerApp's settings
-        file.write("stop = false\npoll = 0.2\n")
+    public = new_key(tmp_path / "server.pem", "server").split()[2]
+    make_app(app, tmp_path, federation, HOSTILE_CLIENT, tmp_path / "server.pem")
     run, processes = app / "run", flower(trace=TRACED)
 
-    def joins(client, team=None):
+    def joins(client, team=None, **settings):
         own = whole / "run" / "clients" / (team or client)
-        data = {"data": own / "train.jsonl", "eval-data": own / "held_out.jsonl", "cache": cache}
-        processes.supernode(client, **data)
+        data = {"data": own / "train.jsonl", "eval-data": own / "held_out.jsonl", "cache": cache, "server-key": public}
+        processes.supernode(client, **data | settings)
 
+    workers = {team: processes.worker(team) for team in ("blue", "red")}
     processes.superlink()
     processes.superexec()
-    for team in TEAMS:
-        joins(team)
+    for team in workers:
+        joins(team, worker=workers[team])
+    joins("green")
     joins("mallory", "blue")
+    processes.until(lambda: all(map(processes.is_ready, workers)))
     processes.run(app)
     processes.until(lambda: list(cache.glob("clients/*/green/0001/adapter")))
-    processes.kill("green")
+    started = processes.kill("green")
+    assert any("flwr-clientapp" in word for process in started for word in process.cmdline())
+    processes.until(lambda: all(map(gone, started)), 30)
     processes.until(lambda: events(run, "validated"))
     processes.server_app().kill()
     processes.until(lambda: processes.server_app() is None)
@@ -706,12 +884,58 @@ def test_flower_ends_with_the_bytes_of_one_process_whoever_is_killed_and_whateve
     assert failed["client"] == "mallory"
     assert "its message has 12000000 bytes of files; expected" in failed["reason"]
     assert len(list((cache / "packages").glob("[0-9a-f]*"))) == 1
+    processes.until(lambda: "the federation is over after round 1" in (tmp_path / "blue.log").read_text())
+    assert "round 1: the update counts" in (tmp_path / "blue.log").read_text()
+    assert "no worker" not in (tmp_path / "blue.log").read_text()
+
+    before = (tmp_path / "mallory.log").read_text()
+    others = dict.fromkeys(("blue", "red", "mallory"), 6)
+    slow = federation | {"clients": others, "rounds": 3, "deadline_seconds": DEADLINE, "min_updates": 1}
+    make_app(tmp_path / "slow", tmp_path, slow, SLOW_CLIENT, tmp_path / "server.pem")
+    run = tmp_path / "slow" / "run"
+    processes.run(tmp_path / "slow")
+    processes.until((run / "summary.json").exists)
+    accepted = {(entry["round"], entry["client"]) for entry in events(run, "validated") if entry["accepted"]}
+    assert accepted == {(number, team) for number in (1, 2, 3) for team in ("blue", "red")}
+    said = (tmp_path / "mallory.log").read_text().removeprefix(before)
+    assert said.count("The round was closed before the update was ready.") == 3
+    begun = [float(found) for found in re.findall("begun ([0-9.]+) s after the order was sent", said)]
+    assert len(begun) in (3, 4)  # with what it was told at the end
+    assert max(begun[:3]) < DEADLINE
     if TRACED:
         processes.end()
         traces = "".join(path.read_text() for path in tmp_path.glob("*.trace"))
         connected = re.findall(r"sa_family=AF_INET6?, [^}]*", traces)
         assert connected
         assert [line for line in connected if "127.0.0.1" not in line and '"::1"' not in line] == []
+
+
+@pytest.mark.skipif(not (BIN / "caddy").exists(), reason="needs caddyserver of requirements-flower.txt")
+def test_a_proxy_keeps_the_control_interface_from_clients_and_passes_nodes(tmp_path, flower):
+    processes = flower(authenticated=True)
+    processes.superlink()
+    processes.gate()
+    ca = ("--root-certificates", processes.tls / "ca.pem")
+    key = make_node_key(tmp_path / "key")
+    app = tmp_path / "app"
+    assert main(["flower", "init", str(app), "--store", str(tmp_path / "packages")]) == 0
+    for words in (
+        ("run", app, "gated"),
+        ("supernode", "register", key.with_suffix(".pub"), "gated", "--name", "eve"),
+        ("list", "gated"),
+    ):
+        refused = processes.attempt(*words)
+        assert refused.returncode != 0, words
+        assert "403" in refused.stdout + refused.stderr, words
+    for path in ("/v1/control/start-run", "/v1/runtime/x", "/", "/v1/fleet/../control/list-runs", "/v1/fleet"):
+        with httpx.Client(verify=ssl.create_default_context(cafile=processes.tls / "ca.pem")) as client:
+            request = client.build_request("POST", f"https://127.0.0.1:{processes.gate_port}")
+            request.url = request.url.copy_with(raw_path=path.encode())
+            assert client.send(request).status_code == 403, path
+    assert json.loads(processes.command("list", "test", "--format", "json"))["runs"] == []
+    processes.command("supernode", "register", key.with_suffix(".pub"), "test", "--name", "known")
+    processes.supernode("known", *ca, "--auth-supernode-private-key", key, port=processes.gate_port)
+    processes.until(lambda: "SuperNode ID" in (tmp_path / "known.log").read_text())
 
 
 def test_no_node_is_let_in_without_its_key_nor_connects_without_the_superlink_s(tmp_path, flower):

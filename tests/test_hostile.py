@@ -58,8 +58,8 @@ from hf_fedlarge.update import (
 )
 from hf_fedlarge.wire import ENCODED_WEIGHTS
 
-# `FUZZED=10000 pytest tests/test_hostile.py -k mutation` takes longer and finds more.
-FUZZED = int(os.environ.get("FUZZED", "2000"))
+# `FUZZED=100000 pytest tests/test_hostile.py -k mutation` takes longer and finds more.
+FUZZED = int(os.environ.get("FUZZED", "10000"))
 # Of a rank with which an update may have 45 MB: room for much that is hostile.
 WIDE = LoraSettings(rank=4096, alpha=8.0)
 

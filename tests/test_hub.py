@@ -2,9 +2,8 @@ import json
 import logging
 import socket
 
-import huggingface_hub
 import pytest
-from hub_double import WRITER, running
+from hub_double import WRITER, connected
 from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import get_session
@@ -43,22 +42,8 @@ NEVER = {
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "HF_ENDPOINT"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.lower(), raising=False)
-    with running() as double:
-        # The client reads its environment once, on import.
-        monkeypatch.setattr(constants, "ENDPOINT", double.endpoint)
-        template = f"{double.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(tmp_path / "harnesses.json"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        huggingface_hub.close_session()  # proxies are read when a session opens
+    with connected(tmp_path, monkeypatch) as double:
         yield double
-        huggingface_hub.close_session()
 
 
 def published(double, repo_id):

@@ -577,7 +577,7 @@ def test_a_server_that_swaps_a_key_learns_nothing_of_clients_that_know_each_othe
 # What a client answers once
 
 
-@pytest.mark.parametrize("what", ["survivors", "sharers", "limit", "training", "roster", "update"])
+@pytest.mark.parametrize("what", ["survivors", "sharers", "limit", "training", "roster", "shown", "update"])
 def test_a_client_that_is_asked_again_with_something_else_reveals_nothing(
     home, federation, store, tmp_path, monkeypatch, what
 ):
@@ -601,11 +601,13 @@ def test_a_client_that_is_asked_again_with_something_else_reveals_nothing(
             secure = secure.model_copy(update={"limit": 0.1})
         if what == "training" and secure.stage == "shares":
             server.clients._training = TrainingOrder(max_steps=2)
-        if what == "roster" and secure.stage == "masked":
+        if what in ("roster", "shown") and secure.stage == "masked":
             roster = read_document(store, "secure/0001/1/roster.json", secagg.Roster, 10**6)
             forged = [*roster.clients[:3], secagg.advertised("dan", secagg.new_secrets(), roster.context)]
             forged = roster.model_copy(update={"clients": forged})
             write(store, "secure/0001/1/roster.json", forged.model_dump_json(exclude_none=True).encode())
+            if what == "roster":  # else somebody else than the server changed it
+                secure = secure.model_copy(update={"roster": forged.digest})
         if what == "update" and secure.stage == "masked":
             train(tmp_path / "other", home / "package", home / "ffa" / "start", "ann", 99)
             for name in ("adapter_model.safetensors", MANIFEST_NAME):
@@ -625,7 +627,7 @@ def test_a_client_that_is_asked_again_with_something_else_reveals_nothing(
     monkeypatch.setattr(Store, "write", writing)
     with together(server, members):
         server.open()
-        if what in ("sharers", "roster", "limit", "training"):
+        if what in ("sharers", "roster", "shown", "limit", "training"):
             with pytest.raises(UpdateRefusedError, match=r"0 clients have (revealed|sent|shared)"):
                 server.ask()
         else:
@@ -638,6 +640,7 @@ def test_a_client_that_is_asked_again_with_something_else_reveals_nothing(
         "limit": "ann advertised keys for ",
         "training": "ann advertised keys for ",
         "roster": "ann was asked before with another roster",
+        "shown": "ann is shown another list of keys than the order is about",
         "update": "ann's update is another one than when it advertised its keys",
     }[what] in failure.reason
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hub_double import WRITER, connected
 
 from hf_fedlarge import store as module
 from hf_fedlarge.artifacts import (
@@ -64,10 +65,21 @@ def bucket():
     server.stop()
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """One of the Hub's, by a double on this machine."""
+    with connected(tmp_path / "hub", monkeypatch) as double:
+        monkeypatch.setenv("HF_TOKEN", WRITER)
+        double.create("me/store")
+        yield "hf://me/store"
+
+
+@pytest.fixture(params=["local", "memory", "s3", "hf"])
 def store(request, tmp_path):
     if request.param == "s3":
         return Store(f"{request.getfixturevalue('bucket')}/{uuid.uuid4().hex}")
+    if request.param == "hf":
+        return Store(f"{request.getfixturevalue('repository')}/{uuid.uuid4().hex}")
     return Store(str(tmp_path / "store") if request.param == "local" else f"memory://{uuid.uuid4().hex}")
 
 

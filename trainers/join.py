@@ -11,7 +11,8 @@ What is kept between rounds, and when the process is killed, lies in the cache:
     clients/RUN/NAME/state/      what it keeps from round to round
 
 The store is not trusted: an order may hold nothing but bounded training arguments (`orders.py`), and what is fetched is
-checked against digests and sizes before it is opened. Examples never leave this machine.
+checked against digests and sizes before it is opened. With the server's key what nobody else signed is refused, too
+(`voice.py`). Examples never leave this machine.
 """
 
 from __future__ import annotations
@@ -41,27 +42,23 @@ from hf_fedlarge.keys import read_allowed, read_key
 from hf_fedlarge.orders import (
     CHECK_INS,
     FAILED,
-    ORDER,
     PATIENCE_SECONDS,
     CheckInDocument,
     OrderDocument,
-    VerdictDocument,
     Work,
     describe_client,
     failure,
     inbox,
-    read_document,
-    verdict,
     write_document,
 )
 from hf_fedlarge.store import Store
 from hf_fedlarge.trainers.launch import in_process
-from hf_fedlarge.trainers.secure import SecureMember, forget_secrets
+from hf_fedlarge.trainers.secure import SecureMember
 from hf_fedlarge.update import outcome
+from hf_fedlarge.voice import DEFAULT_CACHE, SENT, Ear, check_server_key
 
 logger = logging.getLogger(__name__)
-_SENT, _TRAINED = "sent.json", "trained.json"
-DEFAULT_CACHE = Path.home() / ".cache" / "hf_fedlarge"
+_TRAINED = "trained.json"
 
 
 def join(
@@ -80,6 +77,7 @@ def join(
     key: Path | None = None,
     packages: str | None = None,
     keys: Path | None = None,
+    server_key: str | None = None,
 ) -> None:
     """Take part in a federation until it is over. A client that was killed goes on when it is started again.
 
@@ -90,7 +88,7 @@ def join(
         eval_data: its held-out examples; None: a tenth of `data`.
         cache: where packages and unfinished work are kept; None: `DEFAULT_CACHE`.
         once: leave after one round that this client was asked in.
-        step: leave after one order, be it for a stage of a round.
+        step: leave after one order, be it for a stage of a round; whoever calls looks to its deadline.
         poll: seconds between two looks into the store.
         patience: seconds after which it ends where no new order is there.
         report: told of each step in a line.
@@ -99,11 +97,13 @@ def join(
         packages: the URL of another store that has the packages; None: they lie with the orders.
         keys: the list of all clients' keys, which have to sign those of secure aggregation; None: the server is
             believed whose they are.
+        server_key: the server's public key, in 64 hexadecimal digits, which has to have signed what the server says;
+            None: whoever can write the store is believed.
 
     Raises:
         ConfigError: a name that can't be a client's, or a key or list that is none.
         DataError: the examples can't be read.
-        ArtifactError: the order can't be read, or holds what no order may.
+        ArtifactError: the order can't be read, holds what no order may, is not the server's, or is an old one.
         OutputError: another process of this client is at work, or `cache` can't be written.
         StoreError: there was no new order for as long as `patience`.
     """
@@ -114,11 +114,13 @@ def join(
         read_key(key)
     if keys is not None:
         read_allowed(keys)
+    server = check_server_key(server_key) if server_key is not None else None
     store, cache = Store(url), (cache or DEFAULT_CACHE).expanduser()
     package_store = Store(packages) if packages else store
     with _alone(cache / "clients", client):
+        ear = Ear(store, client, cache, server, report)
         member = _Member(
-            store, package_store, check_in, data, eval_data, cache, report, train or in_process(), key, keys
+            store, package_store, ear, check_in, data, eval_data, cache, report, train or in_process(), key, keys
         )
         member.take_part(once, step, poll, patience)
 
@@ -148,6 +150,7 @@ class _Member:
         self,
         store: Store,
         package_store: Store,
+        ear: Ear,
         check_in: CheckInDocument,
         data: str,
         eval_data: str | None,
@@ -157,7 +160,7 @@ class _Member:
         key: Path | None,
         keys: Path | None,
     ) -> None:
-        self._key, self._package_store = key, package_store
+        self._key, self._package_store, self._ear = key, package_store, ear
         self._secure = SecureMember(store, check_in.client, key, keys, report)
         self._store, self._check_in, self._client = store, check_in, check_in.client
         self._data, self._eval_data, self._cache, self._report, self._train = data, eval_data, cache, report, train
@@ -172,16 +175,14 @@ class _Member:
                     write_document(self._store, f"{CHECK_INS}/{self._client}.json", self._check_in)
                     checked_in = True
                     self._report(f"{self._client} checked in at {self._store.url}")
-                order = read_document(self._store, ORDER, OrderDocument)
+                order = self._ear.hear()
                 if order != last:
                     last, since = order, time.monotonic()
-                if order is not None:
-                    self._hear(order)
                 if order is not None and order.state == "over":
-                    forget_secrets(self._home(order))
                     self._report(f"the federation is over after round {order.round}")
                     return
-                work = order.work_of(self._client) if order is not None and order.is_open else None
+                is_open = order is not None and (order.state == "open" if step else order.is_open)
+                work = order.work_of(self._client) if is_open else None
                 if work is not None and order.step != self._answered:
                     self._answer(order, work)
                     self._answered, since = order.step, time.monotonic()
@@ -200,12 +201,14 @@ class _Member:
         place = inbox(order.round, self._client, order.attempt)
         if {FAILED, order.answer_name} & set(self._store.names(place)):
             return
-        home = self._home(order)
+        home = self._ear.home(order)
         update = home / f"{order.round:04d}" / "update"
         try:
             if order.secure is None or order.secure.stage == "keys":
                 self._make_update(order, work, home, update)
             if order.secure:
+                if order.secure.stage == "masked":
+                    write_json(update.with_name(SENT), {"attempt": order.attempt})
                 self._secure.answer(order, work, update)
                 self._forget(home, order.round)
                 return
@@ -219,7 +222,7 @@ class _Member:
         if order.late == "refuse" and not self._is_in_time(order):
             self._report(f"round {order.round} was closed before the update was ready")
             return
-        write_json(update.with_name(_SENT), {"attempt": order.attempt})
+        write_json(update.with_name(SENT), {"attempt": order.attempt})
         self._store.send(update, place)
         self._report(f"round {order.round}: update sent")
         self._forget(home, order.round)
@@ -229,25 +232,6 @@ class _Member:
         for older in home.glob("[0-9]*"):
             if older.name < f"{before:04d}":
                 shutil.rmtree(older)
-
-    def _hear(self, order: OrderDocument) -> None:
-        """Report once what the server says of an update that was sent, also by this client's process before."""
-        for sent in sorted(self._home(order).glob(f"[0-9]*/{_SENT}")):
-            number, attempt = int(sent.parent.name), json.loads(sent.read_text())["attempt"]
-            try:
-                said = read_document(self._store, verdict(number, self._client, attempt), VerdictDocument)
-            except ArtifactError as error:
-                self._report(f"round {number}: what the server says of the update can't be read: {error}")
-                sent.unlink()
-                continue
-            # What another federation left in the same place is not about this update.
-            about = said and (said.run, said.client, said.round, said.attempt)
-            if about == (order.run, self._client, number, attempt):
-                self._report(said.sentence)
-                sent.unlink()
-
-    def _home(self, order: OrderDocument) -> Path:
-        return self._cache / "clients" / order.run / self._client
 
     def _make_update(self, order: OrderDocument, work: Work, home: Path, update: Path) -> None:
         package, adapter = self._cache / "packages" / work.package, update.with_name("adapter")
@@ -284,7 +268,7 @@ class _Member:
             raise ArtifactError(f"the update has {size} bytes; the order takes {work.update_bytes} at most")
 
     def _is_in_time(self, order: OrderDocument) -> bool:
-        now = read_document(self._store, ORDER, OrderDocument)
+        now = self._ear.order()
         return now is not None and now.attempt_id == order.attempt_id and now.is_open
 
 

@@ -8,7 +8,6 @@ of survivors, whoever asks.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,12 +53,6 @@ class _Attempt(Record):
     sharers: list[ClientName] | None = None
     survivors: list[ClientName] | None = None
     revealed: secagg.Revealed | None = None
-
-
-def forget_secrets(home: Path) -> None:
-    """Remove the secrets of attempts that a client was left out of, in all rounds of a federation that is over."""
-    for secrets in home.glob("[0-9]*/secure"):
-        shutil.rmtree(secrets)
 
 
 class SecureMember:
@@ -113,6 +106,8 @@ class SecureMember:
             self._send(order, REVEALED, attempt.revealed)
             return
         roster = self._needed(order, ROSTER, secagg.Roster)
+        if order.secure.roster != roster.digest:
+            raise ArtifactError(f"{self._client} is shown another list of keys than the order is about.")
         allowed = read_allowed(self._keys) if self._keys else None
         secagg.check_roster(roster, self._client, attempt.secrets, order.context, allowed)
         attempt = self._once(path, attempt, roster=roster.digest)

@@ -3,8 +3,8 @@
     flower-supernode … --node-config 'client="lab-3" data="mine.jsonl"'
 
 The node's configuration is the client's own; nothing in it comes from the server. Flower starts a process for every
-message, so a package is loaded anew for every round (docs/deployment.md has what that costs). What has to outlive it is
-in the cache: the package, the training in progress, the finished update.
+message, so a package is loaded anew for every round, unless a resident process does the work (`resident.py`). What has
+to outlive it is in the cache: the package, the training in progress, the finished update.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from hf_fedlarge.config import ClientName, Record, checked
+from hf_fedlarge.config import checked
 from hf_fedlarge.errors import FedLargeError
 from hf_fedlarge.flower.letters import put_in, take_out
+from hf_fedlarge.flower.resident import ask, mailbox_in
+from hf_fedlarge.flower.work import NodeSettings, take_part
 from hf_fedlarge.orders import (
     CHECK_INS,
     FAILED,
@@ -36,8 +38,8 @@ from hf_fedlarge.orders import (
     read_document,
     write_document,
 )
-from hf_fedlarge.progress import hide_bars
 from hf_fedlarge.store import Store
+from hf_fedlarge.voice import DEFAULT_CACHE, Ear, check_server_key
 
 app = ClientApp()
 _NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
@@ -45,21 +47,6 @@ _LETTER = re.compile(
     rf"{re.escape(ORDER)}|artifacts/[0-9a-f]{{64}}\.json|objects/[0-9a-f]{{2}}/[0-9a-f]{{64}}"
     rf"|{SECURE}/\d+/\d+/(boxes/)?{_NAME}\.json|{VERDICTS}/\d+/{_NAME}/\d+\.json"
 )
-
-
-class NodeSettings(Record):
-    """What `--node-config` holds, with `-` for `_`: as the options of `hf-fedlarge join`.
-
-    `store` is where this client reads packages, instead of at the URL that the server gives.
-    """
-
-    client: ClientName
-    data: str
-    eval_data: str | None = None
-    cache: str | None = None
-    key: str | None = None
-    keys: str | None = None
-    store: str | None = None
 
 
 class TooLate(BaseException):
@@ -82,42 +69,39 @@ def train(message: Message, context: Context) -> Message:
 
 
 def _answer(settings: NodeSettings, content: RecordDict) -> RecordDict:
-    """Do what an order says, in a store that lives as long as this process."""
-    mailbox = Store("memory://flower")
+    """Do what an order says, in a store that lives as long as this process, or where a resident one finds it."""
+    worker = Path(settings.worker).expanduser() if settings.worker else None
+    mailbox = mailbox_in(worker, settings.client) if worker else Store("memory://flower")
     mailbox.remove("")
     for path, raw in take_out(content, _LETTER).items():
         mailbox.write(path, raw)
     order = read_document(mailbox, ORDER, OrderDocument)
+    if order and order.state == "over":
+        _hear_the_end(settings, mailbox)
+        return RecordDict()
     work = order.work_of(settings.client) if order else None
     if work is None or not order.is_open:
         return RecordDict()
-    began = time.monotonic()
-    from hf_fedlarge.trainers.join import join  # takes seconds, and only who trains needs it
-
-    hide_bars()
-    _report(f"libraries loaded in {time.monotonic() - began:.1f} s")
     place = inbox(order.round, settings.client, order.attempt)
-    # Who keeps the time is `_until`: an order that is closed would be waited on for the next one.
-    write_document(mailbox, ORDER, order.model_copy(update={"closes_at": None}))
     try:
         with _until(order.closes_at if order.late == "refuse" else None):
-            join(
-                mailbox.url,
-                settings.client,
-                settings.data,
-                eval_data=settings.eval_data,
-                cache=Path(settings.cache) if settings.cache else None,
-                key=Path(settings.key) if settings.key else None,
-                keys=Path(settings.keys) if settings.keys else None,
-                packages=settings.store or work.package_store,
-                step=True,
-                report=_report,
-            )
+            if not (worker and ask(worker, settings, work, _report)):
+                take_part(settings, mailbox, work, _report)
     except (FedLargeError, TooLate) as error:
         _report(f"{error}")
-        write_document(mailbox, f"{place}/{FAILED}", failure(str(error)))
+        write_document(mailbox, f"{place}/{FAILED}", failure(str(error).replace(mailbox.url, "Flower")))
     names = mailbox.names(place)
     return put_in({f"{place}/{name}": mailbox.read(f"{place}/{name}", work.update_bytes) for name in names})
+
+
+def _hear_the_end(settings: NodeSettings, mailbox: Store) -> None:
+    server = check_server_key(settings.server_key) if settings.server_key is not None else None
+    cache = Path(settings.cache) if settings.cache else DEFAULT_CACHE
+    try:
+        over = Ear(mailbox, settings.client, cache.expanduser(), server, _report).hear()
+        _report(f"the federation is over after round {over.round}")
+    except FedLargeError as error:
+        _report(f"{error}")
 
 
 @contextmanager

@@ -6,6 +6,7 @@
     check_ins/NAME.json                 what a node answered when it was asked who it is
     inbox/0001/NAME/1/                  what the message for this client, round and attempt was answered with
 
+An order is signed anew for each client, for it names that one alone.
 A stage of secure aggregation is a message of its own. A message is sent again where the node that had it is gone and
 the client is there again, be it as another node; what a client has finished it sends without training again. An answer
 belongs to the message that it answers (`reply_to`), whatever it says, and is taken only for the place that the message
@@ -30,6 +31,7 @@ from flwr.serverapp import Grid
 from hf_fedlarge.artifacts import MANIFEST_NAME, SERVER_FILES, AdapterManifest
 from hf_fedlarge.errors import ArtifactError, StoreError
 from hf_fedlarge.flower.letters import put_in, take_out
+from hf_fedlarge.keys import PrivateKey
 from hf_fedlarge.orders import (
     CHECK_INS,
     FAILED,
@@ -51,12 +53,14 @@ from hf_fedlarge.orders import (
 from hf_fedlarge.rounds import Report
 from hf_fedlarge.store import Store, artifact_path, object_path
 from hf_fedlarge.untrusted import printable
+from hf_fedlarge.voice import signed
 
 # How long after a round's end its messages live: for clients to say that they are late, and be free for the next one.
 GRACE_SECONDS = 60.0
 _LONG = 30 * 86400.0  # where there is no deadline, or late updates are kept
 _WHO_SECONDS = 300.0
 _CHECK_IN = re.compile(rf"{CHECK_INS}/(?P<client>[A-Za-z0-9][A-Za-z0-9._-]{{0,127}})\.json")
+_NOTHING = re.compile(r"(?!)")
 _FILE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}"
 # The message or its node is gone: nothing that the client did or said.
 _LOST = {ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE}
@@ -98,12 +102,13 @@ class Mailbox(Store):
         home: the directory.
         grid: Flower's.
         report: told who answered what can't be taken, and which messages were lost.
+        key: signs orders; None: they are not signed.
     """
 
-    def __init__(self, home: Path, grid: Grid, report: Report) -> None:
+    def __init__(self, home: Path, grid: Grid, report: Report, key: PrivateKey | None = None) -> None:
         super().__init__(str(home.absolute()))
         self.url = "Flower"  # where people see what comes in
-        self._grid, self._report = grid, report
+        self._grid, self._report, self._key = grid, report, key
         self._clients: dict[str, _Node] = {}
         self._strangers: set[_Node] = set()
         self._letters: dict[str, _Letter] = {}
@@ -174,7 +179,7 @@ class Mailbox(Store):
                 # What a stage after the first is about is in the client's cache.
                 adapter = adapter or ({} if order.is_later_stage else self._adapter(work.adapter))
                 own = order.model_copy(update={"work": [work.model_copy(update={"clients": [client]})]})
-                files = {ORDER: as_bytes(own)} | adapter | self._told(order, client)
+                files = {ORDER: as_bytes(signed(own, self._key))} | adapter | self._told(order, client)
                 if order.late == "buffer" or order.closes_at is None:
                     expires = time.time() + _LONG
                 else:
@@ -182,6 +187,29 @@ class Mailbox(Store):
                 allowed = re.compile(f"{re.escape(place)}/{_FILE}")
                 letter = _Letter(node, expires, allowed, work.update_bytes, client, place, order.answer_name)
                 self._send(letter, put_in(files), MessageType.TRAIN, str(order.round))
+
+    def say_goodbye(self, seconds: float, poll: float) -> None:
+        """Tell clients that are there that the federation is over, and what became of their updates.
+
+        Args:
+            seconds: that they are waited for, but for those that are still at work on something else.
+            poll: seconds between two looks for their answers.
+
+        Raises:
+            StoreError: the SuperLink can't be reached.
+        """
+        order = read_document(self, ORDER, OrderDocument)
+        self._online()
+        busy = {letter.node for letter in self._letters.values()}
+        self._letters = {}
+        for client, node in self._clients.items():
+            letter = _Letter(node, time.time() + seconds, _NOTHING, 0, client)
+            files = {ORDER: as_bytes(signed(order, self._key))} | self._told(order, client)
+            self._send(letter, put_in(files), MessageType.TRAIN)
+        self._collect()
+        while any(letter.node not in busy for letter in self._letters.values()):
+            time.sleep(poll)
+            self._collect()
 
     def _told(self, order: OrderDocument, client: str) -> dict[str, bytes]:
         """What the server has written for a client: its last verdict, and what the stage needs."""
@@ -245,7 +273,7 @@ class Mailbox(Store):
             self._welcome(letter.node, files)
         elif files and not {f"{letter.place}/{name}" for name in (FAILED, letter.answer)} & files.keys():
             raise ArtifactError(f"its message lacks {letter.answer}, which it was asked for.")
-        elif not files:
+        elif not files and letter.place:
             self._report(f"  {letter.client} says that {letter.place} is over; its clock and this one have to agree")
         for path in sorted(files, key=lambda path: path.endswith(f"/{MANIFEST_NAME}")):  # the manifest last
             self.write(path, files[path])
@@ -254,8 +282,8 @@ class Mailbox(Store):
         if letter.client is None:
             self._strangers.add(letter.node)
             self._report(printable(f"node {letter.node.id} can't take part: {reason}"))
-            return
-        write_document(self, f"{letter.place}/{FAILED}", failure(reason))
+        elif letter.place:
+            write_document(self, f"{letter.place}/{FAILED}", failure(reason))
 
     def _reach(self, method: Callable[..., Iterable[Any]], *arguments: Any) -> Iterable[Any]:
         """What the grid gives; a SuperLink that can't be reached just now is what a store that can't be is."""

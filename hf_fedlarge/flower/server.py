@@ -22,22 +22,28 @@ from pydantic import Field
 
 from hf_fedlarge.config import FederationConfig, Record, checked, load_federation
 from hf_fedlarge.flower.mailbox import Mailbox
+from hf_fedlarge.keys import read_key
 from hf_fedlarge.progress import hide_bars
 from hf_fedlarge.rounds import Report, drive
 from hf_fedlarge.serve import StoreClients
 from hf_fedlarge.store import Store
 
+GOODBYE_SECONDS = 60.0  # for clients to hear what became of their last updates; nothing waits for them to
 app = ServerApp()
 
 
 class ServerSettings(Record):
-    """What `[tool.flwr.app.config]` holds; `poll` is the seconds between two looks for messages."""
+    """What `[tool.flwr.app.config]` holds.
+
+    `poll` is the seconds between two looks for messages; `key` is the file of the server's private key (`voice.py`).
+    """
 
     federation: str
     output: str
     store: str
     stop: bool = True
     poll: Annotated[float, Field(gt=0)] = 1.0
+    key: str | None = None
 
 
 @app.main()
@@ -50,12 +56,21 @@ def main(grid: Grid, context: Context) -> None:
     config, run = load_federation(Path(settings.federation)), Path(settings.output)
     check_training(config.training)
     hide_bars()
-    how = {"stop": settings.stop, "poll": settings.poll}
+    key = Path(settings.key) if settings.key else None
+    how = {"stop": settings.stop, "poll": settings.poll, "key": key}
     print_summary(serve_over_flower(config, run, settings.store, grid, _report, **how))
 
 
 def serve_over_flower(
-    config: FederationConfig, run: Path, url: str, grid: Grid, report: Report, *, stop: bool = True, poll: float = 1.0
+    config: FederationConfig,
+    run: Path,
+    url: str,
+    grid: Grid,
+    report: Report,
+    *,
+    stop: bool = True,
+    poll: float = 1.0,
+    key: Path | None = None,
 ) -> dict[str, Any]:
     """Run a federation of clients that Flower reaches, or go on with one that was interrupted.
 
@@ -67,6 +82,7 @@ def serve_over_flower(
         report: told of each step in a line.
         stop: end with an error where two rounds in a row made the full model worse than the base.
         poll: seconds between two looks for messages.
+        key: the file of the server's private key, which signs what it says to clients; None: it is not signed.
 
     Returns:
         The summary, as `summary.json` has it.
@@ -74,9 +90,12 @@ def serve_over_flower(
     Raises:
         FedLargeError: as `run_federation`.
     """
-    packages = Store(url)
-    mailbox = Mailbox(run / "mailbox", grid, report)
-    return drive(config, run, StoreClients(mailbox, report, poll, packages=packages), report, stop=stop)
+    packages, private = Store(url), read_key(key) if key else None
+    mailbox = Mailbox(run / "mailbox", grid, report, private)
+    clients = StoreClients(mailbox, report, poll, packages=packages, key=private)
+    summary = drive(config, run, clients, report, stop=stop)
+    clients.patiently(mailbox.say_goodbye, GOODBYE_SECONDS, poll)
+    return summary
 
 
 def _report(line: str) -> None:

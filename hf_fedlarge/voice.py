@@ -1,0 +1,152 @@
+"""What the server says: signed with its key, and heard by clients that were told which key that is.
+
+    hf-fedlarge keys new server --output keys       # keys/server.pem stays there; clients are told the 64 digits
+    hf-fedlarge serve … --key keys/server.pem       hf-fedlarge join … --server-key 437a66…
+
+A signature is of all that an order or a verdict says, with the run, the round and the attempt, and whatever an order
+names by digest is bound with it: packages, adapters, and the keys of secure aggregation. What was signed once can be
+shown again, so a client writes down how far its federation was and takes no older order. What it can't know is that
+there is a newer one, which somebody withholds; a deadline bounds that.
+
+Without a key a server is who may write the store.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from hf_fedlarge.artifacts import write_json
+from hf_fedlarge.errors import ArtifactError, ConfigError
+from hf_fedlarge.keys import PrivateKey, PublicKey, fingerprint, is_signed, sign
+from hf_fedlarge.orders import ORDER, OrderDocument, Said, VerdictDocument, read_document, verdict
+from hf_fedlarge.store import Store
+
+SaidT = TypeVar("SaidT", bound=Said)
+SENT = "sent.json"
+_HEARD = "heard.json"
+DEFAULT_CACHE = Path.home() / ".cache" / "hf_fedlarge"
+
+
+def signed(said: SaidT, key: PrivateKey | None) -> SaidT:
+    """With the signature of a server's key, or without one."""
+    return said.model_copy(update={"signature": key and sign(key, said.signed_bytes)})
+
+
+def check_server_key(public: str) -> PublicKey:
+    """A server's public key, as a client was given it.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        return TypeAdapter(PublicKey).validate_python(public)
+    except ValidationError as error:
+        raise ConfigError(
+            f"--server-key is {public!a:.100}; expected the 64 hexadecimal digits at the end of what `hf-fedlarge keys "
+            "new` printed for the server."
+        ) from error
+
+
+def check_said(said: Said, server: PublicKey, where: str) -> None:
+    """Check that the server's key signed what was found at `where`.
+
+    Raises:
+        ArtifactError: it is not signed, or with another key, or the signature is of something else.
+    """
+    expected = f"the server's key {fingerprint(server)} (--server-key)"
+    if said.signature is None:
+        raise ArtifactError(f"{where} is not signed; expected a signature by {expected}: the server has to use --key.")
+    if said.signature.key != fingerprint(server):
+        raise ArtifactError(
+            f"{where} is signed with the key {said.signature.key}; expected {expected}: ask the server's operator."
+        )
+    if not is_signed(server, said.signed_bytes, said.signature):
+        raise ArtifactError(
+            f"{where} was changed after it was signed, or signed by another; expected what {expected} signed: ask the "
+            "server's operator who can write there."
+        )
+
+
+class Ear:
+    """What a client hears of a server.
+
+    Args:
+        store: where the server is met.
+        client: this client's name.
+        cache: where its unfinished work is kept.
+        server: the server's public key, which must have signed what it says; None: whatever is there is believed.
+        report: told in a line what became of updates.
+    """
+
+    def __init__(
+        self, store: Store, client: str, cache: Path, server: PublicKey | None, report: Callable[[str], None]
+    ) -> None:
+        self._store, self._client, self._server, self._report = store, client, server, report
+        self._clients = cache / "clients"
+
+    def home(self, order: OrderDocument) -> Path:
+        """Where what this client does in a federation is kept."""
+        return self._clients / order.run / self._client
+
+    def order(self) -> OrderDocument | None:
+        """What the server asks for now; None: nothing yet.
+
+        Raises:
+            ArtifactError: it can't be read, is not the server's, or is older than what was heard before.
+            StoreError: the store can't be read.
+        """
+        order = read_document(self._store, ORDER, OrderDocument)
+        if order is not None and self._server is not None:
+            check_said(order, self._server, f"{self._store.url}/{ORDER}")
+            if order.state != "closed":  # then it asks for nothing
+                self._check_that_it_is_new(order)
+        return order
+
+    def hear(self) -> OrderDocument | None:
+        """`order`, and what follows of it: what the server says of updates is reported, and secrets that are not of the
+        attempt that is open are forgotten."""
+        order = self.order()
+        if order is not None:
+            for sent in sorted(self.home(order).glob(f"[0-9]*/{SENT}")):
+                self._hear_verdict(order, sent)
+            for secrets in self.home(order).glob("[0-9]*/secure"):
+                if order.state != "open" or int(secrets.parent.name) != order.round:
+                    shutil.rmtree(secrets)
+        return order
+
+    def _check_that_it_is_new(self, order: OrderDocument) -> None:
+        path = self.home(order) / _HEARD
+        newest = tuple(json.loads(path.read_text())) if path.exists() else order.time
+        if order.time < newest:
+            raise ArtifactError(
+                f"{self._store.url}/{ORDER} is an old one, for round {order.round}, attempt {order.attempt}; expected "
+                f"none before round {newest[0]}, attempt {newest[2]}, which was heard of already: have the server "
+                f"publish its own again, or, if its run was set back, remove {_HEARD} from this client's cache."
+            )
+        if order.time > newest or not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, order.time)
+
+    def _hear_verdict(self, order: OrderDocument, sent: Path) -> None:
+        """Report once what the server says of an update that was sent, also by this client's process before."""
+        number, attempt = int(sent.parent.name), json.loads(sent.read_text())["attempt"]
+        place = verdict(number, self._client, attempt)
+        try:
+            said = read_document(self._store, place, VerdictDocument)
+            # What another federation left in the same place is not about this update.
+            about = said and (said.run, said.client, said.round, said.attempt)
+            if about != (order.run, self._client, number, attempt):
+                return
+            if self._server is not None:
+                check_said(said, self._server, f"{self._store.url}/{place}")
+        except ArtifactError as error:
+            self._report(f"round {number}: what the server says of the update can't be read: {error}")
+        else:
+            self._report(said.sentence)
+        sent.unlink()

@@ -1,0 +1,294 @@
+"""A process that keeps the model loaded beside Flower's, and outlives neither its use nor its welcome."""
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
+from multiprocessing.connection import Client, Listener
+
+import pytest
+
+pytest.importorskip("flwr", reason="flwr is not installed: pip install 'hf-fedlarge[flower]'")
+
+import psutil
+from federation import TRAINING
+from flwr.app import Context, Message, RecordDict
+from grid_double import GridDouble
+from served import make_home
+from test_serve import Processes
+
+from hf_fedlarge.artifacts import SERVER_FILES, AdapterManifest, PackageManifest, UpdateManifest, read_manifest
+from hf_fedlarge.errors import ConfigError, OutputError
+from hf_fedlarge.flower import client as client_app
+from hf_fedlarge.flower import resident
+from hf_fedlarge.flower.letters import put_in
+from hf_fedlarge.flower.work import NodeSettings
+from hf_fedlarge.orders import ORDER, OrderDocument, TrainingOrder, Work, as_bytes
+from hf_fedlarge.store import Store, artifact_path, object_path
+from hf_fedlarge.trainers import worker as worker_module
+from hf_fedlarge.trainers.launch import in_process
+
+HOW = {name: value for name, value in TRAINING.items() if name != "seed"}
+LONG = HOW | {"max_steps": 100_000}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    path = tmp_path_factory.mktemp("resident")
+    make_home(path)
+    Store(str(path / "packages")).put(path / "package")
+    Store(str(path / "adapters")).put(path / "start", leave_out=SERVER_FILES)
+    return path
+
+
+@pytest.fixture
+def processes(tmp_path):
+    made = Processes(tmp_path)
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def directory(tmp_path, processes):
+    """Of a worker that is ready."""
+    path = tmp_path / "worker"
+    processes.worker = processes.start("worker", "flower", "worker", path)
+    until(lambda: is_ready(tmp_path / "worker.log"))
+    return path
+
+
+def is_ready(log):
+    return log.exists() and "ready in" in log.read_text()
+
+
+def until(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def order_of(home, training=None, **changes):
+    """A message's content, for ann to train on."""
+    package, start = read_manifest(home / "package", PackageManifest), read_manifest(home / "start", AdapterManifest)
+    work = Work(
+        clients=["ann"],
+        package=package.digest,
+        package_bytes=package.total_bytes,
+        package_store=str(home / "packages"),
+        adapter=start.digest,
+        adapter_bytes=start.total_bytes,
+        update_bytes=10**7,
+    )
+    order = {"run": "f" * 32, "state": "open", "round": 1, "attempt": 1, "work": [work]} | changes
+    files = {ORDER: as_bytes(OrderDocument(**order, training=TrainingOrder(**(training or HOW))))}
+    adapters = Store(str(home / "adapters"))
+    for path in (artifact_path(start.digest), *(object_path(entry.sha256) for entry in start.files.values())):
+        files[path] = adapters.read(path, 10**7)
+    return files
+
+
+def answer(home, cache, files, **settings):
+    """What the ClientApp answers, as files by their names."""
+    GridDouble()  # which says whose messages these are
+    values = {"client": "ann", "data": str(home / "data.jsonl"), "cache": str(cache)} | settings
+    message = Message(put_in(files), 11, "train", ttl=60)
+    reply = client_app.app(message, Context(1, 2, values, RecordDict(), {}))
+    return {path.rpartition("/")[2]: array.data for path, array in reply.content["files"].items()}
+
+
+def weights(files):
+    return UpdateManifest.model_validate_json(files["fedlarge.json"]).files
+
+
+def test_a_round_after_the_first_loads_nothing_and_gives_the_bytes_of_a_process_of_its_own(
+    home, tmp_path, directory, capsys
+):
+    plain = answer(home, tmp_path / "cache", order_of(home))
+    capsys.readouterr()
+    took = []
+    for number in (1, 2):
+        began = time.monotonic()
+        found = answer(home, tmp_path / f"cache-{number}", order_of(home), worker=str(directory))
+        took.append(time.monotonic() - began)
+        assert weights(found) == weights(plain)
+    said = capsys.readouterr().out
+    assert said.count("round 1: update sent") == 2
+    assert "no worker" not in said
+    assert took[1] < took[0]
+
+
+def test_the_package_is_loaded_once(home, tmp_path, monkeypatch):
+    loaded, directory, train = [], tmp_path / "worker", in_process()
+    load = worker_module.load_package
+    monkeypatch.setattr(worker_module, "load_package", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    settings = NodeSettings(client="ann", data=str(home / "data.jsonl"), cache=str(tmp_path / "cache"))
+    for number in (1, 2, 3):
+        mailbox = resident.mailbox_in(directory, "ann")
+        mailbox.remove("")
+        for path, raw in order_of(home, round=number).items():
+            mailbox.write(path, raw)
+        work = OrderDocument.model_validate_json(mailbox.read(ORDER, 10**6)).work[0]
+        here, there = multiprocessing.Pipe()
+        with here, there:
+            request = {"settings": settings.model_dump(mode="json"), "work": work.model_dump(mode="json")}
+            here.send_bytes(json.dumps(request).encode())
+            resident._answer(there, directory, train)
+            said = []
+            while here.poll():
+                said.append(json.loads(here.recv_bytes()))
+        assert said[-1] == {"done": True}
+        assert {"line": f"round {number}: update sent"} in said
+    assert len(loaded) == 1
+
+
+def test_why_there_is_no_update_comes_back_and_the_worker_goes_on(home, tmp_path, directory):
+    files = order_of(home) | {ORDER: as_bytes(OrderDocument(**order_with(home, update_bytes=50_000)))}
+    found = answer(home, tmp_path / "cache", files, worker=str(directory))
+    assert b"the order takes 50000 at most" in found["failed.json"]
+    assert "fedlarge.json" in answer(home, tmp_path / "other", order_of(home), worker=str(directory))
+
+
+def order_with(home, **changes):
+    order = OrderDocument.model_validate_json(order_of(home)[ORDER])
+    return order.model_dump() | {"work": [order.work[0].model_copy(update=changes)], "training": order.training}
+
+
+@pytest.mark.parametrize("training", ["in the worker", "of its own"])
+def test_a_deadline_holds(home, tmp_path, directory, training):
+    began = time.monotonic()
+    worker = {"worker": str(directory)} if training == "in the worker" else {}
+    found = answer(home, tmp_path / "cache", order_of(home, LONG, closes_at=time.time() + 2.0), **worker)
+    assert time.monotonic() - began < 8
+    assert b"The round was closed before the update was ready." in found["failed.json"]
+    began = time.monotonic()
+    found = answer(home, tmp_path / "cache", order_of(home, round=2), **worker)
+    assert "fedlarge.json" in found
+    assert time.monotonic() - began < 20
+
+
+def asking(home, cache, directory):
+    with suppress(SystemExit):
+        answer(home, cache, order_of(home, LONG), worker=str(directory))
+
+
+def test_who_is_killed_while_the_worker_trains_leaves_no_training_behind(home, tmp_path, directory, processes):
+    """As Flower ends a ClientApp when its SuperNode was killed."""
+    asks = processes.context.Process(target=asking, args=(home, tmp_path / "cache", directory))
+    asks.start()
+    worker = psutil.Process(processes.worker.pid)
+    until(lambda: list((tmp_path / "cache").glob("clients/*/ann/0001/trained.json")))
+    time.sleep(1.0)
+    busy = worker.cpu_times().user
+    time.sleep(1.0)
+    assert worker.cpu_times().user - busy > 0.2
+    asks.kill()
+    asks.join()
+    time.sleep(2.0)
+    busy = worker.cpu_times().user
+    time.sleep(1.0)
+    assert worker.cpu_times().user - busy < 0.2
+    assert not list((tmp_path / "cache").glob("clients/*/ann/0001/update"))
+    assert "fedlarge.json" in answer(home, tmp_path / "cache", order_of(home, round=2), worker=str(directory))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_signal_ends_it_and_its_socket_and_whoever_asks_trains_himself(
+    home, tmp_path, directory, processes, capsys, number, busy
+):
+    if busy:
+        asks = processes.context.Process(target=asking, args=(home, tmp_path / "other", directory))
+        asks.start()
+        until(lambda: list((tmp_path / "other").glob("clients/*/ann/0001/trained.json")))
+    os.kill(processes.worker.pid, number)
+    processes.worker.join(15)
+    assert processes.worker.exitcode == 0
+    assert sorted(path.name for path in directory.iterdir() if path.name != "mailbox") in ([], [".lock"])
+    if busy:
+        asks.kill()  # which has begun to train itself
+        asks.join()
+    assert "fedlarge.json" in answer(home, tmp_path / "cache", order_of(home), worker=str(directory))
+    assert "no worker in" in capsys.readouterr().out
+
+
+def started_by_another(directory, pid_file):
+    """A process that starts a worker in another one, and waits."""
+    pid = os.fork()
+    if pid == 0:
+        pid_file.write_text(str(os.getpid()))
+        with suppress(BaseException):
+            resident.serve(directory, print)
+        os._exit(0)
+    time.sleep(3600)
+
+
+def test_it_ends_with_the_process_that_started_it(tmp_path, processes):
+    parent = processes.context.Process(target=started_by_another, args=(tmp_path / "worker", tmp_path / "pid"))
+    parent.start()
+    until((tmp_path / "worker" / "socket").exists)
+    worker = psutil.Process(int((tmp_path / "pid").read_text()))
+    parent.kill()
+    parent.join()
+    until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, 10)
+    assert not (tmp_path / "worker" / "socket").exists()
+
+
+def test_what_a_killed_worker_left_is_no_worker_and_a_new_one_takes_its_place(home, tmp_path, directory, processes):
+    processes.worker.kill()
+    processes.worker.join()
+    assert (directory / "socket").exists()
+    assert "fedlarge.json" in answer(home, tmp_path / "cache", order_of(home), worker=str(directory))
+    again = processes.start("again", "flower", "worker", directory)
+    until(lambda: is_ready(tmp_path / "again.log"))
+    found = answer(home, tmp_path / "other", order_of(home), worker=str(directory))
+    assert "fedlarge.json" in found
+    assert again.is_alive()
+
+
+def test_there_is_one_worker_in_a_directory_and_only_its_owner_s(tmp_path, directory):
+    with pytest.raises(OutputError, match="Another worker is at work in"):
+        resident.serve(directory, print)
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert (directory / "key").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "open").mkdir(mode=0o755)
+    for use in (
+        lambda: resident.serve(tmp_path / "open", print),
+        lambda: resident.mailbox_in(tmp_path / "open", "ann"),
+    ):
+        with pytest.raises(ConfigError, match=r"is open to others \(mode 755\); expected 700"):
+            use()
+    with pytest.raises(ConfigError, match="can't have a socket"):
+        resident.serve(tmp_path / ("x" * 120), print)
+
+
+def test_who_does_not_know_the_key_is_not_answered_and_the_worker_goes_on(home, tmp_path, directory, capsys):
+    with pytest.raises(multiprocessing.AuthenticationError):
+        Client(str(directory / "socket"), "AF_UNIX", authkey=b"x" * 32)
+    key = (directory / "key").read_bytes()
+    with Client(str(directory / "socket"), "AF_UNIX", authkey=key) as connection:
+        connection.send_bytes(b"x" * (resident.MAX_MESSAGE_BYTES + 1))  # more than it reads
+        with pytest.raises((EOFError, OSError)):
+            connection.recv_bytes()
+    assert "fedlarge.json" in answer(home, tmp_path / "cache", order_of(home), worker=str(directory))
+    assert "no worker" not in capsys.readouterr().out
+
+
+def test_somebody_else_at_the_socket_is_not_believed(home, tmp_path, capsys):
+    directory = tmp_path / "worker"
+    resident.mailbox_in(directory, "ann")
+    (directory / "key").write_bytes(b"k" * 32)
+
+    def accept():
+        with pytest.raises(multiprocessing.AuthenticationError):
+            other.accept()
+
+    with Listener(str(directory / "socket"), "AF_UNIX", authkey=b"x" * 32) as other:
+        accepting = threading.Thread(target=accept)
+        accepting.start()
+        assert "fedlarge.json" in answer(home, tmp_path / "cache", order_of(home), worker=str(directory))
+        accepting.join()
+    assert "(AuthenticationError); training here" in capsys.readouterr().out
