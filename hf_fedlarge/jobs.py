@@ -21,6 +21,7 @@ from hf_fedlarge.calibrate import make_package, plan_package
 from hf_fedlarge.clients import read_check_ins
 from hf_fedlarge.collect import expected_from
 from hf_fedlarge.config import Codec, FederationConfig, LoraSettings, PackageSettings
+from hf_fedlarge.entries import FileEntry
 from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.fixed_point import WORD_BYTES
 from hf_fedlarge.journal import Journal
@@ -29,7 +30,7 @@ from hf_fedlarge.orders import CLIENT_BYTES, MAX_NOTE_BYTES
 from hf_fedlarge.plan import CheckIn
 from hf_fedlarge.secure_sum import count_words
 from hf_fedlarge.tiers import client_bytes, derive_adapter, describe_fit, fit_memory
-from hf_fedlarge.traffic import Budget, changed_bytes
+from hf_fedlarge.traffic import Budget, changed_bytes, write_changes
 from hf_fedlarge.update import MAX_SMALL_BYTES, Asked, Expected, update_bytes
 
 DEFAULT_MAX_LENGTH = 1024  # of SFTConfig
@@ -194,13 +195,37 @@ class Jobs:
             return tier.manifest.total_bytes + self._changed_bytes(adapter, None)
         return self._changed_bytes(adapter, None if whole else self.adapter(tier, has))
 
-    def missing_bytes(self, journal: Journal, client: str, number: int, whole: bool) -> int:
-        """`download_bytes` of a client that was asked as the journal says."""
+    def whole_bytes(self, client: str, number: int) -> int:
+        """What a client downloads more that was to fetch what changed in its adapter and fetches all of it."""
+        last = self.download_bytes(client, number, number - 1)
+        return max(0, self.download_bytes(client, number, number - 1, whole=True) - last)
+
+    def missing_bytes(self, journal: Journal, client: str, number: int, served: bool) -> int:
+        """`download_bytes` of a client that was asked as the journal says.
+
+        Args:
+            journal: of the run.
+            client: its name.
+            number: the round.
+            served: only what changed since the round before goes down, and that to who surely has its adapter.
+        """
         had = [entry["round"] for entry in journal.find("asked", client=client) if entry["round"] < number]
+        whole = served and not self.has_previous(journal, client, number)
         return self.download_bytes(client, number, had[-1] if had else None, whole)
 
-    def check_budget(self, journal: Journal, clients: list[str], number: int, whole: bool) -> None:
+    def has_previous(self, journal: Journal, client: str, number: int) -> bool:
+        """Whether a client answered in the round before `number`, so that it has that round's adapter."""
+        return bool(journal.find("received", client=client, round=number - 1))
+
+    def changes(self, tier: Tier, number: int) -> tuple[Path, dict[str, FileEntry]]:
+        """What changed in the tier's adapter since round `number` - 1: a directory, and its files."""
+        directory = self._adapter_of(number - 1).with_name("changes") / f"{self.tiers.index(tier)}"
+        return directory, write_changes(self.adapter(tier, number), self.adapter(tier, number - 1), directory)
+
+    def check_budget(self, journal: Journal, clients: list[str], number: int, served: bool) -> None:
         """Refuse a round that could overstep the budget, before anything of it is sent.
+
+        A client that is served may have lost what it had, so that the whole adapter goes down.
 
         Raises:
             BudgetError: it could.
@@ -209,7 +234,12 @@ class Jobs:
             return
         spent = sum(entry["bytes"] for entry in journal.find("asked", "received", "told"))
         down = {entry["client"] for entry in journal.find("asked", round=number)}
-        needed = sum(self.missing_bytes(journal, client, number, whole) for client in clients if client not in down)
+        needed = 0
+        for client in clients:
+            if client not in down:
+                needed += self.missing_bytes(journal, client, number, served)
+            if served and self.has_previous(journal, client, number):
+                needed += self.whole_bytes(client, number)
         needed += sum(self.upload_bytes(client, number) for client in clients)
         if self.config.secure:
             needed += len(clients) * (MAX_NOTE_BYTES + CLIENT_BYTES * len(clients))

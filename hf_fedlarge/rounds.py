@@ -74,10 +74,11 @@ Report = Callable[[str], None]
 class Clients(Protocol):
     """How a run's clients are reached; `clients.SimulatedClients` and `serve.StoreClients` are two ways.
 
-    `whole_adapters` says that adapters go down as they are, rather than as what changed in them.
+    `served` says that they hold what they fetched, which may get lost, rather than what was counted for them: of an
+    adapter goes down what changed since the round before, or all of it.
     """
 
-    whole_adapters: bool
+    served: bool
 
     def prepare(self, config: FederationConfig, run: Path, begin: Callable[[], None]) -> str | None:
         """Make the run's held-out examples, once: `begin` is called when all is found good, before anything is written.
@@ -303,11 +304,11 @@ class _Federation:
 
     def _ask(self, server: RoundServer, order: Order) -> None:
         """Hand what the order's clients answer to the round, until it has what it wants."""
-        whole = self.clients.whole_adapters
-        self.jobs.check_budget(self.journal, server.waiting(order), order.round, whole)
+        served = self.clients.served
+        self.jobs.check_budget(self.journal, server.waiting(order), order.round, served)
 
         def asked(client: str) -> None:
-            server.asked(client, self.jobs.missing_bytes(self.journal, client, order.round, whole))
+            server.asked(client, self.jobs.missing_bytes(self.journal, client, order.round, served))
 
         for client, problem in self.clients.answers(self.jobs, server, order, asked):
             if problem is not None:
