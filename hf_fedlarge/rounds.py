@@ -174,7 +174,7 @@ class _Federation:
             )
         self._baseline()
         tiers = make_tiers(self.checkpoint, self.config, self.run, self.revision, self.report)
-        self.jobs = Jobs(self.config, self.run, self._adapter, tiers)
+        self.jobs = Jobs(self.config, self.run, self._adapter, tiers, self.journal)
         self.jobs.make_keys()
         for number in range(1, self.config.rounds + 1):
             server = RoundServer(self.run / "rounds", number, self.journal, self.config, self._validate)
@@ -285,6 +285,8 @@ class _Federation:
         for attempt in range(1, _ATTEMPTS + 1):
             self.clients.check_in(self.jobs, server)
             order = server.open(list(self.jobs.check_ins.values()), self.jobs.least_bytes)
+            for line in filter(None, (self.jobs.describe_pace(client, number) for client in order.clients)):
+                self.report(line)
             few = len(order.clients) <= _NAMED
             self.report(f"round {number}: {', '.join(order.clients) if few else f'{len(order.clients)} clients'}")
             try:

@@ -263,7 +263,7 @@ class StoreClients:
         """Ask clients for what an order wants of them, or for a stage of it, in a document."""
         work = []
         for tier in jobs.tiers:
-            clients = [client for client in waiting if jobs.tier_of(client) is tier]
+            clients = [client for client in waiting if jobs.tier_of(client, order.round) is tier]
             if not clients:
                 continue
             work.append(self._offers.work(jobs, tier, clients, server))
