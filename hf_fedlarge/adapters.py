@@ -9,6 +9,7 @@ LoRA: arXiv 2106.09685.
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -233,11 +235,11 @@ class AdapterReader:
     """
 
     def __init__(self, directory: Path, name: str = ADAPTER_WEIGHTS) -> None:
-        self._path = directory / name
+        self._name = os.fspath(directory / name)
         self._places: _Places = {}
-        if name != ADAPTER_WEIGHTS and not self._path.exists():
+        if name != ADAPTER_WEIGHTS and not os.path.exists(self._name):
             return
-        with self._path.open("rb") as file:
+        with open(self._name, "rb") as file:
             self._places = _places(file.read(int.from_bytes(file.read(8), "little")))
 
     @property
@@ -250,18 +252,27 @@ class AdapterReader:
 
     def read(self, module: str) -> Factors:
         """The fp32 factors of one module."""
-        found = []
-        with self._path.open("rb", buffering=0) as file:
-            for start, shape in self._places[module]:
-                factor = torch.empty(shape, dtype=torch.float32)
-                file.seek(start)
-                assert file.readinto(factor.numpy().data.cast("B")) == factor.nbytes, f"{self._path} ends too early"
-                found.append(factor)
-        return Factors(*found)
+        factors = Factors(*(torch.empty(shape, dtype=torch.float32) for _, shape in self._places[module]))
+        self._fill(module, *(factor.numpy() for factor in factors))
+        return factors
+
+    def _fill(self, module: str, A_RI: np.ndarray, B_OR: np.ndarray) -> None:
+        (start, _), (start_of_B, _) = self._places[module]
+        pieces = (
+            [(start, [A_RI, B_OR])] if start + A_RI.nbytes == start_of_B else [(start, [A_RI]), (start_of_B, [B_OR])]
+        )
+        # Files as Python has them take several calls more, at each of which threads of an aggregation wait for a lock.
+        file = os.open(self._name, os.O_RDONLY)
+        try:
+            for start, arrays in pieces:
+                assert os.preadv(file, arrays, start) == sum(a.nbytes for a in arrays), f"{self._name} ends too early"
+        finally:
+            os.close(file)
 
     def stored(self, module: str) -> StoredFactors:
         """Likewise, to be read when they are needed."""
-        return StoredFactors(partial(self.read, module), tuple(shape for _, shape in self._places[module]))
+        shapes = tuple(shape for _, shape in self._places[module])
+        return StoredFactors(partial(self.read, module), shapes, partial(self._fill, module))
 
 
 _Places = dict[str, tuple[tuple[int, list[int]], tuple[int, list[int]]]]

@@ -21,10 +21,11 @@ from typing import Literal, NamedTuple
 import torch
 
 from hf_fedlarge.errors import ConfigError
-from hf_fedlarge.products import Term, distance, merged, truncate
+from hf_fedlarge.products import Probes, Term, distance, inner, is_estimated, merged, stacks, truncate
 from hf_fedlarge.tensors import Factors, StoredFactors
 
 Trained = Literal["both", "A", "B"]
+_PART = 4096  # values that are summed in fp64 at a time, so that they stay in a processor's cache
 
 
 class Change(NamedTuple):
@@ -141,35 +142,60 @@ def fedavg(
                 f"This aggregator averages factors of one rank and scale, {rank} and {scale:g} here, but a client has "
                 f"{change.factors.rank} and {change.scale:g}; use the aggregator exact."
             )
-    result = averaged(changes, parent, trained)
-    whole = [Term(scale, result)]
-    if trained == "both":
-        energy, dropped = distance(merged(product_terms(changes, parent, scale)), *whole)
+    if trained != "both":
+        result = averaged(changes, parent, trained)
+        whole = [Term(scale, result)]
+        energy, dropped = inner(whole, whole), 0.0
+    elif is_estimated(product_terms(changes, parent, scale)):
+        # Which takes another scale: squares of it.
+        probes = Probes(changes[0].factors.width)
+        result = averaged(changes, parent, probes=probes)
+        energy, dropped = (scale**2 * square for square in probes.distance(Term(1.0, result)))
     else:
-        energy, dropped = distance(whole, *whole)[0], 0.0
+        changes = [change._replace(factors=Factors(*change.factors)) for change in changes]  # looked at several times
+        result = averaged(changes, parent)
+        energy, dropped = distance(merged(product_terms(changes, parent, scale)), Term(scale, result))
     return Aggregate(Factors(result.A_RI.float(), result.B_OR.float()), energy, dropped)
 
 
-def averaged(changes: Sequence[Change], parent: Factors | None = None, trained: Trained = "both") -> Factors:
-    """parent + Σ share · (client − base) of A and of B, each by itself; in fp64.
+def averaged(
+    changes: Sequence[Change],
+    parent: Factors | None = None,
+    trained: Trained = "both",
+    probes: Probes | None = None,
+) -> Factors:
+    """parent + Σ share · (client − base) of A and of B, each by itself; in fp64, each client read once.
 
     A factor that wasn't trained comes back as it is, bit for bit.
 
+    Args:
+        changes, parent, trained: see `fedavg`.
+        probes: gets the same sum of products, for an estimate of its norm.
+
     Raises:
-        ConfigError: it is not the same for all.
+        ConfigError: a factor that wasn't to be trained is not the same for all.
     """
     first = parent or Factors(*changes[0].factors)
     frozen = None if trained == "both" else "BA".index(trained)
     totals = [torch.zeros_like(factor, dtype=torch.float64) for factor in first]
-    for coefficient, factors in merged(_deviations(changes, parent)):
-        for index, factor in enumerate(factors):
+    for stack in stacks(merged(_deviations(changes, parent))):
+        weights_G = torch.tensor(stack.coefficients, dtype=torch.float64)
+        for index, (total, factors) in enumerate(zip(totals, (stack.A_GRI, stack.B_GOR), strict=True)):
             if index != frozen:
-                totals[index].add_(factor, alpha=coefficient)
-            elif not torch.equal(factor, first[index]):
+                _add_mean(total, weights_G, factors)
+            elif not torch.equal(factors, first[index].expand_as(factors)):
                 raise ConfigError(f"Clients' {'AB'[index]} differ, though only {trained} was to be trained; use exact.")
+        if probes is not None:
+            probes.add(stack)
     if frozen is not None:
         totals[frozen] = first[frozen].double()
     return Factors(*totals)
+
+
+def _add_mean(total: torch.Tensor, weights_G: torch.Tensor, factors: torch.Tensor) -> None:
+    """Add the weighted sum over the first dimension."""
+    for sums, part in zip(total.view(-1).split(_PART), factors.flatten(1).split(_PART, dim=1), strict=True):
+        sums.addmv_(part.T.double(), weights_G)
 
 
 def trained_in(aggregator: str | None, round_number: int) -> Trained:

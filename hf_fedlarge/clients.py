@@ -97,7 +97,7 @@ class SimulatedClients:
         train: trains one client and writes its update; what it raises of ours is reported, and the client is left out.
     """
 
-    whole_adapters = False
+    served = False
 
     def __init__(self, train: Train) -> None:
         self._train = train

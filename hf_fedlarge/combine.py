@@ -10,6 +10,7 @@ Krum) goes over all modules once before.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -34,14 +35,15 @@ from hf_fedlarge.blocks import in_order, workers
 from hf_fedlarge.config import ADAPTIVE, AggregationSettings, LoraSettings
 from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.privacy import squared_change, with_noise
-from hf_fedlarge.products import Term, merged, truncate
+from hf_fedlarge.products import Term, are_many, merged, together, truncate
 from hf_fedlarge.robust import COORDINATE, clip_factors, gram, krum, squared_norms
 from hf_fedlarge.server_optimizer import OPTIMIZERS, Rates
-from hf_fedlarge.tensors import Factors
+from hf_fedlarge.tensors import Factors, StoredFactors
 from hf_fedlarge.wire import EncodedReader
 
 _AHEAD = 3  # modules that are computed or wait to be written
 _AT_ONCE = 2**26  # bytes of a module's factors, of all updates together, up to which they are read once and kept
+_room = threading.local()  # for them; made anew for every module, its pages would be, too
 
 
 @dataclass(frozen=True)
@@ -219,15 +221,12 @@ def _changes(clients: Sequence[_Client], then: _Then, module: str, total: float 
     having = [client for client in clients if client.weight and module in client.reader]
     total = total or sum(client.weight for client in having)
     bases: dict[int, Factors | None] = {id(None): then.factors}  # each read once, so that equal ones are the same
-    stored = [client.reader.stored(module) for client in having]
-    at_once = sum(factors.nbytes for factors in stored) <= _AT_ONCE
     changes = []
-    for client, factors in zip(having, stored, strict=True):
+    for client in having:
         if id(client.base) not in bases:
             bases[id(client.base)] = client.base.read(module) if module in client.base else None
         share = client.weight / total * client.factor
-        factors = Factors(*factors) if at_once else factors
-        changes.append(Change(share, client.scale, factors, bases[id(client.base)]))
+        changes.append(Change(share, client.scale, client.reader.stored(module), bases[id(client.base)]))
     return changes
 
 
@@ -237,23 +236,38 @@ def _on_products(
     """`exact`, with the carry of the round before and momentum."""
     carry_rank = settings.carried_rank(lora.rank)
     more = [Term(lora.scale, then.carry)] if then.carry else []
+    moved = _looked_at_often(merged(product_terms(changes, None, lora.scale)), lora.rank + carry_rank)
     momentum = None
     if settings.server_optimizer == "momentum":
         past = [Term(settings.server_beta1 * lora.scale, then.momentum)] if then.momentum else []
         more += [Term(settings.server_step * coefficient, factors) for coefficient, factors in past]
-        now = merged([*product_terms(changes, None, lora.scale), *past])
+        now = merged([*moved, *past])
         momentum = truncate(now, lora.rank + carry_rank, lora.scale).factors if now else then.momentum
-    changes = [change._replace(share=change.share * settings.server_step) for change in changes]
     result = exact(
-        changes,
+        [],
         lora.rank,
         lora.scale,
         parent=then.factors,
-        more=more,
+        more=[*(Term(settings.server_step * coefficient, factors) for coefficient, factors in moved), *more],
         carry_rank=carry_rank,
         carry_energy=settings.carry_energy,
     )
     return result, momentum, None
+
+
+def _looked_at_often(terms: list[Term], count: int) -> list[Term]:
+    """The same sum, read once if there is room; very many terms as one, or a few."""
+    if are_many(terms, count):
+        if not hasattr(_room, "values"):
+            _room.values = torch.empty(_AT_ONCE // 4)
+        return together(terms, _room.values)
+    if sum(factors.nbytes for _, factors in terms if isinstance(factors, StoredFactors)) > _AT_ONCE:
+        return terms
+    # In memory already is what several clients started from; the same object there is counted once.
+    return [
+        Term(coefficient, factors if isinstance(factors, Factors) else Factors(*factors))
+        for coefficient, factors in terms
+    ]
 
 
 def _by_coordinate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.plan import CheckIn
@@ -17,7 +18,7 @@ def seen(check_ins: Sequence[CheckIn], journal: Journal) -> list[CheckIn]:
     speed = {
         entry["client"]: entry["tokens"] / entry["seconds"]
         for entry in journal.find("received")
-        if entry.get("tokens") and 1e-3 <= (entry.get("seconds") or 0) <= 1e9  # the client's word: no speed overflows
+        if entry.get("tokens") and _is_measured(entry)
     }
     return [
         replace(
@@ -28,3 +29,21 @@ def seen(check_ins: Sequence[CheckIn], journal: Journal) -> list[CheckIn]:
         )
         for check_in in check_ins
     ]
+
+
+def last_pace(journal: Journal, client: str, number: int) -> tuple[int, float] | None:
+    """The round of a client's last update that came before round `number` began, and the seconds that it trained.
+
+    They are the client's word. What comes late, while the round runs, changes nothing in it any more.
+    """
+    found = None
+    for entry in journal.entries:
+        if entry.get("round", 0) >= number:
+            break
+        if entry["event"] == "received" and entry["client"] == client and _is_measured(entry):
+            found = entry["round"], float(entry["seconds"])
+    return found
+
+
+def _is_measured(entry: dict[str, Any]) -> bool:
+    return 1e-3 <= (entry.get("seconds") or 0) <= 1e9  # so that no speed overflows

@@ -21,15 +21,17 @@ from hf_fedlarge.calibrate import make_package, plan_package
 from hf_fedlarge.clients import read_check_ins
 from hf_fedlarge.collect import expected_from
 from hf_fedlarge.config import Codec, FederationConfig, LoraSettings, PackageSettings
+from hf_fedlarge.entries import FileEntry
 from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.experience import last_pace
 from hf_fedlarge.fixed_point import WORD_BYTES
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import MAX_SIGNATURE_BYTES, AllowedKeys, make_allowed, read_allowed
 from hf_fedlarge.orders import CLIENT_BYTES, MAX_NOTE_BYTES
 from hf_fedlarge.plan import CheckIn
 from hf_fedlarge.secure_sum import count_words
-from hf_fedlarge.tiers import client_bytes, derive_adapter, describe_fit, fit_memory
-from hf_fedlarge.traffic import Budget, changed_bytes
+from hf_fedlarge.tiers import Pace, client_bytes, derive_adapter, describe_fit, describe_pace, fit_memory
+from hf_fedlarge.traffic import Budget, changed_bytes, write_changes
 from hf_fedlarge.update import MAX_SMALL_BYTES, Asked, Expected, update_bytes
 
 DEFAULT_MAX_LENGTH = 1024  # of SFTConfig
@@ -59,7 +61,7 @@ Train = Callable[[ClientJob], None]
 
 @dataclass(frozen=True)
 class Tier:
-    """What clients of at least `memory_bytes`, and of less than the tier before has, work with."""
+    """What clients of at least `memory_bytes` that are too small, or too slow, for the tier before work with."""
 
     name: str
     package: Path
@@ -80,12 +82,20 @@ class Jobs:
         run: its directory; the package is in it already.
         adapter_of: the adapter directory of a round.
         tiers: from the one of most memory down; the first has `run/package`.
+        journal: the run's, which knows how long clients trained; None: they are all fast enough.
     """
 
     def __init__(
-        self, config: FederationConfig, run: Path, adapter_of: Callable[[int], Path], tiers: list[Tier]
+        self,
+        config: FederationConfig,
+        run: Path,
+        adapter_of: Callable[[int], Path],
+        tiers: list[Tier],
+        journal: Journal | None = None,
     ) -> None:
         self.config, self.run, self._adapter_of, self.tiers = config, run, adapter_of, tiers
+        self._journal = journal
+        self._paces: dict[tuple[str, int], tuple[int, float] | None] = {}
         # The same for all clients of a tier, and reading two adapters or a package's config takes a while.
         self._changed_bytes = functools.cache(changed_bytes)
         self._expected: dict[Path, Expected] = {}
@@ -104,10 +114,44 @@ class Jobs:
         """The memory below which a client can't take part."""
         return self.tiers[-1].memory_bytes
 
-    def tier_of(self, client: str) -> Tier:
-        """The first tier that a client has memory for; one that doesn't say what it has gets the first."""
+    def tier_of(self, client: str, number: int) -> Tier:
+        """The first tier that a client has memory for in a round, and can be expected to end before the deadline.
+
+        One that doesn't say what memory it has is taken to have enough, and one that has not trained yet to be fast
+        enough. Where no tier is fast enough it gets the smallest.
+        """
+        return next((tier for tier in self._able(client) if self._is_fast_enough(client, tier, number)), self.tiers[-1])
+
+    def _able(self, client: str) -> list[Tier]:
         memory = self.check_ins[client].memory_bytes
-        return next((tier for tier in self.tiers if memory is None or tier.memory_bytes <= memory), self.tiers[-1])
+        return [tier for tier in self.tiers if memory is None or tier.memory_bytes <= memory] or self.tiers[-1:]
+
+    def _is_fast_enough(self, client: str, tier: Tier, number: int) -> bool:
+        seconds = self._seconds(client, tier, number)
+        return seconds is None or seconds <= self.config.deadline_seconds
+
+    def _seconds(self, client: str, tier: Tier, number: int) -> float | None:
+        """How long a client would train with a tier's package: as long as the last time, by the bytes of the two."""
+        if self.config.deadline_seconds is None or self._journal is None or len(self.tiers) == 1:
+            return None
+        if (client, number) not in self._paces:
+            self._paces[client, number] = last_pace(self._journal, client, number)
+        if (found := self._paces[client, number]) is None:
+            return None
+        then, seconds = found
+        return seconds * tier.manifest.total_bytes / self.tier_of(client, then).manifest.total_bytes
+
+    def describe_pace(self, client: str, number: int) -> str | None:
+        """What is to be said of a client that gets a smaller tier than its memory is enough for; None: it doesn't."""
+        able, tier = self._able(client), self.tier_of(client, number)
+        if tier is able[0]:
+            return None
+        above = self.tiers[self.tiers.index(tier) - 1]
+        pace = Pace(*(self._seconds(client, one, number) for one in (tier, above)))
+        memory = self.check_ins[client].memory_bytes or able[0].memory_bytes
+        tokens = _batch(self.config.training) * _max_length(self.config.training)
+        said = describe_pace(pace, memory, tokens, self.config.deadline_seconds, tier.manifest, tier.lora)
+        return f"{client}: {said}"
 
     def adapter(self, tier: Tier, number: int) -> Path:
         """What the tier's clients start round `number` from; a smaller tier's is made of the first one's."""
@@ -125,7 +169,7 @@ class Jobs:
 
     def job(self, client: str, number: int, output: Path) -> ClientJob:
         """What a client is asked to do."""
-        home, tier = self.run / "clients" / client, self.tier_of(client)
+        home, tier = self.run / "clients" / client, self.tier_of(client, number)
         held_out = home / "held_out.jsonl"
         return ClientJob(
             client=client,
@@ -145,7 +189,7 @@ class Jobs:
 
     def expected(self, client: str, number: int) -> Expected:
         """What its update must agree with, by the list of keys as it is now."""
-        expected = self._of_tier(self.tier_of(client), number)
+        expected = self._of_tier(self.tier_of(client, number), number)
         return replace(expected, asked=self.asked(client), keys=self._allowed_keys())
 
     def make_keys(self) -> None:
@@ -188,19 +232,46 @@ class Jobs:
             has: the last round that it was asked in; None: it has nothing yet.
             whole: adapters go down as they are.
         """
-        tier = self.tier_of(client)
+        tier = self.tier_of(client, number)
         adapter = self.adapter(tier, number)
         if has is None:
             return tier.manifest.total_bytes + self._changed_bytes(adapter, None)
         return self._changed_bytes(adapter, None if whole else self.adapter(tier, has))
 
-    def missing_bytes(self, journal: Journal, client: str, number: int, whole: bool) -> int:
-        """`download_bytes` of a client that was asked as the journal says."""
-        had = [entry["round"] for entry in journal.find("asked", client=client) if entry["round"] < number]
+    def whole_bytes(self, client: str, number: int) -> int:
+        """What a client downloads more that was to fetch what changed in its adapter and fetches all of it."""
+        last = self.download_bytes(client, number, number - 1)
+        return max(0, self.download_bytes(client, number, number - 1, whole=True) - last)
+
+    def missing_bytes(self, journal: Journal, client: str, number: int, served: bool) -> int:
+        """`download_bytes` of a client that was asked as the journal says.
+
+        Args:
+            journal: of the run.
+            client: its name.
+            number: the round.
+            served: only what changed since the round before goes down, and that to who surely has its adapter.
+        """
+        tier = self.tier_of(client, number)
+        asked = [entry["round"] for entry in journal.find("asked", client=client) if entry["round"] < number]
+        had = [past for past in asked if self.tier_of(client, past) is tier]  # another tier's are of no use
+        whole = served and not self.has_previous(journal, client, number)
         return self.download_bytes(client, number, had[-1] if had else None, whole)
 
-    def check_budget(self, journal: Journal, clients: list[str], number: int, whole: bool) -> None:
+    def has_previous(self, journal: Journal, client: str, number: int) -> bool:
+        """Whether a client answered in the round before `number`, so that it has that round's adapter."""
+        answered = journal.find("received", client=client, round=number - 1)
+        return bool(answered) and self.tier_of(client, number - 1) is self.tier_of(client, number)
+
+    def changes(self, tier: Tier, number: int) -> tuple[Path, dict[str, FileEntry]]:
+        """What changed in the tier's adapter since round `number` - 1: a directory, and its files."""
+        directory = self._adapter_of(number - 1).with_name("changes") / f"{self.tiers.index(tier)}"
+        return directory, write_changes(self.adapter(tier, number), self.adapter(tier, number - 1), directory)
+
+    def check_budget(self, journal: Journal, clients: list[str], number: int, served: bool) -> None:
         """Refuse a round that could overstep the budget, before anything of it is sent.
+
+        A client that is served may have lost what it had, so that the whole adapter goes down.
 
         Raises:
             BudgetError: it could.
@@ -209,7 +280,12 @@ class Jobs:
             return
         spent = sum(entry["bytes"] for entry in journal.find("asked", "received", "told"))
         down = {entry["client"] for entry in journal.find("asked", round=number)}
-        needed = sum(self.missing_bytes(journal, client, number, whole) for client in clients if client not in down)
+        needed = 0
+        for client in clients:
+            if client not in down:
+                needed += self.missing_bytes(journal, client, number, served)
+            if served and self.has_previous(journal, client, number):
+                needed += self.whole_bytes(client, number)
         needed += sum(self.upload_bytes(client, number) for client in clients)
         if self.config.secure:
             needed += len(clients) * (MAX_NOTE_BYTES + CLIENT_BYTES * len(clients))
@@ -217,7 +293,7 @@ class Jobs:
 
     def upload_bytes(self, client: str, number: int) -> int:
         """The most that its update may have; a larger one is refused."""
-        expected = self._of_tier(self.tier_of(client), number)
+        expected = self._of_tier(self.tier_of(client, number), number)
         if expected.words is not None:
             return expected.words * WORD_BYTES + MAX_SMALL_BYTES + (MAX_SIGNATURE_BYTES if self.config.keys else 0)
         codec = self.config.wire_codec

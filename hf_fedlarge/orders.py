@@ -2,7 +2,8 @@
 
     order.json                              what the federation asks for now; only the server writes it
     check_ins/CLIENT.json                   a client that is there
-    inbox/0001/CLIENT/1/                    its update for an attempt at a round, or failed.json
+    inbox/0001/CLIENT/1/                    its update for an attempt at a round, or failed.json; whole.json, where it
+                                            fetched the whole adapter though the order has what changed for it
     verdicts/0001/CLIENT/1.json             what became of that, for this client alone; only the server writes it
     secure/0001/1/                          with secure aggregation: who takes part, and what each client is to get
 
@@ -27,7 +28,7 @@ from pydantic import Field, ValidationError, model_validator
 from hf_fedlarge.artifacts import MANIFEST_NAME
 from hf_fedlarge.config import ClientName, Codec, Record, first_problem
 from hf_fedlarge.data import load_examples
-from hf_fedlarge.entries import Count, Digest
+from hf_fedlarge.entries import Count, DataFiles, Digest
 from hf_fedlarge.errors import ArtifactError, ConfigError
 from hf_fedlarge.keys import Signature
 from hf_fedlarge.store import Store
@@ -39,6 +40,7 @@ INBOX = "inbox"
 VERDICTS = "verdicts"
 SECURE = "secure"
 FAILED = "failed.json"
+WHOLE = "whole.json"
 KEYS, SHARES, REVEALED, ROSTER = "keys.json", "shares.json", "revealed.json", "roster.json"
 PATIENCE_SECONDS = 7 * 86400.0  # that either side waits for the other
 MAX_ORDER_BYTES = 4 * 2**20  # some ten thousand names
@@ -101,11 +103,24 @@ class Said(Record):
         return self.prefix + json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
 
 
+class Change(Record):
+    """What changed in an adapter since the one `since`, which `clients` should have from the round before.
+
+    `files` are those of its files of which only some tensors changed, each with the file of these
+    (`traffic.write_changes`); files that are the same are not fetched, others are fetched whole.
+    """
+
+    since: Digest
+    files: DataFiles
+    clients: list[ClientName]
+
+
 class Work(Record):
     """What clients of one tier are given, and what they may send back.
 
     `package_bytes` and `adapter_bytes` are what will be downloaded at the most, `update_bytes` what will be taken.
-    `package_store` is the store that has the package, for orders that don't come through one.
+    `package_store` is the store that has the package, for orders that don't come through one. `change` is what spares
+    those who have the adapter of the round before to fetch all of it.
     """
 
     clients: list[ClientName]
@@ -115,6 +130,7 @@ class Work(Record):
     adapter: Digest
     adapter_bytes: Count
     update_bytes: Count
+    change: Change | None = None
 
 
 Stage = Literal["keys", "shares", "masked", "reveal"]
@@ -241,7 +257,7 @@ class CheckInDocument(Record):
 
 
 class FailureDocument(Record):
-    """Why a client gives no update."""
+    """Why a client gives no update, or fetched a whole adapter."""
 
     reason: Reason
 

@@ -10,8 +10,8 @@ Shapes: O out-features, I in-features, R a term's rank, S all terms' ranks toget
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from hf_fedlarge.tensors import Factors, StoredFactors
 _FEW = 256  # columns up to which a sum is decomposed exactly
 _EXACT_NORMS = 512  # and up to which its norm is computed
 _MORE = 8  # directions tried beyond those wanted (Halko et al., arXiv 0909.4061)
+_TOGETHER = 64  # columns of stored terms that are read one after the other, while a processor's cache holds them
 _PROBES = 16  # random vectors that an estimate takes; its relative error is at most some sqrt(2 / _PROBES), mostly less
 
 Multiply = Callable[[torch.Tensor], torch.Tensor]
@@ -135,8 +136,7 @@ def truncate(
 
 def decompose(terms: Sequence[Term], count: int | None) -> Decomposition:
     """The `count` leading singular values (None: all) of a sum, with their vectors; more where that costs nothing."""
-    columns = sum(factors.rank for _, factors in terms)
-    if count is not None and columns > max(_FEW, 2 * (count + _MORE)):
+    if are_many(terms, count):
         width = terms[0].factors.width
         return subspace(partial(_times, terms), partial(_transposed_times, terms), width, torch.float32, count)
     A_SI, B_OS = stack(terms, torch.float64)
@@ -149,24 +149,142 @@ def decompose(terms: Sequence[Term], count: int | None) -> Decomposition:
     return Decomposition(Q_OM @ U_MK[:, :kept], S_K[:kept], V_KN[:kept] @ Q_IN.T, _squares(S_K[:kept]).sum().item())
 
 
+def are_many(terms: Sequence[Term], count: int | None) -> bool:
+    """Whether the `count` leading directions of so many columns are looked for by subspace iteration, in fp32."""
+    return count is not None and sum(factors.rank for _, factors in terms) > max(_FEW, 2 * (count + _MORE))
+
+
 def _times(terms: Sequence[Term], X_IK: torch.Tensor) -> torch.Tensor:
     """The sum times X, a term at a time."""
-    return _accumulated((coefficient, B_OR, A_RI @ X_IK) for coefficient, (A_RI, B_OR) in terms)
+    total = None
+    for coefficient, (A_RI, B_OR) in terms:
+        total = _added(total, coefficient, B_OR, A_RI @ X_IK)
+    return total
 
 
 def _transposed_times(terms: Sequence[Term], Y_OK: torch.Tensor) -> torch.Tensor:
     """The transposed sum times Y."""
-    return _accumulated((coefficient, A_RI.T, B_OR.T @ Y_OK) for coefficient, (A_RI, B_OR) in terms)
-
-
-def _accumulated(products: Iterable[tuple[float, torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     total = None
-    for coefficient, left, right in products:
-        if total is None:
-            total = coefficient * (left @ right)
-        else:
-            total.addmm_(left, right, alpha=coefficient)
+    for coefficient, (A_RI, B_OR) in terms:
+        total = _added(total, coefficient, A_RI.T, B_OR.T @ Y_OK)
     return total
+
+
+def _added(total: torch.Tensor | None, coefficient: float, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    if total is None:
+        return coefficient * (left @ right)
+    return total.addmm_(left, right, alpha=coefficient)
+
+
+class Stack(NamedTuple):
+    """Some terms of one rank: Σ c B A over the first dimension.
+
+    Attributes:
+        coefficients: c of each of the G terms.
+        A_GRI, B_GOR: their factors.
+    """
+
+    coefficients: list[float]
+    A_GRI: torch.Tensor
+    B_GOR: torch.Tensor
+
+    @property
+    def columns(self) -> Factors:
+        """A_SI and B_OS of the terms side by side, without coefficients."""
+        if len(self.coefficients) == 1:
+            return Factors(self.A_GRI[0], self.B_GOR[0])
+        return Factors(self.A_GRI.flatten(0, 1), self.B_GOR.permute(1, 0, 2).flatten(1))
+
+
+def stacks(terms: Sequence[Term]) -> Iterator[Stack]:
+    """The terms in their order, each read once; stored ones some at a time.
+
+    Which are together depends on nothing but their order and ranks, so that sums are the same to the last bit whether
+    terms are read once or for every look.
+    """
+    for group in _groups(terms):
+        yield _read_stack(group)
+
+
+def together(terms: Sequence[Term], room: torch.Tensor) -> list[Term]:
+    """The same sum in fewer terms: stored ones as one, or as few as fit into `room`; in memory is one at a time.
+
+    A processor multiplies by one large matrix several times as fast as by many narrow ones. The rows of A bear the
+    differences in weight. One that holds all stored terms is read once, others whenever they are looked at.
+
+    Args:
+        terms: of any ranks.
+        room: (X,) fp32; whatever is read lies there, so nothing of it may be kept, and two threads can't share it.
+    """
+    stored = [term for term in terms if isinstance(term.factors, StoredFactors)]
+    found = [term for term in terms if isinstance(term.factors, Factors)]
+    largest = max(stored, key=lambda term: abs(term.coefficient)).coefficient if stored else 0.0
+    columns = 0
+    groups: list[list[Term]] = []
+    for term in stored:
+        (rank, width), (rows, _) = term.factors.shapes
+        if not groups or (columns + rank) * (width + rows) > len(room):
+            groups.append([])
+            columns = 0
+        groups[-1].append(term)
+        columns += rank
+    for group in groups:
+        columns = sum(factors.rank for _, factors in group)
+        read = partial(_side_by_side, group, largest, room)
+        shapes = ((columns, group[0].factors.width), (group[0].factors.shapes[1][0], columns))
+        found.append(Term(largest, StoredFactors(cache(read) if len(groups) == 1 else read, shapes)))
+    return found
+
+
+def _side_by_side(terms: Sequence[Term], largest: float, room: torch.Tensor) -> Factors:
+    (_, width), (rows, _) = terms[0].factors.shapes
+    columns = sum(factors.rank for _, factors in terms)
+    if columns * (width + rows) > len(room):
+        room = torch.empty(columns * (width + rows))
+    A_SI = room[: columns * width].view(columns, width)
+    B_OS = room[columns * width :][: columns * rows].view(rows, columns)
+    start = 0
+    for group in _groups(terms):
+        (rank, _), _ = group[0].factors.shapes
+        end = start + rank * len(group)
+        stack = _read_stack(group, A_SI[start:end].unflatten(0, (-1, rank)))
+        B_OS[:, start:end].unflatten(1, (-1, rank)).copy_(stack.B_GOR.permute(1, 0, 2))
+        if any(coefficient != largest for coefficient in stack.coefficients):
+            weights_G = torch.tensor(stack.coefficients, dtype=torch.float64) / largest
+            stack.A_GRI.mul_(weights_G.float()[:, None, None])
+        start = end
+    return Factors(A_SI, B_OS)
+
+
+def _groups(terms: Sequence[Term]) -> Iterator[list[Term]]:
+    """Consecutive stored terms of one rank, up to some columns; any other term alone."""
+    group: list[Term] = []
+    for term in terms:
+        rank = term.factors.rank
+        alone = isinstance(term.factors, Factors)
+        if group and (alone or rank != group[0].factors.rank or rank * (len(group) + 1) > _TOGETHER):
+            yield group
+            group = []
+        if alone:
+            yield [term]
+        else:
+            group.append(term)
+    if group:
+        yield group
+
+
+def _read_stack(group: Sequence[Term], A_GRI: torch.Tensor | None = None) -> Stack:
+    """A group's factors; A in the memory that is given, if any."""
+    coefficients = [coefficient for coefficient, _ in group]
+    first = group[0].factors
+    if isinstance(first, Factors):
+        return Stack(coefficients, first.A_RI[None], first.B_OR[None])
+    if A_GRI is None:
+        A_GRI = torch.empty(len(group), *first.shapes[0])
+    B_GOR = torch.empty(len(group), *first.shapes[1])
+    for (_, factors), A_RI, B_OR in zip(group, A_GRI.numpy(), B_GOR.numpy(), strict=True):
+        factors.read_into(A_RI, B_OR)
+    return Stack(coefficients, A_GRI, B_GOR)
 
 
 def subspace(right: Multiply, left: Multiply, width: int, dtype: torch.dtype, count: int) -> Decomposition:
@@ -204,21 +322,53 @@ def inner(left: Sequence[Term], right: Sequence[Term]) -> float:
     """Σ over all entries of the product of two sums: <B A, D C> = Σ (B^T D) ∘ (A C^T), in fp64."""
     if not left or not right:
         return 0.0
-    (A_SI, B_OS), (C_TI, D_OT) = stack(left, torch.float64), stack(right, torch.float64)
+    A_SI, B_OS = stack(left, torch.float64)
+    C_TI, D_OT = (A_SI, B_OS) if right is left else stack(right, torch.float64)
     return ((B_OS.T @ D_OT) * (A_SI @ C_TI.T)).sum().item()
+
+
+class Probes:
+    """Estimates a sum's norm, and that of its difference to another, from what it does to a few random vectors.
+
+    They take no more than adding all terms once, wherever those come by.
+
+    Args:
+        width: I.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._probes_IK = torch.randn(width, _PROBES, generator=torch.Generator().manual_seed(0))
+        self._found_OK: torch.Tensor | None = None
+
+    def add(self, terms: Stack) -> None:
+        """Add terms to the sum."""
+        A_SI, B_OS = terms.columns
+        found_GX = (A_SI.float() @ self._probes_IK).view(len(terms.coefficients), -1)
+        found_GX *= torch.tensor(terms.coefficients)[:, None]
+        self._found_OK = _added(self._found_OK, 1.0, B_OS.float(), found_GX.view(len(A_SI), -1))
+
+    def distance(self, result: Term) -> tuple[float, float]:
+        """The squared Frobenius norms of the sum, and of the sum less `result`."""
+        coefficient, (A_RI, B_OR) = result
+        apart_OK = self._found_OK - coefficient * (B_OR.float() @ (A_RI.float() @ self._probes_IK))
+        return tuple(_squares(found.double()).sum().item() / _PROBES for found in (self._found_OK, apart_OK))
+
+
+def is_estimated(terms: Sequence[Term]) -> bool:
+    """Whether the norm of a sum of so many columns is."""
+    return sum(factors.rank for _, factors in terms) > _EXACT_NORMS
 
 
 def distance(terms: Sequence[Term], result: Term) -> tuple[float, float]:
     """Squared Frobenius norms of a sum, and of the sum less `result`; estimated where the sum has many columns."""
-    if sum(factors.rank for _, factors in terms) <= _EXACT_NORMS:
-        energy = inner(terms, terms)
-        apart = energy - 2 * inner(terms, [result]) + inner([result], [result])
-        return max(energy, 0.0), apart if apart > 1e-13 * energy else 0.0
-    probes_IK = torch.randn(result.factors.width, _PROBES, generator=torch.Generator().manual_seed(0))
-    found_OK = _times(terms, probes_IK)
-    coefficient, (A_RI, B_OR) = result
-    apart_OK = found_OK - coefficient * (B_OR.float() @ (A_RI.float() @ probes_IK))
-    return _squares(found_OK.double()).sum().item() / _PROBES, _squares(apart_OK.double()).sum().item() / _PROBES
+    if is_estimated(terms):
+        probes = Probes(result.factors.width)
+        for some in stacks(terms):
+            probes.add(some)
+        return probes.distance(result)
+    energy = inner(terms, terms)
+    apart = energy - 2 * inner(terms, [result]) + inner([result], [result])
+    return max(energy, 0.0), apart if apart > 1e-13 * energy else 0.0
 
 
 def stack(terms: Sequence[Term], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,10 +8,7 @@ artifact gets a `StoreError` that says so, and takes the next order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
-from hf_fedlarge.artifacts import MAX_MANIFEST_BYTES, AdapterManifest, Manifest, read_manifest
+from hf_fedlarge.artifacts import MAX_MANIFEST_BYTES, Manifest
 from hf_fedlarge.errors import ArtifactError
 from hf_fedlarge.store import ARTIFACTS, Store, artifact_path, object_path
 from hf_fedlarge.untrusted import parse_json
@@ -35,24 +32,6 @@ def discard(store: Store, manifest: Manifest) -> None:
     for sha256 in sorted({entry.sha256 for entry in manifest.files.values()} - needed):
         store.remove(object_path(sha256))
     store.remove(path)
-
-
-def discard_adapters(store: Store, run: Path, rounds: range, done: set[Path], say: Callable[[str], None]) -> None:
-    """Remove the adapters that clients started from after some rounds of a run, and add them to those that are `done`.
-
-    Raises:
-        StoreError: the store can't be read or written.
-    """
-    for past in rounds:
-        home = run / "rounds" / f"{past:04d}"
-        for adapter in [home / "adapter", *sorted(home.glob("tiers/*"))]:
-            if adapter in done:
-                continue
-            try:
-                discard(store, read_manifest(adapter, AdapterManifest))
-            except ArtifactError as error:  # not a reason to end a federation
-                say(f"{adapter} stays in the store: {error}")
-            done.add(adapter)
 
 
 def clear(store: Store, home: str, before: int) -> None:

@@ -74,10 +74,11 @@ Report = Callable[[str], None]
 class Clients(Protocol):
     """How a run's clients are reached; `clients.SimulatedClients` and `serve.StoreClients` are two ways.
 
-    `whole_adapters` says that adapters go down as they are, rather than as what changed in them.
+    `served` says that they hold what they fetched, which may get lost, rather than what was counted for them: of an
+    adapter goes down what changed since the round before, or all of it.
     """
 
-    whole_adapters: bool
+    served: bool
 
     def prepare(self, config: FederationConfig, run: Path, begin: Callable[[], None]) -> str | None:
         """Make the run's held-out examples, once: `begin` is called when all is found good, before anything is written.
@@ -173,7 +174,7 @@ class _Federation:
             )
         self._baseline()
         tiers = make_tiers(self.checkpoint, self.config, self.run, self.revision, self.report)
-        self.jobs = Jobs(self.config, self.run, self._adapter, tiers)
+        self.jobs = Jobs(self.config, self.run, self._adapter, tiers, self.journal)
         self.jobs.make_keys()
         for number in range(1, self.config.rounds + 1):
             server = RoundServer(self.run / "rounds", number, self.journal, self.config, self._validate)
@@ -284,6 +285,8 @@ class _Federation:
         for attempt in range(1, _ATTEMPTS + 1):
             self.clients.check_in(self.jobs, server)
             order = server.open(list(self.jobs.check_ins.values()), self.jobs.least_bytes)
+            for line in filter(None, (self.jobs.describe_pace(client, number) for client in order.clients)):
+                self.report(line)
             few = len(order.clients) <= _NAMED
             self.report(f"round {number}: {', '.join(order.clients) if few else f'{len(order.clients)} clients'}")
             try:
@@ -303,11 +306,11 @@ class _Federation:
 
     def _ask(self, server: RoundServer, order: Order) -> None:
         """Hand what the order's clients answer to the round, until it has what it wants."""
-        whole = self.clients.whole_adapters
-        self.jobs.check_budget(self.journal, server.waiting(order), order.round, whole)
+        served = self.clients.served
+        self.jobs.check_budget(self.journal, server.waiting(order), order.round, served)
 
         def asked(client: str) -> None:
-            server.asked(client, self.jobs.missing_bytes(self.journal, client, order.round, whole))
+            server.asked(client, self.jobs.missing_bytes(self.journal, client, order.round, served))
 
         for client, problem in self.clients.answers(self.jobs, server, order, asked):
             if problem is not None:

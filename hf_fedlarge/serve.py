@@ -26,6 +26,7 @@ from hf_fedlarge.data import load_examples, write_jsonl
 from hf_fedlarge.errors import ArtifactError, ConfigError, StoreError, UpdateRefusedError
 from hf_fedlarge.jobs import Jobs
 from hf_fedlarge.keys import MAX_SIGNATURE_BYTES, SIGNATURE_NAME, PrivateKey, read_key
+from hf_fedlarge.offers import Offers
 from hf_fedlarge.orders import (
     CHECK_INS,
     FAILED,
@@ -40,7 +41,6 @@ from hf_fedlarge.orders import (
     Said,
     SecureOrder,
     VerdictDocument,
-    Work,
     inbox,
     one_line,
     read_document,
@@ -49,7 +49,7 @@ from hf_fedlarge.orders import (
     write_document,
 )
 from hf_fedlarge.plan import CheckIn
-from hf_fedlarge.retention import clear, discard_adapters
+from hf_fedlarge.retention import clear
 from hf_fedlarge.rounds import Report, drive
 from hf_fedlarge.secure_serve import SecureRound
 from hf_fedlarge.server import Order, RoundServer
@@ -107,7 +107,7 @@ class StoreClients:
         key: signs orders and verdicts; None: they are not signed.
     """
 
-    whole_adapters = True
+    served = True
 
     def __init__(
         self,
@@ -119,11 +119,10 @@ class StoreClients:
         key: PrivateKey | None = None,
     ) -> None:
         self.store, self._report, self.poll, self._patience, self._key = store, report, poll, patience, key
-        self._package_store = packages or store
+        # A message can't be come back to, for what changed was of no use.
+        self._offers = Offers(store, packages, changes=packages is None)
         self._said: set[str] = set()
-        self._packages: dict[Path, str] = {}
         self._told: set[tuple[int, int, str]] = set()
-        self._forgotten: set[Path] = set()
 
     def prepare(self, config: FederationConfig, run: Path, begin: Callable[[], None]) -> str | None:
         """Take the public examples, and the store for this run."""
@@ -214,6 +213,7 @@ class StoreClients:
         self, jobs: Jobs, server: RoundServer, order: Order, asked: Callable[[str], None]
     ) -> Iterator[tuple[str, str | None]]:
         """Publish the order, and look into the inbox until the round has what it wants."""
+        self._server = server
         late = order.round - (self._config.late == "buffer")
         for home in (INBOX, SECURE):
             self.patiently(clear, self.store, home, late)
@@ -273,24 +273,10 @@ class StoreClients:
         """Ask clients for what an order wants of them, or for a stage of it, in a document."""
         work = []
         for tier in jobs.tiers:
-            clients = [client for client in waiting if jobs.tier_of(client) is tier]
+            clients = [client for client in waiting if jobs.tier_of(client, order.round) is tier]
             if not clients:
                 continue
-            if tier.package not in self._packages:  # read and checked once
-                self._packages[tier.package] = self._package_store.put(tier.package)
-            adapter = jobs.adapter(tier, order.round)
-            files = read_manifest(adapter, AdapterManifest).files
-            work.append(
-                Work(
-                    clients=clients,
-                    package=self._packages[tier.package],
-                    package_bytes=tier.manifest.total_bytes,
-                    package_store=None if self._package_store is self.store else self._package_store.url,
-                    adapter=self.store.put(adapter, leave_out=SERVER_FILES),
-                    adapter_bytes=sum(entry.size for name, entry in files.items() if name not in SERVER_FILES),
-                    update_bytes=jobs.upload_bytes(clients[0], order.round),
-                )
-            )
+            work.append(self._offers.work(jobs, tier, clients, server))
         left = server.seconds_left
         document = OrderDocument(
             run=self._id,
@@ -321,6 +307,7 @@ class StoreClients:
             return ""  # fetched before the server was killed
         place = inbox(order.round, client, order.attempt)
         try:
+            self._offers.hear(jobs, self._server, order, client)
             if failure := self.failure(place):
                 return failure
             most = jobs.upload_bytes(client, order.round)
@@ -366,12 +353,9 @@ class StoreClients:
             self._told.add(answer)
 
     def _forget(self, number: int) -> None:
-        """Remove what clients of rounds before the last one started from, and what they were told.
-
-        Some client of the last round may just be fetching its adapter; the server itself has all in the run directory.
-        """
+        """Remove what clients of rounds before the last one started from, and what they were told."""
         clear(self.store, VERDICTS, number - 1)
-        discard_adapters(self.store, self._run, range(number - 2), self._forgotten, self.say)
+        self._offers.forget(self._run, number, self.say)
 
     def patiently(self, look: Callable[..., Any], *arguments: Any) -> Any:
         """What `look` gives; None where the store can't be reached just now, which the next look may mend."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,8 +71,8 @@ class Store(RemoteFiles):
         manifest = read_manifest(directory, KINDS[kind])
         verify_files(directory, manifest, unneeded=leave_out)
         for name, entry in manifest.files.items():
-            if name not in leave_out and self._size(object_path(entry.sha256)) != entry.size:
-                self._upload(directory / name, object_path(entry.sha256))
+            if name not in leave_out:
+                self.put_file(directory / name, entry)
         path = artifact_path(manifest.digest)
         if self._size(path) is None:
             self._upload(directory / MANIFEST_NAME, path)
@@ -86,6 +86,7 @@ class Store(RemoteFiles):
         *,
         most_bytes: int | None = None,
         leave_out: frozenset[str] = frozenset(),
+        local: Callable[[ManifestT, Path], None] | None = None,
     ) -> ManifestT:
         """Have an artifact at `destination`: it stays if it is there and whole, else it is fetched and replaces it.
 
@@ -98,6 +99,8 @@ class Store(RemoteFiles):
             kind: what it must be.
             most_bytes: that its files may have together, as it was announced; None: as its manifest says.
             leave_out: names of files that are not wanted.
+            local: is given the manifest and a directory, and may make files there of what is on this machine; one that
+                isn't what the manifest says is fetched.
 
         Returns:
             Its manifest.
@@ -119,7 +122,26 @@ class Store(RemoteFiles):
             except ArtifactError:
                 pass  # not there, or damaged since
             raw = self._needed(artifact_path(digest), MAX_MANIFEST_BYTES)
-            return self._fetch(raw, artifact_path(digest), destination, kind, most_bytes, leave_out, digest)
+            place = artifact_path(digest)
+            return self._fetch(raw, place, destination, kind, most_bytes, leave_out, digest, local=local)
+
+    def put_file(self, path: Path, entry: FileEntry) -> None:
+        """Make a file available by its content, which is `entry`'s; it isn't sent if it is there.
+
+        Raises:
+            StoreError: the store can't be written.
+        """
+        if self._size(object_path(entry.sha256)) != entry.size:
+            self._upload(path, object_path(entry.sha256))
+
+    def get_file(self, entry: FileEntry, destination: Path) -> None:
+        """Fetch a file by its content.
+
+        Raises:
+            ArtifactError: it is something else; nothing of it is kept.
+            StoreError: the store can't be read, or lacks it.
+        """
+        self._download(object_path(entry.sha256), entry, destination)
 
     # Artifacts at a place of their own
 
@@ -175,6 +197,7 @@ class Store(RemoteFiles):
         leave_out: frozenset[str] = frozenset(),
         digest: str | None = None,
         more: Sequence[tuple[str, bytes]] = (),
+        local: Callable[[ManifestT, Path], None] | None = None,
     ) -> ManifestT:
         """The artifact of a manifest that was read; with a `digest` its files are objects, else they lie at `place`."""
         with staged_directory(destination, overwrite=digest is not None, resume=True) as staging:
@@ -201,6 +224,8 @@ class Store(RemoteFiles):
                     path.unlink()
             for name, content in more:
                 (staging / name).write_bytes(content)
+            if local is not None:
+                local(manifest, staging)
             for name, entry in wanted.items():
                 if (staging / name).exists() and sha256_of(staging / name) == entry.sha256:
                     continue

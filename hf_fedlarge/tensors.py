@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -309,10 +310,12 @@ class StoredFactors:
     Attributes:
         read: gives them.
         shapes: (R, I) and (O, R).
+        fill: writes them into two fp32 arrays of these shapes, which spares a copy; None: only `read` can.
     """
 
     read: Callable[[], Factors]
     shapes: tuple[Sequence[int], Sequence[int]]
+    fill: Callable[[np.ndarray, np.ndarray], None] | None = None
 
     @property
     def rank(self) -> int:
@@ -332,3 +335,10 @@ class StoredFactors:
     def __iter__(self) -> Iterator[torch.Tensor]:
         """A_RI and B_OR."""
         return iter(self.read())
+
+    def read_into(self, A_RI: np.ndarray, B_OR: np.ndarray) -> None:
+        """Write them into fp32 arrays of their shapes, each of which lies in one piece."""
+        if self.fill is not None:
+            self.fill(A_RI, B_OR)
+        else:
+            A_RI[:], B_OR[:] = (factor.numpy() for factor in self.read())

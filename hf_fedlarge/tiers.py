@@ -191,6 +191,30 @@ def derive_adapter(adapter: Path, package: Path, lora: LoraSettings, output: Pat
     return manifest
 
 
+@dataclass(frozen=True)
+class Pace:
+    """Why a client gets a smaller tier than its memory is enough for: seconds a round would take, by tier.
+
+    Attributes:
+        seconds: in the tier that it gets.
+        above: in the smallest one that is too slow.
+    """
+
+    seconds: float
+    above: float
+
+
+def describe_pace(
+    pace: Pace, memory_bytes: int, tokens: int, deadline: float, package: PackageManifest, lora: LoraSettings
+) -> str:
+    """A client's tier in a line, as the server prints it where the deadline made it a smaller one."""
+    layers = f"{len(package.kept_layers)} of {len(package.layers)} layers"
+    return (
+        f"fits in {memory_bytes / 1e9:.1f} GB at {tokens} tokens and {deadline:g} s: keep {layers}, r={lora.rank}: "
+        f"about {pace.seconds:.0f} s a round, where the tier above would take {pace.above:.0f} s"
+    )
+
+
 def describe_fit(fit: Fit, memory_bytes: int, tokens: int) -> str:
     """The fit in a line, as the server prints it."""
     neurons = f" with {fit.keep_neurons:.0%} of their neurons" if fit.keep_neurons < 1 else ""

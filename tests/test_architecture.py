@@ -69,6 +69,7 @@ LEVELS = [
     {"calibrate", "transfer", "report", "clients", "relay", "tables", "secure_sum"},
     {"jobs"},
     {"rounds"},
+    {"offers"},
     {"secure_serve"},
     {"serve"},
     {"api", "cli"},

@@ -8,6 +8,7 @@ import torch
 from problems import LORA, SHAPES, federate, loss, make_factors, product, read, start, state, train, write
 from pydantic import ValidationError
 
+from hf_fedlarge import products
 from hf_fedlarge.adapters import AdapterReader
 from hf_fedlarge.aggregate import trained_in
 from hf_fedlarge.artifacts import CARRY_WEIGHTS, MOMENTUM_WEIGHTS, VARIANCE_WEIGHTS
@@ -100,26 +101,47 @@ def test_updates_that_are_not_kept_in_memory_give_the_same_bytes(tmp_path, monke
 
 
 @pytest.mark.parametrize("aggregator", ["exact", "fedavg", "ffa"])
-def test_of_very_many_updates_one_is_in_memory(tmp_path, monkeypatch, aggregator):
+def test_of_very_many_updates_some_are_in_memory(tmp_path, monkeypatch, aggregator):
     parent = start(tmp_path / "start")
     updates = random_updates(tmp_path, 4, frozen=("A", parent) if aggregator == "ffa" else None)
-    alive, most, read = set(), 0, AdapterReader.read
+    alive, most, columns, stacked = set(), 0, 0, products._read_stack
+    values = max(sum(shape) for shape in SHAPES.values()) * LORA.rank
 
-    def counted(reader, module):
-        nonlocal most
-        factors = read(reader, module)
-        alive.add(id(factors.B_OR))
-        weakref.finalize(factors.B_OR, alive.discard, id(factors.B_OR))
+    def counted(group, *memory):
+        nonlocal most, columns
+        stack = stacked(group, *memory)
+        alive.add(id(stack.B_GOR))
+        weakref.finalize(stack.B_GOR, alive.discard, id(stack.B_GOR))
         most = max(most, len(alive))
-        return factors
+        columns = max(columns, len(group) * LORA.rank)
+        return stack
 
-    monkeypatch.setattr("hf_fedlarge.combine._AT_ONCE", 0)
-    monkeypatch.setattr(AdapterReader, "read", counted)
+    room = 20 * values * 4
+    monkeypatch.setattr("hf_fedlarge.combine._AT_ONCE", room)
+    monkeypatch.setattr(products, "_TOGETHER", 3 * LORA.rank)
+    monkeypatch.setattr(products, "_read_stack", counted)
     # So many columns that their products are not decomposed at once.
     parts = [Part(AdapterReader(update), 1.0, LORA.scale) for update in updates * (600 // (4 * LORA.rank))]
     step(parts, parent, tmp_path / "next", "B" if aggregator == "ffa" else "both", aggregator=aggregator)
-    # Of each thread the parent's, and an update's with the one that is read next.
-    assert most <= 3 * torch.get_num_threads()
+    assert columns == 3 * LORA.rank
+    # Of each thread the one that is computed with, and the next one that is read.
+    assert most <= 2 * torch.get_num_threads()
+
+
+@pytest.mark.parametrize("aggregator", ["exact", "fedavg", "ffa"])
+def test_updates_read_together_or_each_alone_give_the_same(tmp_path, monkeypatch, aggregator):
+    parent = start(tmp_path / "start")
+    updates = random_updates(tmp_path, 4, frozen=("A", parent) if aggregator == "ffa" else None)
+    parts = [Part(AdapterReader(update), 1.0 + i % 3, LORA.scale) for i, update in enumerate(updates * 40)]
+    found = []
+    for columns, room in ((64, 2**26), (64, 2**14), (1, 0)):
+        monkeypatch.setattr(products, "_TOGETHER", columns)
+        monkeypatch.setattr("hf_fedlarge.combine._AT_ONCE", room)
+        output = tmp_path / f"{columns}-{room}"
+        step(parts, parent, output, "B" if aggregator == "ffa" else "both", aggregator=aggregator)
+        found.append(output)
+    for output in found[1:]:
+        assert_close(state(output), state(found[0]))
 
 
 def test_svd_drops_what_exact_carries_and_says_how_much(tmp_path):

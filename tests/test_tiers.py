@@ -1,5 +1,7 @@
 """What a client's memory is enough for."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from families import make_checkpoint
@@ -7,10 +9,14 @@ from federation import make_update
 
 from hf_fedlarge.adapters import read_factors, read_state
 from hf_fedlarge.artifacts import AdapterManifest, read_manifest
+from hf_fedlarge.clients import write_check_ins
 from hf_fedlarge.collect import aggregate_updates
-from hf_fedlarge.config import LoraSettings
+from hf_fedlarge.config import FederationConfig, LoraSettings
 from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.jobs import Jobs, Tier
+from hf_fedlarge.journal import Journal
 from hf_fedlarge.lineage import start_adapter
+from hf_fedlarge.plan import CheckIn
 from hf_fedlarge.shrink import plan_shrink, shrink
 from hf_fedlarge.tiers import derive_adapter, describe_fit, fit_memory
 
@@ -142,3 +148,98 @@ def test_an_update_of_a_tier_must_have_its_package(uneven, tmp_path):
 def test_a_tier_larger_than_the_first_is_refused(uneven, tmp_path):
     with pytest.raises(ConfigError, match="rank 9 is no part of an adapter with the layers 0-5 and rank 8"):
         derive_adapter(uneven / "one", uneven / "small", LoraSettings(rank=9), tmp_path / "part")
+
+
+# Speed
+
+
+class Paced:
+    """Jobs of a run with three tiers, whose packages have 120, 80 and 40 MB, and a journal."""
+
+    def __init__(self, path, deadline=40.0, memory=None):
+        config = {"checkpoint": "x", "data": {"source": "x"}, "deadline_seconds": deadline, "cohort": None}
+        config["training"] = {"max_length": 128, "per_device_train_batch_size": 4}
+        write_check_ins(path, [CheckIn("ann", 10, memory), CheckIn("ben", 10, memory)])
+        self.journal = Journal(path / "journal.jsonl")
+        self.tiers = []
+        for number, (layers, memory_bytes) in enumerate(((30, 3 * 10**9), (20, 2 * 10**9), (10, 10**9))):
+            tier = Tier(f"{number}", path / f"{number}", LoraSettings(rank=8 * (3 - number)), memory_bytes)
+            kept = {"kept_layers": range(layers), "layers": range(30), "total_bytes": layers * 4 * 10**6}
+            tier.__dict__["manifest"] = SimpleNamespace(**kept)
+            self.tiers.append(tier)
+        self.jobs = Jobs(FederationConfig.model_validate(config), path, None, self.tiers, self.journal)
+
+    def trained(self, client, number, seconds):
+        self.journal.write("received", round=number, client=client, digest="d", bytes=1, tokens=100, seconds=seconds)
+
+    def tier(self, client, number):
+        return self.tiers.index(self.jobs.tier_of(client, number))
+
+
+def test_who_would_not_be_done_in_time_gets_a_smaller_tier_and_the_server_says_so(tmp_path):
+    paced = Paced(tmp_path, memory=3 * 10**9)
+    assert [paced.tier(client, 1) for client in ("ann", "ben")] == [0, 0]  # nobody knows yet
+    paced.trained("ann", 1, 39.0)
+    paced.trained("ben", 1, 58.5)
+    assert [paced.tier(client, 2) for client in ("ann", "ben")] == [0, 1]
+    assert paced.jobs.describe_pace("ann", 2) is None
+    assert paced.jobs.describe_pace("ben", 2) == (
+        "ben: fits in 3.0 GB at 512 tokens and 40 s: keep 20 of 30 layers, r=16: about 39 s a round, where the tier "
+        "above would take 58 s"
+    )
+    paced.trained("ben", 2, 38.0)  # in the smaller tier, so it stays there
+    assert paced.tier("ben", 3) == 1
+    paced.trained("ben", 3, 20.0)  # and 30 s in the one above
+    assert paced.tier("ben", 4) == 0
+    assert paced.tier("ben", 2) == 1
+
+
+def test_of_tiers_that_are_all_too_slow_it_is_the_smallest(tmp_path):
+    paced = Paced(tmp_path)
+    paced.trained("ann", 1, 1000.0)
+    assert paced.tier("ann", 2) == 2
+    assert "keep 10 of 30 layers, r=8: about 333 s" in paced.jobs.describe_pace("ann", 2)
+
+
+def test_speed_gives_nobody_a_tier_that_it_lacks_memory_for(tmp_path):
+    paced = Paced(tmp_path, memory=2 * 10**9)
+    paced.trained("ann", 1, 1.0)
+    assert paced.tier("ann", 2) == 1
+    assert paced.jobs.describe_pace("ann", 2) is None
+
+
+def test_without_a_deadline_speed_does_not_count(tmp_path):
+    paced = Paced(tmp_path, deadline=None)
+    paced.trained("ann", 1, 1000.0)
+    assert paced.tier("ann", 2) == 0
+
+
+@pytest.mark.parametrize("seconds", [None, 0, 1e300])
+def test_a_time_that_cannot_be_is_none(tmp_path, seconds):
+    paced = Paced(tmp_path)
+    paced.trained("ann", 1, seconds)
+    assert paced.tier("ann", 2) == 0
+
+
+def test_what_comes_late_moves_nobody_while_a_round_runs(tmp_path):
+    paced = Paced(tmp_path)
+    paced.journal.write("asked", round=2, client="ann", bytes=1)
+    paced.trained("ann", 1, 100.0)
+    assert paced.tier("ann", 2) == 0
+    paced.journal.write("asked", round=3, client="ann", bytes=1)
+    assert paced.tier("ann", 3) == 2
+
+
+def test_another_tier_s_package_and_adapter_are_downloaded_and_counted(tmp_path, monkeypatch):
+    paced = Paced(tmp_path)
+    monkeypatch.setattr(Jobs, "adapter", lambda self, tier, number: (tier.name, number))
+    paced.jobs._changed_bytes = lambda adapter, previous: 1000 if previous is None else 10
+    paced.journal.write("asked", round=1, client="ann", bytes=1)
+    paced.trained("ann", 1, 30.0)
+    assert paced.jobs.missing_bytes(paced.journal, "ann", 2, served=True) == 10
+    paced.journal.write("asked", round=2, client="ann", bytes=1)
+    paced.trained("ann", 2, 50.0)
+    assert paced.tier("ann", 3) == 1
+    assert not paced.jobs.has_previous(paced.journal, "ann", 3)
+    for served in (True, False):
+        assert paced.jobs.missing_bytes(paced.journal, "ann", 3, served) == 80 * 10**6 + 1000

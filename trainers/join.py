@@ -22,7 +22,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ from hf_fedlarge.artifacts import (
     SERVER_FILES,
     AdapterManifest,
     PackageManifest,
+    read_manifest,
+    sha256_of,
+    verify_files,
     write_json,
     writing,
 )
@@ -43,6 +46,8 @@ from hf_fedlarge.orders import (
     CHECK_INS,
     FAILED,
     PATIENCE_SECONDS,
+    WHOLE,
+    Change,
     CheckInDocument,
     OrderDocument,
     Work,
@@ -52,6 +57,7 @@ from hf_fedlarge.orders import (
     write_document,
 )
 from hf_fedlarge.store import Store
+from hf_fedlarge.traffic import apply_change
 from hf_fedlarge.trainers.launch import in_process
 from hf_fedlarge.trainers.secure import SecureMember
 from hf_fedlarge.update import outcome
@@ -238,8 +244,7 @@ class _Member:
         if not package.exists():
             self._report(f"fetching a package of {work.package_bytes / 1e6:.1f} MB")
         self._package_store.get(work.package, package, PackageManifest, most_bytes=work.package_bytes)
-        bounds = {"most_bytes": work.adapter_bytes, "leave_out": SERVER_FILES}
-        self._store.get(work.adapter, adapter, AdapterManifest, **bounds)
+        self._get_adapter(order, work, home, adapter)
         terms, trained = order.terms(work), update.with_name(_TRAINED)
         if update.exists() and not (trained.exists() and json.loads(trained.read_text()) == terms):
             shutil.rmtree(update)  # of another attempt at the federation's round
@@ -266,6 +271,60 @@ class _Member:
         size = sum(path.stat().st_size for path in update.iterdir())
         if size > work.update_bytes and not order.secure:  # then it isn't this that is sent
             raise ArtifactError(f"the update has {size} bytes; the order takes {work.update_bytes} at most")
+
+    def _get_adapter(self, order: OrderDocument, work: Work, home: Path, adapter: Path) -> None:
+        """Fetch what changed since the round before, if the order has that for this client, or the whole adapter."""
+        bounds = {"most_bytes": work.adapter_bytes, "leave_out": SERVER_FILES}
+        change = work.change if work.change and self._client in work.change.clients else None
+        problems: list[str] = []
+
+        def make(manifest: AdapterManifest, directory: Path) -> None:
+            try:
+                self._apply(change, home, work.adapter_bytes, manifest, directory)
+            except (ArtifactError, StoreError) as error:
+                problems.append(str(error))
+
+        self._store.get(work.adapter, adapter, AdapterManifest, **bounds, local=make if change else None)
+        for problem in problems:
+            self._report(f"round {order.round}: fetched the whole adapter: {problem}")
+            place = inbox(order.round, self._client, order.attempt)
+            write_document(self._store, f"{place}/{WHOLE}", failure(problem))
+
+    def _apply(self, change: Change, home: Path, most_bytes: int, manifest: AdapterManifest, directory: Path) -> None:
+        """Make in `directory` what files of an adapter can be made of the one before and of what changed.
+
+        Raises:
+            ArtifactError: the one before isn't here, or what was made isn't what it should be.
+            StoreError: what changed can't be fetched.
+        """
+        previous, before = self._previous(change, home)
+        if sum(entry.size for entry in change.files.values()) > most_bytes:
+            raise ArtifactError(f"what changed is announced as larger than the adapter's {most_bytes} bytes.")
+        for name, entry in manifest.files.items():
+            made = directory / name
+            if name in SERVER_FILES or made.exists():
+                continue
+            if before.files.get(name) == entry:
+                shutil.copyfile(previous / name, made)
+            elif name in change.files:
+                changed = directory / f".{change.files[name].sha256}"
+                self._store.get_file(change.files[name], changed)
+                apply_change(previous / name, changed, made)
+                changed.unlink()
+            else:
+                continue
+            if sha256_of(made) != entry.sha256:
+                made.unlink()
+                raise ArtifactError(f"{name} made of the one before and of what changed isn't what its manifest says.")
+
+    def _previous(self, change: Change, home: Path) -> tuple[Path, AdapterManifest]:
+        for previous in sorted(home.glob("[0-9]*/adapter")):
+            with suppress(ArtifactError):
+                before = read_manifest(previous, AdapterManifest)
+                if before.digest == change.since:
+                    verify_files(previous, before, unneeded=SERVER_FILES)
+                    return previous, before
+        raise ArtifactError(f"the adapter {change.since[:12]}… of the round before is not here, or damaged.")
 
     def _is_in_time(self, order: OrderDocument) -> bool:
         now = self._ear.order()
