@@ -25,7 +25,7 @@ from hf_fedlarge.products import Probes, Term, distance, inner, is_estimated, me
 from hf_fedlarge.tensors import Factors, StoredFactors
 
 Trained = Literal["both", "A", "B"]
-_PART = 4096  # values that are summed in fp64 at a time, so that they stay in a processor's cache
+_PART = 8192  # values that are summed in fp64 at a time, so that they stay in a processor's cache
 
 
 class Change(NamedTuple):

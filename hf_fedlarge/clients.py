@@ -97,7 +97,7 @@ class SimulatedClients:
         train: trains one client and writes its update; what it raises of ours is reported, and the client is left out.
     """
 
-    served = False
+    down = "changed"
 
     def __init__(self, train: Train) -> None:
         self._train = train

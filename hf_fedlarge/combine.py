@@ -1,7 +1,8 @@
 """Adapters on disk to the next one: module by module over all clients.
 
-Memory holds a module of each, and of very many a module of one at a time, read anew for each look that an aggregator
-takes: one for a mean, three for the leading singular vectors of a sum. Robust aggregators compare clients and hold all.
+For a mean memory holds a module of some clients at a time; for the leading singular vectors of a sum, which are looked
+for three times, a module of all, or of as many as there is room for, read anew for each look. Robust aggregators
+compare clients and hold all.
 
 Everything was validated before. Directories in, files in one directory out: the adapter's weights, its carry, and
 the averages of the server's optimizer, each as an adapter's weights are stored. What looks at whole adapters (clipping,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hf_fedlarge.architectures import describe, load_config
 from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, read_manifest
@@ -35,6 +35,11 @@ from hf_fedlarge.traffic import Budget, changed_bytes, write_changes
 from hf_fedlarge.update import MAX_SMALL_BYTES, Asked, Expected, update_bytes
 
 DEFAULT_MAX_LENGTH = 1024  # of SFTConfig
+
+
+Down = Literal["changed", "offered", "whole"]
+"""What goes down of adapters: what changed since a client was last asked; what changed since the round before, to
+clients that surely have its adapter; or all of it."""
 
 
 @dataclass(frozen=True)
@@ -243,19 +248,19 @@ class Jobs:
         last = self.download_bytes(client, number, number - 1)
         return max(0, self.download_bytes(client, number, number - 1, whole=True) - last)
 
-    def missing_bytes(self, journal: Journal, client: str, number: int, served: bool) -> int:
+    def missing_bytes(self, journal: Journal, client: str, number: int, down: Down) -> int:
         """`download_bytes` of a client that was asked as the journal says.
 
         Args:
             journal: of the run.
             client: its name.
             number: the round.
-            served: only what changed since the round before goes down, and that to who surely has its adapter.
+            down: what goes down of adapters.
         """
         tier = self.tier_of(client, number)
         asked = [entry["round"] for entry in journal.find("asked", client=client) if entry["round"] < number]
         had = [past for past in asked if self.tier_of(client, past) is tier]  # another tier's are of no use
-        whole = served and not self.has_previous(journal, client, number)
+        whole = down == "whole" or (down == "offered" and not self.has_previous(journal, client, number))
         return self.download_bytes(client, number, had[-1] if had else None, whole)
 
     def has_previous(self, journal: Journal, client: str, number: int) -> bool:
@@ -268,10 +273,10 @@ class Jobs:
         directory = self._adapter_of(number - 1).with_name("changes") / f"{self.tiers.index(tier)}"
         return directory, write_changes(self.adapter(tier, number), self.adapter(tier, number - 1), directory)
 
-    def check_budget(self, journal: Journal, clients: list[str], number: int, served: bool) -> None:
+    def check_budget(self, journal: Journal, clients: list[str], number: int, down: Down) -> None:
         """Refuse a round that could overstep the budget, before anything of it is sent.
 
-        A client that is served may have lost what it had, so that the whole adapter goes down.
+        A client that is offered what changed may have lost what it had, so that the whole adapter goes down.
 
         Raises:
             BudgetError: it could.
@@ -279,12 +284,12 @@ class Jobs:
         if self.config.budget is None:
             return
         spent = sum(entry["bytes"] for entry in journal.find("asked", "received", "told"))
-        down = {entry["client"] for entry in journal.find("asked", round=number)}
+        asked = {entry["client"] for entry in journal.find("asked", round=number)}
         needed = 0
         for client in clients:
-            if client not in down:
-                needed += self.missing_bytes(journal, client, number, served)
-            if served and self.has_previous(journal, client, number):
+            if client not in asked:
+                needed += self.missing_bytes(journal, client, number, down)
+            if down == "offered" and self.has_previous(journal, client, number):
                 needed += self.whole_bytes(client, number)
         needed += sum(self.upload_bytes(client, number) for client in clients)
         if self.config.secure:

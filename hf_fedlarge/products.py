@@ -21,7 +21,7 @@ from hf_fedlarge.tensors import Factors, StoredFactors
 _FEW = 256  # columns up to which a sum is decomposed exactly
 _EXACT_NORMS = 512  # and up to which its norm is computed
 _MORE = 8  # directions tried beyond those wanted (Halko et al., arXiv 0909.4061)
-_TOGETHER = 64  # columns of stored terms that are read one after the other, while a processor's cache holds them
+_TOGETHER = 128  # columns of stored terms that are read one after the other, while a processor's cache holds them
 _PROBES = 16  # random vectors that an estimate takes; its relative error is at most some sqrt(2 / _PROBES), mostly less
 
 Multiply = Callable[[torch.Tensor], torch.Tensor]

@@ -49,7 +49,7 @@ from hf_fedlarge.data import load_examples
 from hf_fedlarge.errors import ConfigError, FedLargeError, OutputError, UpdateRefusedError
 from hf_fedlarge.evaluation import as_record, evaluate, generate_text, load_model
 from hf_fedlarge.hub import resolve_checkpoint
-from hf_fedlarge.jobs import DEFAULT_MAX_LENGTH, Jobs, Train, make_tiers
+from hf_fedlarge.jobs import DEFAULT_MAX_LENGTH, Down, Jobs, Train, make_tiers
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import read_allowed
 from hf_fedlarge.ledger import PrivacyEntry
@@ -74,11 +74,10 @@ Report = Callable[[str], None]
 class Clients(Protocol):
     """How a run's clients are reached; `clients.SimulatedClients` and `serve.StoreClients` are two ways.
 
-    `served` says that they hold what they fetched, which may get lost, rather than what was counted for them: of an
-    adapter goes down what changed since the round before, or all of it.
+    `down` says what goes down of adapters.
     """
 
-    served: bool
+    down: Down
 
     def prepare(self, config: FederationConfig, run: Path, begin: Callable[[], None]) -> str | None:
         """Make the run's held-out examples, once: `begin` is called when all is found good, before anything is written.
@@ -306,11 +305,11 @@ class _Federation:
 
     def _ask(self, server: RoundServer, order: Order) -> None:
         """Hand what the order's clients answer to the round, until it has what it wants."""
-        served = self.clients.served
-        self.jobs.check_budget(self.journal, server.waiting(order), order.round, served)
+        down = self.clients.down
+        self.jobs.check_budget(self.journal, server.waiting(order), order.round, down)
 
         def asked(client: str) -> None:
-            server.asked(client, self.jobs.missing_bytes(self.journal, client, order.round, served))
+            server.asked(client, self.jobs.missing_bytes(self.journal, client, order.round, down))
 
         for client, problem in self.clients.answers(self.jobs, server, order, asked):
             if problem is not None:

@@ -24,7 +24,7 @@ from hf_fedlarge.clients import HELD_OUT, write_check_ins
 from hf_fedlarge.config import FederationConfig
 from hf_fedlarge.data import load_examples, write_jsonl
 from hf_fedlarge.errors import ArtifactError, ConfigError, StoreError, UpdateRefusedError
-from hf_fedlarge.jobs import Jobs
+from hf_fedlarge.jobs import Down, Jobs
 from hf_fedlarge.keys import MAX_SIGNATURE_BYTES, SIGNATURE_NAME, PrivateKey, read_key
 from hf_fedlarge.offers import Offers
 from hf_fedlarge.orders import (
@@ -107,8 +107,6 @@ class StoreClients:
         key: signs orders and verdicts; None: they are not signed.
     """
 
-    served = True
-
     def __init__(
         self,
         store: Store,
@@ -119,7 +117,8 @@ class StoreClients:
         key: PrivateKey | None = None,
     ) -> None:
         self.store, self._report, self.poll, self._patience, self._key = store, report, poll, patience, key
-        # A message can't be come back to, for what changed was of no use.
+        # A message can't be come back to by a client for whom what changed was of no use.
+        self.down: Down = "offered" if packages is None else "whole"
         self._offers = Offers(store, packages, changes=packages is None)
         self._said: set[str] = set()
         self._told: set[tuple[int, int, str]] = set()

@@ -726,7 +726,8 @@ def test_a_client_can_read_packages_elsewhere_than_the_server_says(home, cohort)
     server.open()
     cohort.nodes = {"ann": cohort.nodes["ann"]}
     shutil.rmtree(cohort.path / "packages", ignore_errors=True)
-    server.clients._packages[home / "package"] = read_manifest(home / "package", PackageManifest).digest  # put already
+    put_already = read_manifest(home / "package", PackageManifest).digest
+    server.clients._offers._packages[home / "package"] = put_already
     server.ask()
     assert accepted(server) == ["ann"]
 

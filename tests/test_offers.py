@@ -80,7 +80,7 @@ class Rounds:
             write_document(self.store, f"{inbox(number, client, 1)}/failed.json", FailureDocument(reason="away"))
 
         def asked(client):
-            server.round.asked(client, server.jobs.missing_bytes(server.journal, client, number, served=True))
+            server.round.asked(client, server.jobs.missing_bytes(server.journal, client, number, down="offered"))
 
         for client, problem in server.clients.answers(server.jobs, server.round, server.order, asked):
             if problem is None:
@@ -224,10 +224,10 @@ def test_a_budget_has_room_for_whole_adapters(rounds):
     for budget, fits in ((spent + needed, True), (spent + needed - 1, False)):
         server.jobs.config = server.config.model_copy(update={"budget": f"{budget}B"})
         if fits:
-            server.jobs.check_budget(server.journal, ["ann"], 2, served=True)
+            server.jobs.check_budget(server.journal, ["ann"], 2, down="offered")
         else:
             with pytest.raises(BudgetError):
-                server.jobs.check_budget(server.journal, ["ann"], 2, served=True)
+                server.jobs.check_budget(server.journal, ["ann"], 2, down="offered")
 
 
 def test_where_every_tensor_changed_there_is_no_file_of_changes(home, tmp_path):
@@ -250,3 +250,14 @@ def test_an_order_without_changes_is_read_as_before(rounds):
     rounds.server.clients.publish(rounds.server.jobs, rounds.server.round, rounds.server.order, ["ann"])
     assert "change" not in json.loads(rounds.store.read(ORDER, 10**6))["work"][0]
     assert read_document(rounds.store, ORDER, OrderDocument).work[0].change is None
+
+
+def test_messages_carry_whole_adapters_and_that_is_counted(home, rounds, tmp_path):
+    rounds.run(1, ["ann"])
+    server = Server(home, tmp_path / "run", rounds.store, packages=Store(f"memory://{uuid.uuid4().hex}"))
+    assert server.clients.down == "whole"
+    server.open(2)
+    document = server.clients.publish(server.jobs, server.round, server.order, ["ann"])
+    assert document.work[0].change is None
+    whole = changed_bytes(server.adapter(1), None)
+    assert server.jobs.missing_bytes(server.journal, "ann", 2, server.clients.down) == whole

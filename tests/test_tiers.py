@@ -236,10 +236,10 @@ def test_another_tier_s_package_and_adapter_are_downloaded_and_counted(tmp_path,
     paced.jobs._changed_bytes = lambda adapter, previous: 1000 if previous is None else 10
     paced.journal.write("asked", round=1, client="ann", bytes=1)
     paced.trained("ann", 1, 30.0)
-    assert paced.jobs.missing_bytes(paced.journal, "ann", 2, served=True) == 10
+    assert paced.jobs.missing_bytes(paced.journal, "ann", 2, down="offered") == 10
     paced.journal.write("asked", round=2, client="ann", bytes=1)
     paced.trained("ann", 2, 50.0)
     assert paced.tier("ann", 3) == 1
     assert not paced.jobs.has_previous(paced.journal, "ann", 3)
-    for served in (True, False):
-        assert paced.jobs.missing_bytes(paced.journal, "ann", 3, served) == 80 * 10**6 + 1000
+    for down in ("offered", "changed", "whole"):
+        assert paced.jobs.missing_bytes(paced.journal, "ann", 3, down) == 80 * 10**6 + 1000
