@@ -59,6 +59,8 @@ class StreamingEngine:
     ) -> None:
         self.micro_batch_size = micro_batch_size
         self.counters = Counters()
+        # Whether the pages of the block that follows are read while one computes.
+        self.reads_ahead = True
         self.dtype, self.device, self.takes_apart = dtype, device, takes_apart
         self.blocks = [block for block, _ in blocks]
         self.linears = [linears for _, linears in blocks]
@@ -122,7 +124,8 @@ class StreamingEngine:
         """The block's dense matrices, for the time of the `with`; `following` is likely to be visited next."""
         number = self._numbers[block]
         self.counters.visits += 1
-        following = following if following is not None and 0 <= following < len(self.blocks) else None
+        if not self.reads_ahead or following is None or not 0 <= following < len(self.blocks):
+            following = None
         # A block that transformers checkpoints would be computed yet once more.
         checkpointing, block.gradient_checkpointing = getattr(block, "gradient_checkpointing", False), False
         self.arena.enter(number, following)

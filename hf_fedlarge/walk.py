@@ -32,6 +32,8 @@ class Walk:
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, ids: torch.Tensor) -> None:
         self._model = model
+        # A block is stepped through many times; meanwhile the next one's pages would only lie there.
+        model.engine.reads_ahead = False
         self._blocks = list(model.get_submodule(model.architecture.blocks))
         self._given: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         outputs: list[Any] = []
