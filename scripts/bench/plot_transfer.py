@@ -49,10 +49,10 @@ def plot(rows: list[dict[str, Any]], base: float, output: Path) -> None:
     for value, name in ((base, "base"), (reference, "LoRA on the full model")):
         axes[0].axhline(value, color="grey", linestyle=":", linewidth=1)
         axes[0].annotate(name, (0.01, value), xycoords=("axes fraction", "data"), va="bottom", color="grey")
-    axes[1].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+    axes[1].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
     axes[1].legend(frameon=False)
     for axis, label in zip(axes, LABELS.values(), strict=True):
-        axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+        axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
         axis.set(xlabel="weights of the blocks kept", ylabel=label)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(output, metadata={"Date": None})
