@@ -3,6 +3,7 @@
 import json
 import threading
 import uuid
+from pathlib import Path
 
 import pytest
 from federation import make_update
@@ -12,15 +13,19 @@ from hf_fedlarge.artifacts import SERVER_FILES, AdapterManifest, PackageManifest
 from hf_fedlarge.cli import main
 from hf_fedlarge.clients import write_check_ins
 from hf_fedlarge.errors import ArtifactError, ConfigError
-from hf_fedlarge.keys import new_key, read_key
+from hf_fedlarge.keys import allow, new_key, read_key
 from hf_fedlarge.orders import (
+    FAILED,
     INBOX,
     ORDER,
+    FailureDocument,
     OrderDocument,
     SecureOrder,
     VerdictDocument,
     Work,
     as_bytes,
+    inbox,
+    read_document,
     verdict,
     write_document,
 )
@@ -215,6 +220,54 @@ def test_an_order_that_was_signed_once_does_not_count_again(home, store, say, tm
     assert here.hear() is not None
     say(state="closed", round=0, attempt=0, work=[])  # as a server says that begins again, which asks for nothing
     assert here.hear().state == "closed"
+
+
+@pytest.mark.parametrize("other", [{}, {"state": "over", "round": 5, "work": []}])
+@pytest.mark.parametrize("by", ["the same process", "the next process"])
+def test_another_federation_s_order_does_not_count_while_this_one_is_not_over(home, store, say, tmp_path, other, by):
+    """Signed with the same key, and taken from another place; its updates wouldn't even be masked."""
+
+    def ear(at=store, key="server"):
+        return Ear(at, "ann", tmp_path / "cache", (home / f"{key}.pub").read_text(), print)
+
+    here = ear()
+    say(secure=secure("keys"))
+    here.hear()
+    say(run=OTHER, **other)
+    with pytest.raises(
+        ArtifactError, match=f"is of the federation {OTHER}; expected one of {RUN}, .* remove "
+    ) as error:
+        (here if by == "the same process" else ear()).hear()
+    assert one_sentence(error)
+    say(key="eve", run=OTHER)  # whose federation may be met in the same place
+    assert ear(key="eve").hear().run == OTHER
+    elsewhere = Store(f"memory://{uuid.uuid4().hex}")
+    elsewhere.write(ORDER, as_bytes(say(run=OTHER)))
+    assert ear(elsewhere).hear().run == OTHER
+    # What the sentence says to remove is what has to be.
+    Path(str(error.value).rpartition(" remove ")[2].rstrip(".")).unlink()
+    assert ear().hear().run == OTHER
+
+
+def test_the_next_federation_counts_when_the_one_before_is_over(home, store, say, tmp_path):
+    ear = Ear(store, "ann", tmp_path / "cache", (home / "server.pub").read_text(), print)
+    for run in (RUN, OTHER, "c" * 32):
+        say(run=run)
+        assert ear.hear().run == run
+        say(run=run, state="over", work=[])
+        assert ear.hear().state == "over"
+
+
+@pytest.mark.parametrize("key", ["server", None])
+def test_with_the_list_of_clients_keys_nothing_is_sent_unmasked(home, store, say, member, tmp_path, key):
+    allow(tmp_path / "allowed.json", new_key(tmp_path / "ann.pem", "ann"))
+    say(key=key)
+    known = {"server_key": None} if key is None else {}
+    member(keys=tmp_path / "allowed.json", **known)
+    assert not member.jobs
+    assert store.names(inbox(1, "ann", 1)) == [FAILED]
+    reason = read_document(store, f"{inbox(1, 'ann', 1)}/{FAILED}", FailureDocument).reason
+    assert "the order would have the update sent unmasked; expected one of secure aggregation" in reason
 
 
 def test_an_old_order_is_not_trained_for(say, member):
