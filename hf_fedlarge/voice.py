@@ -91,6 +91,7 @@ class Ear:
     ) -> None:
         self._store, self._client, self._server, self._report = store, client, server, report
         self._clients = cache / "clients"
+        self._unbelieved: set[str] = set()
 
     def home(self, order: OrderDocument) -> Path:
         """Where what this client does in a federation is kept."""
@@ -125,7 +126,7 @@ class Ear:
             for sent in sorted(self.home(order).glob(f"[0-9]*/{SENT}")):
                 self._hear_verdict(order, sent)
             for secrets in self.home(order).glob("[0-9]*/secure"):
-                if order.state != "open" or int(secrets.parent.name) != order.round:
+                if _are_done_with(secrets, order):
                     shutil.rmtree(secrets)
         return order
 
@@ -169,8 +170,20 @@ class Ear:
                 return
             if self._server is not None:
                 check_said(said, self._server, f"{self._store.url}/{place}")
-        except ArtifactError as error:
-            self._report(f"round {number}: what the server says of the update can't be read: {error}")
+        except ArtifactError as error:  # whoever left that, the server may yet say something
+            problem = f"round {number}: what the server says of the update can't be read: {error}"
+            if problem not in self._unbelieved:
+                self._unbelieved.add(problem)
+                self._report(problem)
         else:
             self._report(said.sentence)
-        sent.unlink()
+            sent.unlink()
+
+
+def _are_done_with(secrets: Path, order: OrderDocument) -> bool:
+    """Whether a round's secrets are of no attempt that an order leaves open."""
+    number = int(secrets.parent.name)
+    if order.state != "closed":
+        return order.state == "over" or number != order.round
+    # An old one may be put back, which nothing else follows of.
+    return all((order.round, order.attempt) >= (number, int(attempt.stem)) for attempt in secrets.glob("[0-9]*.json"))

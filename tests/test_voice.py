@@ -1,6 +1,5 @@
 """What a server says is signed, and a client that knows its key believes nothing else and nothing old."""
 
-import json
 import threading
 import uuid
 from pathlib import Path
@@ -289,25 +288,61 @@ def test_what_became_of_an_update_is_believed_of_the_server_alone(home, store, s
         write_document(store, verdict(1, "ann", 1), signed(true.model_copy(update=other), key))
         member()
     assert not [line for line in member.said if "the server says" in line]
+    # Nor is anything that the server didn't sign, and what it does say later is heard.
     for said, cause in (
         (true, "is not signed"),
         (signed(true, eve), "is signed with the key"),
         (signed(true, key).model_copy(update={"cause": None}), "was changed after it was signed"),
     ):
-        (sent,) = member_cache(member).glob("clients/*/ann/0001")
-        (sent / "sent.json").write_text(json.dumps({"attempt": 1}))
         write_document(store, verdict(1, "ann", 1), said)
         member()
         assert cause in member.said[-1]
         assert "what the server says of the update can't be read" in member.said[-1]
-    (sent / "sent.json").write_text(json.dumps({"attempt": 1}))
     write_document(store, verdict(1, "ann", 1), signed(true, key))
+    for _ in range(2):
+        member()
+    assert [line for line in member.said if "the server says:" in line] == ["round 1: the server says: too late"]
+
+
+def test_what_is_not_believed_is_reported_once(home, store, say, member, tmp_path):
+    say()
     member()
-    assert member.said[-1] == "round 1: the server says: too late"
+    said = []
+    ear = Ear(store, "ann", tmp_path / "cache", (home / "server.pub").read_text(), said.append)
+    true = VerdictDocument(run=RUN, client="ann", round=1, attempt=1)
+    for verdict_of in (true, signed(true, read_key(home / "eve.pem"))):
+        write_document(store, verdict(1, "ann", 1), verdict_of)
+        for _ in range(3):
+            ear.hear()
+    assert len(said) == 2
+    assert "is not signed" in said[0]
+    assert "is signed with the key" in said[1]
 
 
-def member_cache(member):
-    return member.jobs[0].output.parents[4]
+CLOSED = [
+    ({"round": 2, "attempt": 2}, False),  # older than what there are secrets of
+    ({"round": 1, "attempt": 9}, False),
+    ({"round": 3, "attempt": 1}, False),
+    ({"round": 0, "attempt": 0}, False),
+    ({"round": 3, "attempt": 2}, True),
+    ({"round": 4, "attempt": 1}, True),
+]
+
+
+@pytest.mark.parametrize(("closed", "gone"), CLOSED)
+def test_an_old_order_that_closes_takes_no_secrets_of_a_newer_attempt(home, store, say, tmp_path, closed, gone):
+    ear = Ear(store, "ann", tmp_path / "cache", (home / "server.pub").read_text(), print)
+    order = say(round=3, attempt=2, secure=secure("keys"))
+    secrets = ear.home(order) / "0003" / "secure" / "2.json"
+    secrets.parent.mkdir(parents=True)
+    secrets.write_text("{}")
+    ear.hear()
+    say(state="closed", work=[], **closed)
+    ear.hear()
+    assert secrets.exists() != gone
+    say(round=4)  # what is open leaves no other round's
+    ear.hear()
+    assert not secrets.exists()
 
 
 def test_without_the_server_s_key_everything_is_believed_as_before(say, member):
