@@ -283,6 +283,17 @@ def test_it_ends_with_the_process_that_started_it(tmp_path, processes):
     assert not (tmp_path / "worker" / "socket").exists()
 
 
+def test_it_ends_where_the_process_that_started_it_was_gone_before_it_was_loaded(tmp_path, processes):
+    worker = processes.of(started_by_one_that_is_gone, tmp_path / "worker")
+    worker.join(30)
+    assert worker.exitcode == 0
+    assert not (tmp_path / "worker" / "socket").exists()
+
+
+def started_by_one_that_is_gone(directory):
+    resident.serve(directory, print, os.getpid())  # which is not its parent
+
+
 def test_what_a_killed_worker_left_is_no_worker_and_a_new_one_takes_its_place(home, tmp_path, directory, processes):
     processes.worker.kill()
     processes.worker.join()

@@ -101,24 +101,26 @@ def _from_the_root(settings: NodeSettings, work: Work) -> dict[str, str]:
 # The worker
 
 
-def serve(directory: Path, report: Callable[[str], None]) -> None:
+def serve(directory: Path, report: Callable[[str], None], parent: int | None = None) -> None:
     """Answer orders until a signal comes or the parent process is gone.
 
     Args:
         directory: for its socket; made if it isn't there.
         report: told in a line when it is ready.
+        parent: the process with which it ends; None: the one that is its parent now.
 
     Raises:
         ConfigError: others than its owner may enter the directory, or its path is too long for a socket.
         OutputError: another worker is at work there.
     """
+    parent = parent or os.getppid()
     _make_private(directory)
     lock = FileLock(directory / ".lock", timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
         raise OutputError(f"Another worker is at work in {directory}; end it, or choose another directory.") from error
-    with lock, _ended_by_signals():
+    with lock, _ended_by_signals(parent):
         from hf_fedlarge.trainers.launch import in_process
 
         train = in_process()
@@ -207,9 +209,9 @@ def _insist(number: signal.Signals, over: threading.Event) -> None:
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
+def _ended_by_signals(parent: int) -> Iterator[None]:
     """Within it, SIGTERM ends the process as Ctrl+C does, and so does the end of its parent."""
-    parent, over = os.getppid(), threading.Event()
+    over = threading.Event()
 
     def watch() -> None:
         while not over.wait(0.5):
