@@ -325,10 +325,11 @@ def _join(options: argparse.Namespace) -> None:
 
 def _flower(options: argparse.Namespace) -> None:
     if options.action == "worker":
+        parent = os.getppid()  # which may be gone when all is loaded
         from hf_fedlarge.flower.resident import serve
 
         hide_bars()
-        serve(options.directory.expanduser(), _report)
+        serve(options.directory.expanduser(), _report, parent)
         return
     from hf_fedlarge.flower.new_app import write_app
 

@@ -28,20 +28,22 @@ _WHOLE_AT_ONCE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hf"}
 
 
 class RemoteFiles:
-    """Files under a URL; opening it sends nothing.
+    """Files under a URL; opening it sends nothing, but for what connects at once.
 
     Args:
         url: of a directory, which need not exist yet.
 
     Raises:
-        ConfigError: no file system of this name, or the library that speaks to it is not installed.
+        ConfigError: no file system of this name, the library that speaks to it is not installed, or what it connects to
+            at once (`ftp`, `sftp`) is not there.
     """
 
     def __init__(self, url: str) -> None:
         try:
             self.fs, root = url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise ConfigError(f"{url} can't be opened as a store: {str(error).rstrip('.')}.") from error
+        except Exception as error:  # each library has its own
+            said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            raise ConfigError(f"{url} can't be opened as a store: {said:.300}.") from error
         self.url, self._root = url.rstrip("/"), root.rstrip("/")
         protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
         self._whole_at_once = bool(protocols & _WHOLE_AT_ONCE)

@@ -5,14 +5,16 @@
 
 A signature is of all that an order or a verdict says, with the run, the round and the attempt, and whatever an order
 names by digest is bound with it: packages, adapters, and the keys of secure aggregation. What was signed once can be
-shown again, so a client writes down how far its federation was and takes no older order. What it can't know is that
-there is a newer one, which somebody withholds; a deadline bounds that.
+shown again, also at another place, so a client writes down which federation it takes part in and how far that was, and
+takes no other's order until it is over, and no older one. What it can't know is that there is a newer one, which
+somebody withholds; a deadline bounds that.
 
 Without a key a server is who may write the store.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -89,6 +91,7 @@ class Ear:
     ) -> None:
         self._store, self._client, self._server, self._report = store, client, server, report
         self._clients = cache / "clients"
+        self._unbelieved: set[str] = set()
 
     def home(self, order: OrderDocument) -> Path:
         """Where what this client does in a federation is kept."""
@@ -98,14 +101,21 @@ class Ear:
         """What the server asks for now; None: nothing yet.
 
         Raises:
-            ArtifactError: it can't be read, is not the server's, or is older than what was heard before.
+            ArtifactError: it can't be read, is not the server's, is older than what was heard before, or is another
+                federation's while the one that was heard here isn't over.
             StoreError: the store can't be read.
         """
         order = read_document(self._store, ORDER, OrderDocument)
         if order is not None and self._server is not None:
             check_said(order, self._server, f"{self._store.url}/{ORDER}")
             if order.state != "closed":  # then it asks for nothing
-                self._check_that_it_is_new(order)
+                newest = self._newest(order.run)
+                self._check_that_it_is_new(order, newest)
+                self._check_that_it_is_of_this_federation(order)
+                if newest is None or order.time > newest:
+                    path = self._clients / order.run / self._client / _HEARD
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_json(path, order.time)
         return order
 
     def hear(self) -> OrderDocument | None:
@@ -116,22 +126,37 @@ class Ear:
             for sent in sorted(self.home(order).glob(f"[0-9]*/{SENT}")):
                 self._hear_verdict(order, sent)
             for secrets in self.home(order).glob("[0-9]*/secure"):
-                if order.state != "open" or int(secrets.parent.name) != order.round:
+                if _are_done_with(secrets, order):
                     shutil.rmtree(secrets)
         return order
 
-    def _check_that_it_is_new(self, order: OrderDocument) -> None:
-        path = self.home(order) / _HEARD
-        newest = tuple(json.loads(path.read_text())) if path.exists() else order.time
-        if order.time < newest:
+    def _newest(self, run: str) -> tuple[int, bool, int, int] | None:
+        """The time of the newest order that was heard in a federation."""
+        path = self._clients / run / self._client / _HEARD
+        return tuple(json.loads(path.read_text())) if path.exists() else None
+
+    def _check_that_it_is_new(self, order: OrderDocument, newest: tuple[int, bool, int, int] | None) -> None:
+        if newest is not None and order.time < newest:
             raise ArtifactError(
                 f"{self._store.url}/{ORDER} is an old one, for round {order.round}, attempt {order.attempt}; expected "
                 f"none before round {newest[0]}, attempt {newest[2]}, which was heard of already: have the server "
                 f"publish its own again, or, if its run was set back, remove {_HEARD} from this client's cache."
             )
-        if order.time > newest or not path.exists():
+
+    def _check_that_it_is_of_this_federation(self, order: OrderDocument) -> None:
+        """One server's key may sign for several federations, of which only one is met with it in one place."""
+        where = hashlib.sha256(f"{self._server} {self._store.url}".encode()).hexdigest()
+        path = self._clients / f".{self._client}.{where[:16]}.json"
+        before = json.loads(path.read_text()) if path.exists() else None
+        if before not in (None, order.run) and not ((newest := self._newest(before)) and newest[1]):
+            raise ArtifactError(
+                f"{self._store.url}/{ORDER} is of the federation {order.run}; expected one of {before}, which "
+                f"{self._client} takes part in there and which is not over: have each federation's server use a key of "
+                f"its own, or, if the former one was given up, remove {path}."
+            )
+        if before != order.run:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, order.time)
+            write_json(path, order.run)
 
     def _hear_verdict(self, order: OrderDocument, sent: Path) -> None:
         """Report once what the server says of an update that was sent, also by this client's process before."""
@@ -145,8 +170,20 @@ class Ear:
                 return
             if self._server is not None:
                 check_said(said, self._server, f"{self._store.url}/{place}")
-        except ArtifactError as error:
-            self._report(f"round {number}: what the server says of the update can't be read: {error}")
+        except ArtifactError as error:  # whoever left that, the server may yet say something
+            problem = f"round {number}: what the server says of the update can't be read: {error}"
+            if problem not in self._unbelieved:
+                self._unbelieved.add(problem)
+                self._report(problem)
         else:
             self._report(said.sentence)
-        sent.unlink()
+            sent.unlink()
+
+
+def _are_done_with(secrets: Path, order: OrderDocument) -> bool:
+    """Whether a round's secrets are of no attempt that an order leaves open."""
+    number = int(secrets.parent.name)
+    if order.state != "closed":
+        return order.state == "over" or number != order.round
+    # An old one may be put back, which nothing else follows of.
+    return all((order.round, order.attempt) >= (number, int(attempt.stem)) for attempt in secrets.glob("[0-9]*.json"))

@@ -201,6 +201,14 @@ class Flower:
                     return process
         return None
 
+    def command_lines(self, name: str) -> str:
+        """Of what a program has started and is still there."""
+        lines = []
+        for process in psutil.Process(self.processes[name].pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                lines += process.cmdline()
+        return " ".join(lines)
+
     def kill(self, name: str) -> list[psutil.Process]:
         """By SIGKILL; returns what it had started, which notices by itself."""
         process = self.processes.pop(name)

@@ -25,7 +25,7 @@ from hf_fedlarge.data import from_rows, write_jsonl
 from hf_fedlarge.errors import ConfigError, StoreError, UpdateRefusedError
 from hf_fedlarge.fixed_point import levels
 from hf_fedlarge.journal import Journal
-from hf_fedlarge.keys import allow, new_key
+from hf_fedlarge.keys import allow, new_key, read_key
 from hf_fedlarge.ledger import Draw
 from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.orders import (
@@ -33,6 +33,7 @@ from hf_fedlarge.orders import (
     FAILED,
     KEYS,
     MAX_NOTE_BYTES,
+    ORDER,
     REVEALED,
     SHARES,
     FailureDocument,
@@ -103,14 +104,14 @@ class Members:
 
 
 @contextmanager
-def together(server, members):
-    """Clients run while the test does, and are told that it is over."""
+def together(server, members, last=0):
+    """Clients run while the test does, and are told that it is over, with the adapter of a round."""
     for thread in members.threads:
         thread.start()
     try:
         yield
     finally:
-        server.clients.end(server.adapter(0))
+        server.clients.end(server.adapter(last))
         for thread in members.threads:
             thread.join(20)
         assert not members.failed, members.said
@@ -643,6 +644,37 @@ def test_a_client_that_is_asked_again_with_something_else_reveals_nothing(
         "shown": "ann is shown another list of keys than the order is about",
         "update": "ann's update is another one than when it advertised its keys",
     }[what] in failure.reason
+
+
+def test_an_order_that_the_server_did_not_sign_has_nobody_reveal_shares_after_an_attempt_was_given_up(
+    federation, store, tmp_path, monkeypatch
+):
+    """Ann has her shares ready and looks whether they are still asked for; somebody else answers that."""
+    public = new_key(tmp_path / "server.pem", "server").split()[2]
+    options = {"server_key": public}
+    server, members = federation(options=options, key=read_key(tmp_path / "server.pem"))
+    revealed, read, forging = secagg.revealed, Store.read, threading.local()
+
+    def revealing(opened, roster, client, survivors):
+        forging.now = client == "ann"
+        return revealed(opened, roster, client, survivors)
+
+    def reading(self, path, most_bytes):
+        raw = read(self, path, most_bytes)
+        if path == ORDER and getattr(forging, "now", False):
+            forging.now = False
+            order = json.loads(raw)
+            del order["signature"]
+            raw = json.dumps(order | {"closes_at": order["closes_at"] + 1000}).encode()
+        return raw
+
+    monkeypatch.setattr(secagg, "revealed", revealing)
+    monkeypatch.setattr(Store, "read", reading)
+    with together(server, members, last=1):
+        server.whole()
+        failure = wait_for(store, f"{inbox(1, 'ann', 1)}/{FAILED}", FailureDocument)
+        assert store.read(f"{inbox(1, 'ann', 1)}/{REVEALED}", 10**6) is None
+    assert "is not signed; expected a signature by the server's key" in failure.reason
 
 
 def until(true, seconds=15):

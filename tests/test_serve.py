@@ -89,7 +89,10 @@ class Processes:
         self.context.set_forkserver_preload(["hf_fedlarge.serve", "hf_fedlarge.trainers.join"])
 
     def start(self, name, *words):
-        process = self.context.Process(target=command, args=(words, self.home / f"{name}.log"))
+        return self.of(command, words, self.home / f"{name}.log")
+
+    def of(self, target, *arguments):
+        process = self.context.Process(target=target, args=arguments)
         process.start()
         self.started.append(process)
         return process

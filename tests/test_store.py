@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import socket
+import threading
 import uuid
 from pathlib import Path
 
@@ -484,3 +486,14 @@ def test_two_stores_at_one_place_are_the_same(tmp_path, package):
     digest = Store(str(tmp_path / "store")).put(package)
     shutil.move(tmp_path / "store", tmp_path / "moved")
     Store(f"file://{tmp_path / 'moved'}").get(digest, tmp_path / "here", PackageManifest)
+
+
+def test_a_place_that_hangs_up_when_it_is_opened_is_said_in_a_sentence():
+    """Ftp connects at once, and its library says nothing of where."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        hanging_up = threading.Thread(target=lambda: server.accept()[0].close())
+        hanging_up.start()
+        url = f"ftp://127.0.0.1:{server.getsockname()[1]}/x"
+        with pytest.raises(ConfigError, match=f"{url} can't be opened as a store: EOFError"):
+            Store(url)
+        hanging_up.join()

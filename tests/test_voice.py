@@ -1,8 +1,8 @@
 """What a server says is signed, and a client that knows its key believes nothing else and nothing old."""
 
-import json
 import threading
 import uuid
+from pathlib import Path
 
 import pytest
 from federation import make_update
@@ -12,15 +12,19 @@ from hf_fedlarge.artifacts import SERVER_FILES, AdapterManifest, PackageManifest
 from hf_fedlarge.cli import main
 from hf_fedlarge.clients import write_check_ins
 from hf_fedlarge.errors import ArtifactError, ConfigError
-from hf_fedlarge.keys import new_key, read_key
+from hf_fedlarge.keys import allow, new_key, read_key
 from hf_fedlarge.orders import (
+    FAILED,
     INBOX,
     ORDER,
+    FailureDocument,
     OrderDocument,
     SecureOrder,
     VerdictDocument,
     Work,
     as_bytes,
+    inbox,
+    read_document,
     verdict,
     write_document,
 )
@@ -217,6 +221,54 @@ def test_an_order_that_was_signed_once_does_not_count_again(home, store, say, tm
     assert here.hear().state == "closed"
 
 
+@pytest.mark.parametrize("other", [{}, {"state": "over", "round": 5, "work": []}])
+@pytest.mark.parametrize("by", ["the same process", "the next process"])
+def test_another_federation_s_order_does_not_count_while_this_one_is_not_over(home, store, say, tmp_path, other, by):
+    """Signed with the same key, and taken from another place; its updates wouldn't even be masked."""
+
+    def ear(at=store, key="server"):
+        return Ear(at, "ann", tmp_path / "cache", (home / f"{key}.pub").read_text(), print)
+
+    here = ear()
+    say(secure=secure("keys"))
+    here.hear()
+    say(run=OTHER, **other)
+    with pytest.raises(
+        ArtifactError, match=f"is of the federation {OTHER}; expected one of {RUN}, .* remove "
+    ) as error:
+        (here if by == "the same process" else ear()).hear()
+    assert one_sentence(error)
+    say(key="eve", run=OTHER)  # whose federation may be met in the same place
+    assert ear(key="eve").hear().run == OTHER
+    elsewhere = Store(f"memory://{uuid.uuid4().hex}")
+    elsewhere.write(ORDER, as_bytes(say(run=OTHER)))
+    assert ear(elsewhere).hear().run == OTHER
+    # What the sentence says to remove is what has to be.
+    Path(str(error.value).rpartition(" remove ")[2].rstrip(".")).unlink()
+    assert ear().hear().run == OTHER
+
+
+def test_the_next_federation_counts_when_the_one_before_is_over(home, store, say, tmp_path):
+    ear = Ear(store, "ann", tmp_path / "cache", (home / "server.pub").read_text(), print)
+    for run in (RUN, OTHER, "c" * 32):
+        say(run=run)
+        assert ear.hear().run == run
+        say(run=run, state="over", work=[])
+        assert ear.hear().state == "over"
+
+
+@pytest.mark.parametrize("key", ["server", None])
+def test_with_the_list_of_clients_keys_nothing_is_sent_unmasked(home, store, say, member, tmp_path, key):
+    allow(tmp_path / "allowed.json", new_key(tmp_path / "ann.pem", "ann"))
+    say(key=key)
+    known = {"server_key": None} if key is None else {}
+    member(keys=tmp_path / "allowed.json", **known)
+    assert not member.jobs
+    assert store.names(inbox(1, "ann", 1)) == [FAILED]
+    reason = read_document(store, f"{inbox(1, 'ann', 1)}/{FAILED}", FailureDocument).reason
+    assert "the order would have the update sent unmasked; expected one of secure aggregation" in reason
+
+
 def test_an_old_order_is_not_trained_for(say, member):
     say(round=2)
     member()
@@ -236,25 +288,61 @@ def test_what_became_of_an_update_is_believed_of_the_server_alone(home, store, s
         write_document(store, verdict(1, "ann", 1), signed(true.model_copy(update=other), key))
         member()
     assert not [line for line in member.said if "the server says" in line]
+    # Nor is anything that the server didn't sign, and what it does say later is heard.
     for said, cause in (
         (true, "is not signed"),
         (signed(true, eve), "is signed with the key"),
         (signed(true, key).model_copy(update={"cause": None}), "was changed after it was signed"),
     ):
-        (sent,) = member_cache(member).glob("clients/*/ann/0001")
-        (sent / "sent.json").write_text(json.dumps({"attempt": 1}))
         write_document(store, verdict(1, "ann", 1), said)
         member()
         assert cause in member.said[-1]
         assert "what the server says of the update can't be read" in member.said[-1]
-    (sent / "sent.json").write_text(json.dumps({"attempt": 1}))
     write_document(store, verdict(1, "ann", 1), signed(true, key))
+    for _ in range(2):
+        member()
+    assert [line for line in member.said if "the server says:" in line] == ["round 1: the server says: too late"]
+
+
+def test_what_is_not_believed_is_reported_once(home, store, say, member, tmp_path):
+    say()
     member()
-    assert member.said[-1] == "round 1: the server says: too late"
+    said = []
+    ear = Ear(store, "ann", tmp_path / "cache", (home / "server.pub").read_text(), said.append)
+    true = VerdictDocument(run=RUN, client="ann", round=1, attempt=1)
+    for verdict_of in (true, signed(true, read_key(home / "eve.pem"))):
+        write_document(store, verdict(1, "ann", 1), verdict_of)
+        for _ in range(3):
+            ear.hear()
+    assert len(said) == 2
+    assert "is not signed" in said[0]
+    assert "is signed with the key" in said[1]
 
 
-def member_cache(member):
-    return member.jobs[0].output.parents[4]
+CLOSED = [
+    ({"round": 2, "attempt": 2}, False),  # older than what there are secrets of
+    ({"round": 1, "attempt": 9}, False),
+    ({"round": 3, "attempt": 1}, False),
+    ({"round": 0, "attempt": 0}, False),
+    ({"round": 3, "attempt": 2}, True),
+    ({"round": 4, "attempt": 1}, True),
+]
+
+
+@pytest.mark.parametrize(("closed", "gone"), CLOSED)
+def test_an_old_order_that_closes_takes_no_secrets_of_a_newer_attempt(home, store, say, tmp_path, closed, gone):
+    ear = Ear(store, "ann", tmp_path / "cache", (home / "server.pub").read_text(), print)
+    order = say(round=3, attempt=2, secure=secure("keys"))
+    secrets = ear.home(order) / "0003" / "secure" / "2.json"
+    secrets.parent.mkdir(parents=True)
+    secrets.write_text("{}")
+    ear.hear()
+    say(state="closed", work=[], **closed)
+    ear.hear()
+    assert secrets.exists() != gone
+    say(round=4)  # what is open leaves no other round's
+    ear.hear()
+    assert not secrets.exists()
 
 
 def test_without_the_server_s_key_everything_is_believed_as_before(say, member):

@@ -101,8 +101,8 @@ def join(
         train: trains and writes the update; None: in this process.
         key: the file of its private key, which signs its updates; None: they are not signed.
         packages: the URL of another store that has the packages; None: they lie with the orders.
-        keys: the list of all clients' keys, which have to sign those of secure aggregation; None: the server is
-            believed whose they are.
+        keys: the list of all clients' keys, which have to sign those of secure aggregation, without which nothing is
+            sent then; None: the server is believed whose they are, and whether there is secure aggregation.
         server_key: the server's public key, in 64 hexadecimal digits, which has to have signed what the server says;
             None: whoever can write the store is believed.
 
@@ -167,7 +167,8 @@ class _Member:
         keys: Path | None,
     ) -> None:
         self._key, self._package_store, self._ear = key, package_store, ear
-        self._secure = SecureMember(store, check_in.client, key, keys, report)
+        self._must_be_secure = keys is not None
+        self._secure = SecureMember(store, ear.order, check_in.client, key, keys, report)
         self._store, self._check_in, self._client = store, check_in, check_in.client
         self._data, self._eval_data, self._cache, self._report, self._train = data, eval_data, cache, report, train
         self._answered: tuple[str, int, int, str] | None = None
@@ -210,6 +211,11 @@ class _Member:
         home = self._ear.home(order)
         update = home / f"{order.round:04d}" / "update"
         try:
+            if self._must_be_secure and order.secure is None:
+                raise ArtifactError(
+                    "the order would have the update sent unmasked; expected one of secure aggregation, for which "
+                    "--keys was given: leave that out if the federation has no `secure`."
+                )
             if order.secure is None or order.secure.stage == "keys":
                 self._make_update(order, work, home, update)
             if order.secure:

@@ -21,7 +21,6 @@ from hf_fedlarge.keys import read_allowed, read_key
 from hf_fedlarge.orders import (
     KEYS,
     MAX_ORDER_BYTES,
-    ORDER,
     REVEALED,
     ROSTER,
     SHARES,
@@ -60,6 +59,7 @@ class SecureMember:
 
     Args:
         store: where the server is met.
+        order_now: gives what the server asks for now, checked as every order is.
         client: its name.
         key: the file of its private key, which signs what it sends; None: that isn't signed.
         keys: the list of everybody's keys, which must have signed theirs; None: the server is believed.
@@ -67,9 +67,15 @@ class SecureMember:
     """
 
     def __init__(
-        self, store: Store, client: str, key: Path | None, keys: Path | None, report: Callable[[str], None]
+        self,
+        store: Store,
+        order_now: Callable[[], OrderDocument | None],
+        client: str,
+        key: Path | None,
+        keys: Path | None,
+        report: Callable[[str], None],
     ) -> None:
-        self._store, self._client, self._report = store, client, report
+        self._store, self._order_now, self._client, self._report = store, order_now, client, report
         self._key = read_key(key) if key else None
         self._keys = keys
 
@@ -125,7 +131,7 @@ class SecureMember:
             answer = secagg.revealed(opened, roster, self._client, order.secure.survivors)
             attempt = self._once(path, attempt, survivors=order.secure.survivors)
             # Shares that come after an attempt was given up would open a sum that nobody asks for any more.
-            now = read_document(self._store, ORDER, OrderDocument)
+            now = self._order_now()
             if now is None or now.step != order.step or not now.is_open:
                 self._report(f"round {order.round}: the attempt was over before the shares were ready")
                 return

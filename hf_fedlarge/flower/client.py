@@ -85,6 +85,7 @@ def _answer(settings: NodeSettings, content: RecordDict) -> RecordDict:
     place = inbox(order.round, settings.client, order.attempt)
     try:
         with _until(order.closes_at if order.late == "refuse" else None):
+            _ear(settings, mailbox).order()  # before anything is done that it says
             if not (worker and ask(worker, settings, work, _report)):
                 take_part(settings, mailbox, work, _report)
     except (FedLargeError, TooLate) as error:
@@ -94,11 +95,15 @@ def _answer(settings: NodeSettings, content: RecordDict) -> RecordDict:
     return put_in({f"{place}/{name}": mailbox.read(f"{place}/{name}", work.update_bytes) for name in names})
 
 
-def _hear_the_end(settings: NodeSettings, mailbox: Store) -> None:
+def _ear(settings: NodeSettings, mailbox: Store) -> Ear:
     server = check_server_key(settings.server_key) if settings.server_key is not None else None
     cache = Path(settings.cache) if settings.cache else DEFAULT_CACHE
+    return Ear(mailbox, settings.client, cache.expanduser(), server, _report)
+
+
+def _hear_the_end(settings: NodeSettings, mailbox: Store) -> None:
     try:
-        over = Ear(mailbox, settings.client, cache.expanduser(), server, _report).hear()
+        over = _ear(settings, mailbox).hear()
         _report(f"the federation is over after round {over.round}")
     except FedLargeError as error:
         _report(f"{error}")

@@ -192,22 +192,30 @@ class Mailbox(Store):
         """Tell clients that are there that the federation is over, and what became of their updates.
 
         Args:
-            seconds: that they are waited for, but for those that are still at work on something else.
+            seconds: that they are waited for, but for those that are still at work on something else; as long again at
+                the most for those of whom it has to be asked who they are, as after a restart.
             poll: seconds between two looks for their answers.
 
         Raises:
             StoreError: the SuperLink can't be reached.
         """
         order = read_document(self, ORDER, OrderDocument)
-        self._online()
-        busy = {letter.node for letter in self._letters.values()}
+        self._ask_who(self._online())
+        busy = {letter.node for letter in self._letters.values() if letter.client is not None}
+        self._letters = {id: letter for id, letter in self._letters.items() if letter.client is None}
+        self._await(busy, seconds, poll)
         self._letters = {}
         for client, node in self._clients.items():
             letter = _Letter(node, time.time() + seconds, _NOTHING, 0, client)
             files = {ORDER: as_bytes(signed(order, self._key))} | self._told(order, client)
             self._send(letter, put_in(files), MessageType.TRAIN)
+        self._await(busy, seconds, poll)
+
+    def _await(self, busy: set[_Node], seconds: float, poll: float) -> None:
+        """Fetch answers until there are all but those of nodes at work."""
+        end = time.monotonic() + seconds
         self._collect()
-        while any(letter.node not in busy for letter in self._letters.values()):
+        while any(letter.node not in busy for letter in self._letters.values()) and time.monotonic() < end:
             time.sleep(poll)
             self._collect()
 

@@ -14,6 +14,7 @@ as a ClientApp has whose SuperNode was killed.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -36,6 +37,7 @@ from hf_fedlarge.untrusted import parse_json
 if TYPE_CHECKING:
     from hf_fedlarge.jobs import Train
 
+logger = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 2**16
 GRACE_SECONDS = 10.0  # for training to leave off, before the process ends without it
 _SOCKET, _KEY, _MAILBOX = "socket", "key", "mailbox"
@@ -61,12 +63,15 @@ def mailbox_in(directory: Path, client: str) -> Store:
 def ask(directory: Path, settings: NodeSettings, work: Work, report: Callable[[str], None]) -> bool:
     """Have a worker answer the order in its mailbox; False: none is there, or it went away.
 
+    The worker has a working directory of its own, so files are named to it as they are from the root.
+
     Raises:
         FedLargeError: why there is no answer.
     """
     try:
         with Client(str(directory / _SOCKET), "AF_UNIX", authkey=(directory / _KEY).read_bytes()) as connection:
-            request = {"settings": settings.model_dump(mode="json"), "work": work.model_dump(mode="json")}
+            own = settings.model_dump(mode="json") | _from_the_root(settings, work)
+            request = {"settings": own, "work": work.model_dump(mode="json")}
             connection.send_bytes(json.dumps(request).encode())
             while True:
                 said = parse_json(connection.recv_bytes(MAX_MESSAGE_BYTES), "The worker's answer")
@@ -80,27 +85,42 @@ def ask(directory: Path, settings: NodeSettings, work: Work, report: Callable[[s
         return False
 
 
+def _from_the_root(settings: NodeSettings, work: Work) -> dict[str, str]:
+    """The settings that name files here, and where packages are if that is a directory."""
+    found = {name: getattr(settings, name) for name in ("cache", "key", "keys")}
+    # What isn't there is a data set's name, or will be missed.
+    found |= {
+        name: value for name in ("data", "eval_data") if (value := getattr(settings, name)) and Path(value).exists()
+    }
+    packages = settings.store or work.package_store
+    if packages and "://" not in packages:
+        found["store"] = packages
+    return {name: str(Path(value).expanduser().absolute()) for name, value in found.items() if value}
+
+
 # The worker
 
 
-def serve(directory: Path, report: Callable[[str], None]) -> None:
+def serve(directory: Path, report: Callable[[str], None], parent: int | None = None) -> None:
     """Answer orders until a signal comes or the parent process is gone.
 
     Args:
         directory: for its socket; made if it isn't there.
         report: told in a line when it is ready.
+        parent: the process with which it ends; None: the one that is its parent now.
 
     Raises:
         ConfigError: others than its owner may enter the directory, or its path is too long for a socket.
         OutputError: another worker is at work there.
     """
+    parent = parent or os.getppid()
     _make_private(directory)
     lock = FileLock(directory / ".lock", timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
         raise OutputError(f"Another worker is at work in {directory}; end it, or choose another directory.") from error
-    with lock, _ended_by_signals():
+    with lock, _ended_by_signals(parent):
         from hf_fedlarge.trainers.launch import in_process
 
         train = in_process()
@@ -116,7 +136,11 @@ def serve(directory: Path, report: Callable[[str], None]) -> None:
         try:
             report(f"ready in {directory}")
             while True:
-                with suppress(OSError, EOFError, AuthenticationError), listener.accept() as connection:
+                try:
+                    connection = listener.accept()
+                except (OSError, EOFError, AuthenticationError):
+                    continue  # who doesn't know the key, or has gone
+                with connection:
                     _answer(connection, directory, train)
         finally:
             listener.close()
@@ -124,14 +148,19 @@ def serve(directory: Path, report: Callable[[str], None]) -> None:
 
 
 def _answer(connection: Connection, directory: Path, train: Train) -> None:
-    request = parse_json(connection.recv_bytes(MAX_MESSAGE_BYTES), "The request")
-    settings, work = NodeSettings.model_validate(request["settings"]), Work.model_validate(request["work"])
+    """Do what is asked for and say how that went; whatever went wrong with it, the worker goes on."""
+    try:
+        raw = connection.recv_bytes(MAX_MESSAGE_BYTES)
+    except (OSError, EOFError):
+        return
 
     def tell(**said: Any) -> None:
         with suppress(OSError):  # whoever asked has gone, which is noticed elsewhere
             connection.send_bytes(json.dumps(said).encode())
 
     try:
+        request = parse_json(raw, "The request")
+        settings, work = NodeSettings.model_validate(request["settings"]), Work.model_validate(request["work"])
         with _while_listening(connection):
             mailbox = mailbox_in(directory, settings.client)
             take_part(settings, mailbox, work, lambda line: tell(line=line), train)
@@ -139,8 +168,11 @@ def _answer(connection: Connection, directory: Path, train: Train) -> None:
         return
     except FedLargeError as error:
         tell(failed=f"{error}")
-        return
-    tell(done=True)
+    except Exception as error:
+        logger.exception("The worker of %s could not answer an order.", directory)
+        tell(failed=f"the worker failed ({type(error).__name__}: {error!s:.1000}); its log has more.")
+    else:
+        tell(done=True)
 
 
 @contextmanager
@@ -177,9 +209,9 @@ def _insist(number: signal.Signals, over: threading.Event) -> None:
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
+def _ended_by_signals(parent: int) -> Iterator[None]:
     """Within it, SIGTERM ends the process as Ctrl+C does, and so does the end of its parent."""
-    parent, over = os.getppid(), threading.Event()
+    over = threading.Event()
 
     def watch() -> None:
         while not over.wait(0.5):
