@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from served import Server
 
 from hf_fedlarge.adapters import ADAPTER_WEIGHTS
-from hf_fedlarge.artifacts import AdapterManifest, read_manifest
+from hf_fedlarge.artifacts import SERVER_FILES, AdapterManifest, read_manifest, verify_files
 from hf_fedlarge.clients import write_check_ins
 from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import Codec
-from hf_fedlarge.errors import ArtifactError, BudgetError
+from hf_fedlarge.errors import ArtifactError, BudgetError, StoreError
 from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.orders import ORDER, WHOLE, FailureDocument, OrderDocument, inbox, read_document, write_document
 from hf_fedlarge.plan import CheckIn
@@ -63,6 +63,7 @@ class Rounds:
     def join(self, client):
         def train(job):
             self.jobs.append(job)
+            verify_files(job.adapter, read_manifest(job.adapter, AdapterManifest), unneeded=SERVER_FILES)
             how = {"adapter": job.adapter, "codec": CODEC, "frozen": "A", "round_number": job.round}
             make_update(job.output, job.package, client, seed=job.round, **how)
 
@@ -132,15 +133,15 @@ def damage(path, content=None):
     (path / ADAPTER_WEIGHTS).write_bytes(content or (path / ADAPTER_WEIGHTS).read_bytes()[:-1] + b"x")
 
 
-@pytest.mark.parametrize("what", ["gone", "damaged", "tampered", "removed", "of other tensors"])
-def test_who_cannot_use_what_changed_takes_the_whole_and_it_is_counted(rounds, what, monkeypatch):
+@pytest.mark.parametrize("what", ["gone", "damaged", "tampered", "removed", "broken off", "of other tensors"])
+def test_who_cannot_use_what_changed_takes_the_whole_and_it_is_counted(rounds, what, monkeypatch, tmp_path):
     rounds.run(1, ["ann"])
     [had] = rounds.path.glob("ann/clients/*/ann/0001/adapter")
     if what == "gone":
         shutil.rmtree(had)
     elif what == "damaged":
         damage(had)
-    else:
+    elif what != "broken off":
         put = Store.put_file
 
         def spoiled(store, path, entry):
@@ -153,11 +154,18 @@ def test_who_cannot_use_what_changed_takes_the_whole_and_it_is_counted(rounds, w
                     store.write(object_path(entry.sha256), raw[:-1] + bytes([raw[-1] ^ 1]))
 
         monkeypatch.setattr(Store, "put_file", spoiled)
+    if what == "broken off":
+
+        def half(store, entry, target):
+            target.write_bytes(b"half")
+            raise StoreError("The store is away.")
+
+        monkeypatch.setattr(Store, "get_file", half)
     if what == "of other tensors":
         plain = apply_change
         monkeypatch.setattr(
             "hf_fedlarge.trainers.join.apply_change",
-            lambda previous, change, output: plain(previous, other_tensors(change), output),
+            lambda previous, change, output: plain(previous, other_tensors(change, tmp_path), output),
         )
     rounds.fetched()
     down = rounds.run(2, ["ann"])
@@ -172,8 +180,8 @@ def test_who_cannot_use_what_changed_takes_the_whole_and_it_is_counted(rounds, w
     assert rounds.server.round.accepted.keys() == {"ann"}
 
 
-def other_tensors(change):
-    other = change.with_name("other")
+def other_tensors(change, directory):
+    other = directory / "other"
     save_file({f"{name}.more": tensor for name, tensor in load_file(change).items()}, other)
     return other
 
@@ -240,7 +248,7 @@ def test_where_every_tensor_changed_there_is_no_file_of_changes(home, tmp_path):
 def test_a_change_of_what_is_not_there_is_refused(home, tmp_path):
     weights = home / "start" / ADAPTER_WEIGHTS
     shutil.copyfile(weights, tmp_path / "change")
-    other = other_tensors(tmp_path / "change")
+    other = other_tensors(tmp_path / "change", tmp_path)
     with pytest.raises(ArtifactError, match="expected its changes"):
         apply_change(weights, other, tmp_path / "made")
 

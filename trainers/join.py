@@ -308,9 +308,11 @@ class _Member:
                 shutil.copyfile(previous / name, made)
             elif name in change.files:
                 changed = directory / f".{change.files[name].sha256}"
-                self._store.get_file(change.files[name], changed)
-                apply_change(previous / name, changed, made)
-                changed.unlink()
+                try:
+                    self._store.get_file(change.files[name], changed)
+                    apply_change(previous / name, changed, made)
+                finally:  # what isn't in the manifest has no place in an adapter
+                    changed.unlink(missing_ok=True)
             else:
                 continue
             if sha256_of(made) != entry.sha256:
