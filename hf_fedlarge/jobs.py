@@ -105,6 +105,7 @@ class Jobs:
         self._read = 0  # of the journal's entries
         # The same for all clients of a tier, and reading two adapters or a package's config takes a while.
         self._changed_bytes = functools.cache(changed_bytes)
+        self._write_changes = functools.cache(write_changes)
         self._expected: dict[Path, Expected] = {}
 
     @cached_property
@@ -279,7 +280,7 @@ class Jobs:
         tier = self.tier_of(client, number)
         asked = [entry["round"] for entry in journal.find("asked", client=client) if entry["round"] < number]
         had = [past for past in asked if self.tier_of(client, past) is tier]  # another tier's are of no use
-        whole = down == "whole" or (down == "offered" and not self.has_previous(journal, client, number))
+        whole = down == "whole" or (down == "offered" and not self.is_offered(journal, client, number))
         return self.download_bytes(client, number, had[-1] if had else None, whole)
 
     def has_previous(self, journal: Journal, client: str, number: int) -> bool:
@@ -287,10 +288,16 @@ class Jobs:
         answered = journal.find("received", client=client, round=number - 1)
         return bool(answered) and self.tier_of(client, number - 1) is self.tier_of(client, number)
 
+    def is_offered(self, journal: Journal, client: str, number: int) -> bool:
+        """Whether what changed is offered to a client: it has the adapter before, and not every tensor changed."""
+        return self.has_previous(journal, client, number) and bool(
+            self.changes(self.tier_of(client, number), number)[1]
+        )
+
     def changes(self, tier: Tier, number: int) -> tuple[Path, dict[str, FileEntry]]:
         """What changed in the tier's adapter since round `number` - 1: a directory, and its files."""
         directory = self._adapter_of(number - 1).with_name("changes") / f"{self.tiers.index(tier)}"
-        return directory, write_changes(self.adapter(tier, number), self.adapter(tier, number - 1), directory)
+        return directory, self._write_changes(self.adapter(tier, number), self.adapter(tier, number - 1), directory)
 
     def check_budget(self, journal: Journal, clients: list[str], number: int, down: Down) -> None:
         """Refuse a round that could overstep the budget, before anything of it is sent.
@@ -309,7 +316,7 @@ class Jobs:
         for client in clients:
             if client not in asked:
                 needed += self.missing_bytes(journal, client, number, down)
-            if down == "offered" and client not in whole and self.has_previous(journal, client, number):
+            if down == "offered" and client not in whole and self.is_offered(journal, client, number):
                 needed += self.whole_bytes(client, number)
         needed += sum(self.upload_bytes(client, number) for client in clients)
         if self.config.secure:

@@ -350,6 +350,7 @@ def test_who_was_asked_keeps_its_tier_for_the_round(make_paced):
 def test_another_tier_s_package_and_adapter_are_downloaded_and_counted(make_paced, monkeypatch, why):
     paced = make_paced(memory=3 * 10**9)
     monkeypatch.setattr(Jobs, "adapter", lambda self, tier, number: (tier.name, number))
+    monkeypatch.setattr(Jobs, "changes", lambda self, tier, number: (None, {"a file": None}))
     paced.jobs._changed_bytes = lambda adapter, previous: 1000 if previous is None else 10
     paced.round(1, ann=30.0)
     assert paced.jobs.missing_bytes(paced.journal, "ann", 2, down="offered") == 10
