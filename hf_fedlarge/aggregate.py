@@ -146,7 +146,7 @@ def fedavg(
         result = averaged(changes, parent, trained)
         whole = [Term(scale, result)]
         energy, dropped = inner(whole, whole), 0.0
-    elif is_estimated(product_terms(changes, parent, scale)):
+    elif is_estimated(merged(product_terms(changes, parent, scale))):
         # Which takes another scale: squares of it.
         probes = Probes(changes[0].factors.width)
         result = averaged(changes, parent, probes=probes)

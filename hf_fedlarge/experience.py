@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.plan import CheckIn
@@ -31,17 +31,45 @@ def seen(check_ins: Sequence[CheckIn], journal: Journal) -> list[CheckIn]:
     ]
 
 
-def last_pace(journal: Journal, client: str, number: int) -> tuple[int, float] | None:
-    """The round of a client's last update that came before round `number` began, and the seconds that it trained.
+class Past(NamedTuple):
+    """How long a client took in the round `round`; where it `missed` the deadline, that is the least it can be."""
 
-    They are the client's word. What comes late, while the round runs, changes nothing in it any more.
+    round: int
+    seconds: float
+    missed: bool = False
+
+
+def last_paces(journal: Journal, number: int, deadline: float) -> dict[str, Past]:
+    """Client → how long it took the last time that is known, of what the journal had when round `number` began.
+
+    Seconds are a client's word. A client that was asked, and gave neither an update nor a reason until a deadline had
+    passed, took at least as long as that. What comes late, while round `number` runs, changes nothing any more.
     """
-    found = None
+    found: dict[str, Past] = {}
+    asked, selected, waiting = set[str](), set[str](), set[str]()  # in a round, in an attempt, and not heard in that
+    goal = 0
     for entry in journal.entries:
-        if entry.get("round", 0) >= number:
+        at, event, client = entry.get("round", 0), entry["event"], entry.get("client")
+        if at >= number:
             break
-        if entry["event"] == "received" and entry["client"] == client and _is_measured(entry):
-            found = entry["round"], float(entry["seconds"])
+        if event == "selected":
+            asked = asked if entry["attempt"] > 1 else set()  # who is asked again has no entry of that
+            selected, goal = set(entry["clients"]), entry["goal"]
+            waiting = asked & selected
+        elif event == "asked":
+            asked.add(client)
+            waiting |= {client} & selected
+        elif event == "received" and entry.get("overdue"):
+            found[client] = Past(at, deadline, missed=True)
+        elif event == "received" and _is_measured(entry):
+            found[client] = Past(at, float(entry["seconds"]))
+        elif event in ("validated", "failed"):
+            waiting.discard(client)
+        elif event in ("closed", "abandoned"):
+            counted = entry["clients" if event == "closed" else "accepted"]
+            if len(counted) < goal:  # else nobody waited for the others until the deadline
+                found |= {client: Past(at, deadline, missed=True) for client in waiting - set(counted)}
+            waiting = set()
     return found
 
 

@@ -23,7 +23,7 @@ from hf_fedlarge.collect import expected_from
 from hf_fedlarge.config import Codec, FederationConfig, LoraSettings, PackageSettings
 from hf_fedlarge.entries import FileEntry
 from hf_fedlarge.errors import ConfigError
-from hf_fedlarge.experience import last_pace
+from hf_fedlarge.experience import Past, last_paces
 from hf_fedlarge.fixed_point import WORD_BYTES
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import MAX_SIGNATURE_BYTES, AllowedKeys, make_allowed, read_allowed
@@ -100,9 +100,12 @@ class Jobs:
     ) -> None:
         self.config, self.run, self._adapter_of, self.tiers = config, run, adapter_of, tiers
         self._journal = journal
-        self._paces: dict[tuple[str, int], tuple[int, float] | None] = {}
+        self._paces: dict[int, dict[str, Past]] = {}
+        self._asked: dict[tuple[str, int], int | None] = {}  # client and round → tier
+        self._read = 0  # of the journal's entries
         # The same for all clients of a tier, and reading two adapters or a package's config takes a while.
         self._changed_bytes = functools.cache(changed_bytes)
+        self._write_changes = functools.cache(write_changes)
         self._expected: dict[Path, Expected] = {}
 
     @cached_property
@@ -120,12 +123,26 @@ class Jobs:
         return self.tiers[-1].memory_bytes
 
     def tier_of(self, client: str, number: int) -> Tier:
-        """The first tier that a client has memory for in a round, and can be expected to end before the deadline.
+        """The first tier that a client has memory for, and can be expected to end before the deadline.
 
-        One that doesn't say what memory it has is taken to have enough, and one that has not trained yet to be fast
-        enough. Where no tier is fast enough it gets the smallest.
+        A client that was asked in the round keeps the tier that it was asked under. One that doesn't say what memory
+        it has is taken to have enough, and one that has not trained yet to be fast enough. Where no tier is fast
+        enough it gets the smallest.
         """
+        if (found := self._asked_under(client, number)) is not None:
+            return found
         return next((tier for tier in self._able(client) if self._is_fast_enough(client, tier, number)), self.tiers[-1])
+
+    def _asked_under(self, client: str, number: int) -> Tier | None:
+        """None: it wasn't asked, or before the journal kept the tier."""
+        if self._journal is None or len(self.tiers) == 1:
+            return None
+        for entry in self._journal.entries[self._read :]:
+            if entry["event"] == "asked":
+                self._asked[entry["client"], entry["round"]] = entry.get("tier")
+        self._read = len(self._journal.entries)
+        index = self._asked.get((client, number))
+        return None if index is None else self.tiers[index]
 
     def _able(self, client: str) -> list[Tier]:
         memory = self.check_ins[client].memory_bytes
@@ -133,26 +150,29 @@ class Jobs:
 
     def _is_fast_enough(self, client: str, tier: Tier, number: int) -> bool:
         seconds = self._seconds(client, tier, number)
-        return seconds is None or seconds <= self.config.deadline_seconds
+        return seconds is None or seconds < self.config.deadline_seconds
 
     def _seconds(self, client: str, tier: Tier, number: int) -> float | None:
         """How long a client would train with a tier's package: as long as the last time, by the bytes of the two."""
+        if (past := self._past(client, number)) is None:
+            return None
+        then = self._asked_under(client, past.round) or self._able(client)[0]
+        return past.seconds * (tier.manifest.total_bytes / then.manifest.total_bytes)
+
+    def _past(self, client: str, number: int) -> Past | None:
         if self.config.deadline_seconds is None or self._journal is None or len(self.tiers) == 1:
             return None
-        if (client, number) not in self._paces:
-            self._paces[client, number] = last_pace(self._journal, client, number)
-        if (found := self._paces[client, number]) is None:
-            return None
-        then, seconds = found
-        return seconds * tier.manifest.total_bytes / self.tier_of(client, then).manifest.total_bytes
+        if number not in self._paces:  # the journal before a round that has begun doesn't change
+            self._paces[number] = last_paces(self._journal, number, self.config.deadline_seconds)
+        return self._paces[number].get(client)
 
     def describe_pace(self, client: str, number: int) -> str | None:
         """What is to be said of a client that gets a smaller tier than its memory is enough for; None: it doesn't."""
-        able, tier = self._able(client), self.tier_of(client, number)
-        if tier is able[0]:
+        able, tier, past = self._able(client), self.tier_of(client, number), self._past(client, number)
+        if past is None or self.tiers.index(tier) <= self.tiers.index(able[0]):
             return None
         above = self.tiers[self.tiers.index(tier) - 1]
-        pace = Pace(*(self._seconds(client, one, number) for one in (tier, above)))
+        pace = Pace(*(self._seconds(client, one, number) for one in (tier, above)), past.missed)
         memory = self.check_ins[client].memory_bytes or able[0].memory_bytes
         tokens = _batch(self.config.training) * _max_length(self.config.training)
         said = describe_pace(pace, memory, tokens, self.config.deadline_seconds, tier.manifest, tier.lora)
@@ -260,7 +280,7 @@ class Jobs:
         tier = self.tier_of(client, number)
         asked = [entry["round"] for entry in journal.find("asked", client=client) if entry["round"] < number]
         had = [past for past in asked if self.tier_of(client, past) is tier]  # another tier's are of no use
-        whole = down == "whole" or (down == "offered" and not self.has_previous(journal, client, number))
+        whole = down == "whole" or (down == "offered" and not self.is_offered(journal, client, number))
         return self.download_bytes(client, number, had[-1] if had else None, whole)
 
     def has_previous(self, journal: Journal, client: str, number: int) -> bool:
@@ -268,10 +288,16 @@ class Jobs:
         answered = journal.find("received", client=client, round=number - 1)
         return bool(answered) and self.tier_of(client, number - 1) is self.tier_of(client, number)
 
+    def is_offered(self, journal: Journal, client: str, number: int) -> bool:
+        """Whether what changed is offered to a client: it has the adapter before, and not every tensor changed."""
+        return self.has_previous(journal, client, number) and bool(
+            self.changes(self.tier_of(client, number), number)[1]
+        )
+
     def changes(self, tier: Tier, number: int) -> tuple[Path, dict[str, FileEntry]]:
         """What changed in the tier's adapter since round `number` - 1: a directory, and its files."""
         directory = self._adapter_of(number - 1).with_name("changes") / f"{self.tiers.index(tier)}"
-        return directory, write_changes(self.adapter(tier, number), self.adapter(tier, number - 1), directory)
+        return directory, self._write_changes(self.adapter(tier, number), self.adapter(tier, number - 1), directory)
 
     def check_budget(self, journal: Journal, clients: list[str], number: int, down: Down) -> None:
         """Refuse a round that could overstep the budget, before anything of it is sent.
@@ -285,11 +311,12 @@ class Jobs:
             return
         spent = sum(entry["bytes"] for entry in journal.find("asked", "received", "told"))
         asked = {entry["client"] for entry in journal.find("asked", round=number)}
+        whole = {entry["client"] for entry in journal.find("told", round=number, what="adapter")}  # counted by now
         needed = 0
         for client in clients:
             if client not in asked:
                 needed += self.missing_bytes(journal, client, number, down)
-            if down == "offered" and self.has_previous(journal, client, number):
+            if down == "offered" and client not in whole and self.is_offered(journal, client, number):
                 needed += self.whole_bytes(client, number)
         needed += sum(self.upload_bytes(client, number) for client in clients)
         if self.config.secure:

@@ -64,7 +64,7 @@ class Offers:
         return Change(since=since, files=changed, clients=holders)
 
     def _holds(self, jobs: Jobs, client: str, server: RoundServer) -> bool:
-        return self._with_changes and jobs.has_previous(server.journal, client, server.number)
+        return self._with_changes and jobs.is_offered(server.journal, client, server.number)
 
     def hear(self, jobs: Jobs, server: RoundServer, order: Order, client: str) -> None:
         """Count the whole adapter for a client that says it fetched that in place of what changed, once.

@@ -309,7 +309,8 @@ class _Federation:
         self.jobs.check_budget(self.journal, server.waiting(order), order.round, down)
 
         def asked(client: str) -> None:
-            server.asked(client, self.jobs.missing_bytes(self.journal, client, order.round, down))
+            tier = self.jobs.tiers.index(self.jobs.tier_of(client, order.round))
+            server.asked(client, self.jobs.missing_bytes(self.journal, client, order.round, down), tier)
 
         for client, problem in self.clients.answers(self.jobs, server, order, asked):
             if problem is not None:

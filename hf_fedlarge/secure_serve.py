@@ -252,6 +252,8 @@ class SecureRound:
         """A client's message, or why there will be none; None: it isn't there yet."""
         place = inbox(self._order.round, client, self._order.attempt)
         try:
+            if name == KEYS:  # the first answer, before which the adapter was fetched
+                self._clients.hear(self._jobs, self._server, self._order, client)
             if failure := self._clients.failure(place):
                 return failure
             most = MAX_NOTE_BYTES + CLIENT_BYTES * len(self._order.clients)
@@ -265,7 +267,7 @@ class SecureRound:
     def _fetched(self, roster: secagg.Roster, client: str) -> str | None:
         """As `StoreClients.fetched`, of an update that is masked for this roster."""
         update = self._server.work / client
-        came = self._clients.fetched(self._jobs, self._order, client, update)
+        came = self._clients.fetched(self._jobs, self._server, self._order, client, update)
         if came == "":
             try:
                 if read_update(update).roster != roster.digest:

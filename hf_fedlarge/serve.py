@@ -212,7 +212,6 @@ class StoreClients:
         self, jobs: Jobs, server: RoundServer, order: Order, asked: Callable[[str], None]
     ) -> Iterator[tuple[str, str | None]]:
         """Publish the order, and look into the inbox until the round has what it wants."""
-        self._server = server
         late = order.round - (self._config.late == "buffer")
         for home in (INBOX, SECURE):
             self.patiently(clear, self.store, home, late)
@@ -244,7 +243,7 @@ class StoreClients:
                 if client not in server.waiting(order):
                     continue
                 update = server.work / client
-                came = self.patiently(self.fetched, jobs, order, client, update)
+                came = self.patiently(self.fetched, jobs, server, order, client, update)
                 if came is not None:
                     heard = True
                     yield client, came or None
@@ -300,13 +299,13 @@ class StoreClients:
         there = set(self.store.names(inbox(order.round)))
         return [client for client in clients if client in there]
 
-    def fetched(self, jobs: Jobs, order: Order, client: str, update: Path) -> str | None:
+    def fetched(self, jobs: Jobs, server: RoundServer, order: Order, client: str, update: Path) -> str | None:
         """Fetch an update to `update`; None: it isn't there yet, or why there is none, or an empty string."""
         if update.exists():
             return ""  # fetched before the server was killed
         place = inbox(order.round, client, order.attempt)
         try:
-            self._offers.hear(jobs, self._server, order, client)
+            self.hear(jobs, server, order, client)
             if failure := self.failure(place):
                 return failure
             most = jobs.upload_bytes(client, order.round)
@@ -316,6 +315,10 @@ class StoreClients:
         except ArtifactError as error:
             return f"{client} refused: {error}"
         return None if found is None else ""
+
+    def hear(self, jobs: Jobs, server: RoundServer, order: Order, client: str) -> None:
+        """`Offers.hear`."""
+        self._offers.hear(jobs, server, order, client)
 
     def failure(self, place: str) -> str | None:
         """Why a client gives up, as it says in its inbox.
@@ -331,7 +334,7 @@ class StoreClients:
         """Hand updates for the round before to it, which keeps them."""
         order = server.last_order
         for client in self.patiently(self.present, order, server.unheard(order)) or []:
-            came = self.patiently(self.fetched, jobs, order, client, home / client)
+            came = self.patiently(self.fetched, jobs, server, order, client, home / client)
             if came:
                 server.fail(order, client, came)
             elif came is not None:

@@ -181,11 +181,11 @@ class RoundServer:
         """Whether the deadline has passed."""
         return self.seconds_left is not None and self.seconds_left < 0
 
-    def asked(self, client: str, down: int) -> None:
-        """Write down that a client is sent `down` bytes; a client that is asked again has them already."""
+    def asked(self, client: str, down: int, tier: int = 0) -> None:
+        """Write down that a client is sent `down` bytes for a `tier`; one that is asked again has them already."""
         with self._lock:
             if not self._of("asked", client=client):
-                self._write("asked", client=client, bytes=down)
+                self._write("asked", client=client, bytes=down, tier=tier)
 
     # Received and validated
 
@@ -237,6 +237,8 @@ class RoundServer:
                 reason = f"{client} refused: {error}"
         size = sum(path.stat().st_size for path in directory.glob("*") if path.is_file())
         measured = {} if reason else {"tokens": manifest.tokens, "seconds": manifest.measured.get("seconds")}
+        if late and self.is_late:
+            measured["overdue"] = True
         if not self._of("received", client=client, digest=digest):
             self._write("received", client=client, digest=digest, bytes=size, **measured)
         if reason is None and late:

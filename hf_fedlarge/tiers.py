@@ -198,10 +198,12 @@ class Pace:
     Attributes:
         seconds: in the tier that it gets.
         above: in the smallest one that is too slow.
+        missed: nothing came before a deadline, so that both can be more.
     """
 
     seconds: float
     above: float
+    missed: bool = False
 
 
 def describe_pace(
@@ -209,9 +211,13 @@ def describe_pace(
 ) -> str:
     """A client's tier in a line, as the server prints it where the deadline made it a smaller one."""
     layers = f"{len(package.kept_layers)} of {len(package.layers)} layers"
+    seconds = f"{pace.seconds:.0f} s a round, where the tier above would take {pace.above:.0f} s"
+    said = (
+        f"at least {seconds} or more, as nothing came before the last deadline" if pace.missed else f"about {seconds}"
+    )
     return (
         f"fits in {memory_bytes / 1e9:.1f} GB at {tokens} tokens and {deadline:g} s: keep {layers}, r={lora.rank}: "
-        f"about {pace.seconds:.0f} s a round, where the tier above would take {pace.above:.0f} s"
+        f"{said}"
     )
 
 

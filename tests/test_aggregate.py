@@ -443,6 +443,17 @@ def test_inner_products_and_distances_are_those_of_dense_matrices(federation, se
     assert apart == pytest.approx(expected, rel=1e-9, abs=1e-9 * energy)
 
 
+def test_of_clients_that_started_from_the_same_each_column_counts_once():
+    """17 clients of rank 16 are few enough for exact norms, although their changes have twice the columns."""
+    parent = make_factors(16, 20, 30, seed=99)
+    clients = [make_factors(16, 20, 30, seed) for seed in range(17)]
+    result = fedavg([Change(1 / 17, 2.0, client, parent) for client in clients], 16, 2.0, parent=parent)
+    dense = dense_terms([Term(2.0 / 17, client) for client in clients])
+    assert result.energy == pytest.approx(dense.square().sum().item(), rel=1e-9)
+    lost = dense - 2.0 * result.factors.B_OR.double() @ result.factors.A_RI.double()
+    assert result.dropped == pytest.approx(lost.square().sum().item(), rel=1e-5)
+
+
 def test_the_norm_of_many_columns_is_estimated():
     terms = make_crowd(70)
     mean = Term(1.0, make_factors(8, 90, 70, 0))

@@ -10,15 +10,17 @@ from safetensors.torch import load_file, save_file
 from served import Server
 
 from hf_fedlarge.adapters import ADAPTER_WEIGHTS
-from hf_fedlarge.artifacts import AdapterManifest, read_manifest
+from hf_fedlarge.artifacts import SERVER_FILES, AdapterManifest, read_manifest, verify_files
 from hf_fedlarge.clients import write_check_ins
 from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import Codec
-from hf_fedlarge.errors import ArtifactError, BudgetError
+from hf_fedlarge.errors import ArtifactError, BudgetError, StoreError
 from hf_fedlarge.lineage import start_adapter
-from hf_fedlarge.orders import ORDER, WHOLE, FailureDocument, OrderDocument, inbox, read_document, write_document
+from hf_fedlarge.orders import KEYS, ORDER, WHOLE, FailureDocument, OrderDocument, inbox, read_document, write_document
 from hf_fedlarge.plan import CheckIn
 from hf_fedlarge.report import traffic
+from hf_fedlarge.secagg import Keys
+from hf_fedlarge.secure_serve import SecureRound
 from hf_fedlarge.store import Store, artifact_path, object_path
 from hf_fedlarge.traffic import apply_change, changed_bytes, write_changes
 from hf_fedlarge.trainers.join import join
@@ -63,6 +65,7 @@ class Rounds:
     def join(self, client):
         def train(job):
             self.jobs.append(job)
+            verify_files(job.adapter, read_manifest(job.adapter, AdapterManifest), unneeded=SERVER_FILES)
             how = {"adapter": job.adapter, "codec": CODEC, "frozen": "A", "round_number": job.round}
             make_update(job.output, job.package, client, seed=job.round, **how)
 
@@ -132,15 +135,15 @@ def damage(path, content=None):
     (path / ADAPTER_WEIGHTS).write_bytes(content or (path / ADAPTER_WEIGHTS).read_bytes()[:-1] + b"x")
 
 
-@pytest.mark.parametrize("what", ["gone", "damaged", "tampered", "removed", "of other tensors"])
-def test_who_cannot_use_what_changed_takes_the_whole_and_it_is_counted(rounds, what, monkeypatch):
+@pytest.mark.parametrize("what", ["gone", "damaged", "tampered", "removed", "broken off", "of other tensors"])
+def test_who_cannot_use_what_changed_takes_the_whole_and_it_is_counted(rounds, what, monkeypatch, tmp_path):
     rounds.run(1, ["ann"])
     [had] = rounds.path.glob("ann/clients/*/ann/0001/adapter")
     if what == "gone":
         shutil.rmtree(had)
     elif what == "damaged":
         damage(had)
-    else:
+    elif what != "broken off":
         put = Store.put_file
 
         def spoiled(store, path, entry):
@@ -153,11 +156,18 @@ def test_who_cannot_use_what_changed_takes_the_whole_and_it_is_counted(rounds, w
                     store.write(object_path(entry.sha256), raw[:-1] + bytes([raw[-1] ^ 1]))
 
         monkeypatch.setattr(Store, "put_file", spoiled)
+    if what == "broken off":
+
+        def half(store, entry, target):
+            target.write_bytes(b"half")
+            raise StoreError("The store is away.")
+
+        monkeypatch.setattr(Store, "get_file", half)
     if what == "of other tensors":
         plain = apply_change
         monkeypatch.setattr(
             "hf_fedlarge.trainers.join.apply_change",
-            lambda previous, change, output: plain(previous, other_tensors(change), output),
+            lambda previous, change, output: plain(previous, other_tensors(change, tmp_path), output),
         )
     rounds.fetched()
     down = rounds.run(2, ["ann"])
@@ -166,14 +176,14 @@ def test_who_cannot_use_what_changed_takes_the_whole_and_it_is_counted(rounds, w
     assert of_adapter(rounds.jobs[1].adapter) == (digest, weights)
     paths, _ = rounds.fetched()
     assert object_path(weights) in paths
-    assert [line for line in rounds.said if line.startswith("round 2: fetched the whole adapter: ")]
+    assert [line for line in rounds.said if line.startswith("round 2: fetching the whole adapter: ")]
     assert down["ann"] == changed_bytes(now, None)
     assert read_document(rounds.store, f"{inbox(2, 'ann', 1)}/{WHOLE}", FailureDocument).reason
     assert rounds.server.round.accepted.keys() == {"ann"}
 
 
-def other_tensors(change):
-    other = change.with_name("other")
+def other_tensors(change, directory):
+    other = directory / "other"
     save_file({f"{name}.more": tensor for name, tensor in load_file(change).items()}, other)
     return other
 
@@ -230,6 +240,69 @@ def test_a_budget_has_room_for_whole_adapters(rounds):
                 server.jobs.check_budget(server.journal, ["ann"], 2, down="offered")
 
 
+def test_a_whole_adapter_that_was_counted_is_not_reserved_again(rounds):
+    rounds.run(1, ["ann"])
+    server = rounds.server
+    server.open(2)
+    server.round.asked("ann", server.jobs.missing_bytes(server.journal, "ann", 2, down="offered"))
+    server.round.told(server.order, "ann", "down", "adapter", server.jobs.whole_bytes("ann", 2))
+    needed = sum(entry["bytes"] for entry in server.journal.find("asked", "received", "told"))
+    needed += server.jobs.upload_bytes("ann", 2)
+    server.jobs.config = server.config.model_copy(update={"budget": f"{needed}B"})
+    server.jobs.check_budget(server.journal, ["ann"], 2, down="offered")
+    server.jobs.config = server.config.model_copy(update={"budget": f"{needed - 1}B"})
+    with pytest.raises(BudgetError):
+        server.jobs.check_budget(server.journal, ["ann"], 2, down="offered")
+
+
+def test_where_every_tensor_changed_nothing_is_offered_and_the_whole_is_counted(rounds, monkeypatch):
+    rounds.run(1, ["ann"])
+    monkeypatch.setattr("hf_fedlarge.jobs.write_changes", lambda adapter, previous, output: {})
+    rounds.serve()
+    rounds.fetched()
+    down = rounds.run(2, ["ann"])
+    assert down["ann"] == rounds.fetched()[1] == changed_bytes(rounds.server.adapter(1), None)
+    assert not [line for line in rounds.said if "whole" in line]
+
+
+def test_that_the_whole_is_fetched_is_said_before_it_is(rounds, monkeypatch):
+    rounds.run(1, ["ann"])
+    [had] = rounds.path.glob("ann/clients/*/ann/0001/adapter")
+    shutil.rmtree(had)
+    download, said = Store._download, []
+
+    def noted(store, *arguments):
+        if rounds.server.order.round == 2:
+            said.append(read_document(rounds.store, f"{inbox(2, 'ann', 1)}/{WHOLE}", FailureDocument))
+        return download(store, *arguments)
+
+    monkeypatch.setattr(Store, "_download", noted)
+    rounds.run(2, ["ann"])
+    assert said
+    assert None not in said
+
+
+def test_the_whole_adapter_of_a_late_client_is_counted_in_the_round_it_was_for(rounds, tmp_path):
+    rounds.run(1, ["ann"])
+    server = rounds.server
+    server.open(2)
+    write_document(rounds.store, f"{inbox(2, 'ann', 1)}/{WHOLE}", FailureDocument(reason="gone"))
+    server.clients._take_late(server.jobs, server.round.earlier(2), tmp_path / "late")
+    [told] = server.journal.find("told", what="adapter")
+    assert (told["round"], told["client"], told["bytes"]) == (2, "ann", server.jobs.whole_bytes("ann", 2))
+
+
+def test_the_whole_adapter_of_a_client_that_gives_only_keys_is_counted(rounds):
+    rounds.run(1, ["ann"])
+    server = rounds.server
+    server.open(2)
+    write_document(rounds.store, f"{inbox(2, 'ann', 1)}/{WHOLE}", FailureDocument(reason="gone"))
+    secure = SecureRound(server.clients, server.config, server.jobs, server.round, server.order)
+    assert secure._message("ann", KEYS, Keys, lambda *_: None) is None
+    [told] = server.journal.find("told", what="adapter")
+    assert told["bytes"] == server.jobs.whole_bytes("ann", 2)
+
+
 def test_where_every_tensor_changed_there_is_no_file_of_changes(home, tmp_path):
     make_update(tmp_path / "ann", home / "package", "ann", adapter=home / "start")
     aggregate_updates([tmp_path / "ann"], home / "package", tmp_path / "next", previous=home / "start")
@@ -240,7 +313,7 @@ def test_where_every_tensor_changed_there_is_no_file_of_changes(home, tmp_path):
 def test_a_change_of_what_is_not_there_is_refused(home, tmp_path):
     weights = home / "start" / ADAPTER_WEIGHTS
     shutil.copyfile(weights, tmp_path / "change")
-    other = other_tensors(tmp_path / "change")
+    other = other_tensors(tmp_path / "change", tmp_path)
     with pytest.raises(ArtifactError, match="expected its changes"):
         apply_change(weights, other, tmp_path / "made")
 

@@ -171,6 +171,9 @@ def test_clients_of_little_memory_get_a_smaller_package_and_rank_in_the_same_rou
     assert len(first["clients"]) == 4
     down = sorted(entry["down"] for entry in first["bytes_by_client"].values())
     assert down[1] < down[2]
+    tiers = {client: entry["down"] > down[1] for client, entry in first["bytes_by_client"].items()}
+    asked = Journal(tmp_path / "run" / "journal.jsonl").find("asked", round=1)
+    assert {entry["client"]: entry["tier"] == 0 for entry in asked} == tiers
 
 
 def test_a_round_that_could_overstep_the_budget_is_not_begun(home, whole, tmp_path):

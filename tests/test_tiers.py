@@ -1,5 +1,6 @@
 """What a client's memory is enough for."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,13 +13,15 @@ from hf_fedlarge.artifacts import AdapterManifest, read_manifest
 from hf_fedlarge.clients import write_check_ins
 from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import FederationConfig, LoraSettings
-from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.errors import ConfigError, UpdateRefusedError
 from hf_fedlarge.jobs import Jobs, Tier
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.plan import CheckIn
+from hf_fedlarge.server import RoundServer
 from hf_fedlarge.shrink import plan_shrink, shrink
 from hf_fedlarge.tiers import derive_adapter, describe_fit, fit_memory
+from hf_fedlarge.update import read_update
 
 LORA = LoraSettings(rank=32)
 
@@ -153,92 +156,208 @@ def test_a_tier_larger_than_the_first_is_refused(uneven, tmp_path):
 # Speed
 
 
-class Paced:
-    """Jobs of a run with three tiers, whose packages have 120, 80 and 40 MB, and a journal."""
+class _KilledError(Exception):
+    pass
 
-    def __init__(self, path, deadline=40.0, memory=None):
+
+class Paced:
+    """Rounds of a run with three tiers, whose packages have 120, 80 and 40 MB, and its jobs."""
+
+    def __init__(self, path, update, deadline=40.0, memory=None, **changes):
         config = {"checkpoint": "x", "data": {"source": "x"}, "deadline_seconds": deadline, "cohort": None}
         config["training"] = {"max_length": 128, "per_device_train_batch_size": 4}
-        write_check_ins(path, [CheckIn("ann", 10, memory), CheckIn("ben", 10, memory)])
-        self.journal = Journal(path / "journal.jsonl")
+        self.config = FederationConfig.model_validate(config | {"min_updates": 1} | changes)
+        self.path, self.update = path, update
         self.tiers = []
         for number, (layers, memory_bytes) in enumerate(((30, 3 * 10**9), (20, 2 * 10**9), (10, 10**9))):
             tier = Tier(f"{number}", path / f"{number}", LoraSettings(rank=8 * (3 - number)), memory_bytes)
             kept = {"kept_layers": range(layers), "layers": range(30), "total_bytes": layers * 4 * 10**6}
             tier.__dict__["manifest"] = SimpleNamespace(**kept)
             self.tiers.append(tier)
-        self.jobs = Jobs(FederationConfig.model_validate(config), path, None, self.tiers, self.journal)
+        self.check_in(ann=memory, ben=memory)
+        self.start()
 
-    def trained(self, client, number, seconds):
-        self.journal.write("received", round=number, client=client, digest="d", bytes=1, tokens=100, seconds=seconds)
+    def start(self):
+        """Start the server, or start it again."""
+        self.journal = Journal(self.path / "journal.jsonl")
+        self.jobs = Jobs(self.config, self.path, None, self.tiers, self.journal)
+
+    def check_in(self, **memory):
+        write_check_ins(self.path, [CheckIn(client, 10, most) for client, most in memory.items()])
+        if hasattr(self, "jobs"):
+            self.jobs.read_check_ins()
+
+    def begin(self, number, seconds=None):
+        """A round whose clients are asked."""
+
+        def validate(number, client, directory):
+            took = (seconds or {}).get(client)
+            return read_update(directory).model_copy(update={"measured": {} if took is None else {"seconds": took}})
+
+        server = RoundServer(self.path / "rounds", number, self.journal, self.config, validate)
+        order = server.open(list(self.jobs.check_ins.values()))
+        for client in order.clients:
+            server.asked(client, 1, self.tier(client, number))
+        return server, order
+
+    def round(self, number, late=(), failed=(), **seconds):
+        """A round that clients answer after so many seconds; of those that are not named nothing comes."""
+        server, order = self.begin(number, seconds)
+        for client in seconds:
+            assert server.receive(order, client, self.update).accepted
+        for client in failed:
+            server.fail(order, client, "no battery")
+        if self.config.deadline_seconds is not None:
+            server.begin_wait(-1.0)
+        for client in late:
+            assert not server.receive(order, client, self.update).accepted
+
+        def killed(*_):
+            raise _KilledError
+
+        with pytest.raises(_KilledError if seconds else UpdateRefusedError):
+            server.close(order, killed, None, None)
 
     def tier(self, client, number):
         return self.tiers.index(self.jobs.tier_of(client, number))
 
 
-def test_who_would_not_be_done_in_time_gets_a_smaller_tier_and_the_server_says_so(tmp_path):
-    paced = Paced(tmp_path, memory=3 * 10**9)
+@pytest.fixture
+def make_paced(uneven, tmp_path):
+    return lambda **choices: Paced(tmp_path, uneven / "first", **choices)
+
+
+def test_who_would_not_be_done_in_time_gets_a_smaller_tier_and_the_server_says_so(make_paced):
+    paced = make_paced(memory=3 * 10**9)
     assert [paced.tier(client, 1) for client in ("ann", "ben")] == [0, 0]  # nobody knows yet
-    paced.trained("ann", 1, 39.0)
-    paced.trained("ben", 1, 58.5)
+    paced.round(1, ann=39.0, ben=58.5)
     assert [paced.tier(client, 2) for client in ("ann", "ben")] == [0, 1]
     assert paced.jobs.describe_pace("ann", 2) is None
     assert paced.jobs.describe_pace("ben", 2) == (
         "ben: fits in 3.0 GB at 512 tokens and 40 s: keep 20 of 30 layers, r=16: about 39 s a round, where the tier "
         "above would take 58 s"
     )
-    paced.trained("ben", 2, 38.0)  # in the smaller tier, so it stays there
+    paced.round(2, ann=39.0, ben=38.0)  # in the smaller tier, so it stays there
     assert paced.tier("ben", 3) == 1
-    paced.trained("ben", 3, 20.0)  # and 30 s in the one above
+    paced.round(3, ann=39.0, ben=20.0)  # and 30 s in the one above
     assert paced.tier("ben", 4) == 0
     assert paced.tier("ben", 2) == 1
 
 
-def test_of_tiers_that_are_all_too_slow_it_is_the_smallest(tmp_path):
-    paced = Paced(tmp_path)
-    paced.trained("ann", 1, 1000.0)
+@pytest.mark.parametrize("late", [(), ("ben",)])
+def test_who_missed_a_deadline_gets_a_smaller_tier_after_a_kill_as_well(make_paced, late):
+    paced = make_paced(memory=3 * 10**9)
+    for number in (1, 2, 3):
+        paced.round(number, late, ann=30.0)
+        if number == 1:
+            said = paced.jobs.describe_pace("ben", 2)
+    assert said == (
+        "ben: fits in 3.0 GB at 512 tokens and 40 s: keep 20 of 30 layers, r=16: at least 27 s a round, where the tier "
+        "above would take 40 s or more, as nothing came before the last deadline"
+    )
+    for _ in range(2):
+        assert [paced.tier("ann", number) for number in range(1, 5)] == [0, 0, 0, 0]
+        assert [paced.tier("ben", number) for number in range(1, 5)] == [0, 1, 2, 2]
+        paced.start()
+
+
+def test_a_round_of_which_nothing_came_slows_its_clients_too(make_paced):
+    paced = make_paced()
+    paced.round(1)
+    assert [paced.tier(client, 2) for client in ("ann", "ben")] == [1, 1]
+
+
+def test_a_reason_is_no_missed_deadline(make_paced):
+    paced = make_paced()
+    paced.round(1, failed=["ben"], ann=30.0)
+    assert paced.tier("ben", 2) == 0
+
+
+def test_who_was_not_waited_for_until_the_deadline_did_not_miss_it(make_paced):
+    paced = make_paced(cohort=1, over_select=1.0)
+    paced.round(1, ann=30.0)
+    assert {entry["client"] for entry in paced.journal.find("asked")} == {"ann", "ben"}
+    assert paced.tier("ben", 2) == 0
+
+
+def test_many_rounds_take_no_time(make_paced):
+    paced = make_paced()
+    for number in range(1, 301):
+        paced.round(number, ann=50.0 if number % 2 else 20.0)
+    paced.start()
+    since = time.process_time()
+    assert [paced.tier("ann", number) for number in (2, 3, 300, 301)] == [1, 0, 1, 0]
+    assert paced.tier("ben", 301) == 2
+    assert time.process_time() - since < 2
+
+
+def test_a_journal_without_tiers_is_read_by_memory_alone(make_paced):
+    paced = make_paced(memory=2 * 10**9)
+    for number in range(1, 301):
+        paced.journal.write("asked", round=number, client="ann", bytes=1)
+        paced.journal.write("received", round=number, client="ann", bytes=1, tokens=1, seconds=60.0)
+    assert paced.tier("ann", 300) == paced.tier("ann", 301) == 2  # 60 s with the second tier's package
+    assert paced.tier("ann", 1) == 1
+
+
+def test_of_tiers_that_are_all_too_slow_it_is_the_smallest(make_paced):
+    paced = make_paced()
+    paced.round(1, ann=1000.0)
     assert paced.tier("ann", 2) == 2
     assert "keep 10 of 30 layers, r=8: about 333 s" in paced.jobs.describe_pace("ann", 2)
 
 
-def test_speed_gives_nobody_a_tier_that_it_lacks_memory_for(tmp_path):
-    paced = Paced(tmp_path, memory=2 * 10**9)
-    paced.trained("ann", 1, 1.0)
+def test_speed_gives_nobody_a_tier_that_it_lacks_memory_for(make_paced):
+    paced = make_paced(memory=2 * 10**9)
+    paced.round(1, ann=1.0)
     assert paced.tier("ann", 2) == 1
     assert paced.jobs.describe_pace("ann", 2) is None
 
 
-def test_without_a_deadline_speed_does_not_count(tmp_path):
-    paced = Paced(tmp_path, deadline=None)
-    paced.trained("ann", 1, 1000.0)
-    assert paced.tier("ann", 2) == 0
+def test_without_a_deadline_speed_does_not_count(make_paced):
+    paced = make_paced(deadline=None)
+    paced.round(1, ann=1000.0)
+    assert [paced.tier(client, 2) for client in ("ann", "ben")] == [0, 0]
 
 
 @pytest.mark.parametrize("seconds", [None, 0, 1e300])
-def test_a_time_that_cannot_be_is_none(tmp_path, seconds):
-    paced = Paced(tmp_path)
-    paced.trained("ann", 1, seconds)
+def test_a_time_that_cannot_be_is_none(make_paced, seconds):
+    paced = make_paced()
+    paced.round(1, ann=seconds)
     assert paced.tier("ann", 2) == 0
 
 
-def test_what_comes_late_moves_nobody_while_a_round_runs(tmp_path):
-    paced = Paced(tmp_path)
-    paced.journal.write("asked", round=2, client="ann", bytes=1)
-    paced.trained("ann", 1, 100.0)
+def test_what_comes_late_moves_nobody_while_a_round_runs(make_paced):
+    paced = make_paced()
+    paced.begin(2)
+    paced.journal.write("received", round=1, client="ann", digest="d", bytes=1, tokens=100, seconds=100.0)
+    paced.start()
     assert paced.tier("ann", 2) == 0
-    paced.journal.write("asked", round=3, client="ann", bytes=1)
+    paced.begin(3)
     assert paced.tier("ann", 3) == 2
 
 
-def test_another_tier_s_package_and_adapter_are_downloaded_and_counted(tmp_path, monkeypatch):
-    paced = Paced(tmp_path)
+def test_who_was_asked_keeps_its_tier_for_the_round(make_paced):
+    paced = make_paced(memory=3 * 10**9)
+    paced.begin(1)
+    paced.check_in(ann=10**9, ben=3 * 10**9)
+    paced.start()
+    assert paced.tier("ann", 1) == 0
+    assert paced.tier("ann", 2) == 2
+
+
+@pytest.mark.parametrize("why", ["speed", "memory"])
+def test_another_tier_s_package_and_adapter_are_downloaded_and_counted(make_paced, monkeypatch, why):
+    paced = make_paced(memory=3 * 10**9)
     monkeypatch.setattr(Jobs, "adapter", lambda self, tier, number: (tier.name, number))
+    monkeypatch.setattr(Jobs, "changes", lambda self, tier, number: (None, {"a file": None}))
     paced.jobs._changed_bytes = lambda adapter, previous: 1000 if previous is None else 10
-    paced.journal.write("asked", round=1, client="ann", bytes=1)
-    paced.trained("ann", 1, 30.0)
+    paced.round(1, ann=30.0)
     assert paced.jobs.missing_bytes(paced.journal, "ann", 2, down="offered") == 10
-    paced.journal.write("asked", round=2, client="ann", bytes=1)
-    paced.trained("ann", 2, 50.0)
+    assert paced.jobs.has_previous(paced.journal, "ann", 2)
+    paced.round(2, ann=50.0 if why == "speed" else 30.0)
+    if why == "memory":
+        paced.check_in(ann=2 * 10**9, ben=3 * 10**9)
     assert paced.tier("ann", 3) == 1
     assert not paced.jobs.has_previous(paced.journal, "ann", 3)
     for down in ("offered", "changed", "whole"):

@@ -282,19 +282,18 @@ class _Member:
         """Fetch what changed since the round before, if the order has that for this client, or the whole adapter."""
         bounds = {"most_bytes": work.adapter_bytes, "leave_out": SERVER_FILES}
         change = work.change if work.change and self._client in work.change.clients else None
-        problems: list[str] = []
+        place = inbox(order.round, self._client, order.attempt)
 
         def make(manifest: AdapterManifest, directory: Path) -> None:
             try:
                 self._apply(change, home, work.adapter_bytes, manifest, directory)
             except (ArtifactError, StoreError) as error:
-                problems.append(str(error))
+                self._report(f"round {order.round}: fetching the whole adapter: {error}")
+                write_document(
+                    self._store, f"{place}/{WHOLE}", failure(str(error))
+                )  # before it is fetched, to be counted
 
         self._store.get(work.adapter, adapter, AdapterManifest, **bounds, local=make if change else None)
-        for problem in problems:
-            self._report(f"round {order.round}: fetched the whole adapter: {problem}")
-            place = inbox(order.round, self._client, order.attempt)
-            write_document(self._store, f"{place}/{WHOLE}", failure(problem))
 
     def _apply(self, change: Change, home: Path, most_bytes: int, manifest: AdapterManifest, directory: Path) -> None:
         """Make in `directory` what files of an adapter can be made of the one before and of what changed.
@@ -314,9 +313,11 @@ class _Member:
                 shutil.copyfile(previous / name, made)
             elif name in change.files:
                 changed = directory / f".{change.files[name].sha256}"
-                self._store.get_file(change.files[name], changed)
-                apply_change(previous / name, changed, made)
-                changed.unlink()
+                try:
+                    self._store.get_file(change.files[name], changed)
+                    apply_change(previous / name, changed, made)
+                finally:  # what isn't in the manifest has no place in an adapter
+                    changed.unlink(missing_ok=True)
             else:
                 continue
             if sha256_of(made) != entry.sha256:
