@@ -205,7 +205,7 @@ def test_two_rounds_go_on_from_each_other(home, federation, tmp_path):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_who_is_lost_at_a_stage_is_left_out_and_the_others_sum_up(home, federation, tmp_path, stage):
-    server, members = federation(secure={"stage_seconds": 3.0}, deadline_seconds=3.0)
+    server, members = federation(secure={"stage_seconds": 6.0}, deadline_seconds=6.0)
     members.away = {("ben", stage)}
     with together(server, members):
         server.whole()

@@ -210,24 +210,30 @@ def _insist(number: signal.Signals, over: threading.Event) -> None:
 
 @contextmanager
 def _ended_by_signals(parent: int) -> Iterator[None]:
-    """Within it, SIGTERM ends the process as Ctrl+C does, and so does the end of its parent."""
-    over = threading.Event()
+    """Within it, SIGTERM and SIGINT end the process, and so does the end of its parent."""
+    over, leaving = threading.Event(), threading.Event()
+
+    def leave(*_: object) -> None:
+        leaving.set()
+        sys.exit(0)
 
     def watch() -> None:
         while not over.wait(0.5):
-            if os.getppid() != parent:
+            # An exception that comes while an object is being taken away is lost; so it is asked once more.
+            if os.getppid() != parent or (leaving.is_set() and not over.wait(2.0)):
                 _insist(signal.SIGTERM, over)
                 return
 
-    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # SIGINT too: Python leaves it ignored where a shell started the process behind an `&`.
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    handlers = [signal.signal(number, leave) for number in numbers]
     threading.Thread(target=watch, daemon=True).start()
     try:
         yield
-    except KeyboardInterrupt:
-        sys.exit(0)
     finally:
         over.set()
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
 
 
 def _make_private(directory: Path) -> None:
