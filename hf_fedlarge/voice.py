@@ -113,7 +113,7 @@ class Ear:
                 self._check_that_it_is_new(order, newest)
                 self._check_that_it_is_of_this_federation(order)
                 if newest is None or order.time > newest:
-                    path = self._clients / order.run / self._client / _HEARD
+                    path = self.home(order) / _HEARD
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_json(path, order.time)
         return order

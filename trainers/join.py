@@ -289,9 +289,8 @@ class _Member:
                 self._apply(change, home, work.adapter_bytes, manifest, directory)
             except (ArtifactError, StoreError) as error:
                 self._report(f"round {order.round}: fetching the whole adapter: {error}")
-                write_document(
-                    self._store, f"{place}/{WHOLE}", failure(str(error))
-                )  # before it is fetched, to be counted
+                # Said before it is fetched, so that it is counted.
+                write_document(self._store, f"{place}/{WHOLE}", failure(str(error)))
 
         self._store.get(work.adapter, adapter, AdapterManifest, **bounds, local=make if change else None)
 

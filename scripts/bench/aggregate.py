@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from harness import Figures, MemoryPeak, add_common_options, alternate, summarize, workplace
+from harness import Figures, MemoryPeak, add_common_options, alternate, summarize, workplace, write_report
 from rich.console import Console
 from rich.table import Table
 from shapes import SHAPES
@@ -172,7 +172,7 @@ def report(runs: dict[str, list[Figures]], options: argparse.Namespace) -> None:
         table.add_row(side, f"{entry['seconds']:.1f}", *row, f"{entry['peak_in_updates']:.1f}")
     Console().print(table)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+        write_report(options.json, found)
         print(f"written to {options.json}", file=sys.stderr)
 
 

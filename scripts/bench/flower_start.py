@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import workplace
+from harness import workplace, write_report
 from shapes import SHAPES, write_checkpoint
 
 from hf_fedlarge.artifacts import SERVER_FILES, AdapterManifest, PackageManifest, read_manifest
@@ -59,7 +59,7 @@ def main() -> int:
         found = measure(options.shape, options.rounds, Path(work))
     print(json.dumps(found))
     if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+        write_report(options.json, found)
     return 0
 
 

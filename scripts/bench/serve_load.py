@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import workplace
+from harness import workplace, write_report
 from shapes import write_checkpoint
 
 from hf_fedlarge.adapters import AdapterReader
@@ -57,7 +57,7 @@ def main() -> int:
             report["runs"].append(serve(clients, options.megabytes, Path(work)))
         print(json.dumps(report["runs"][-1]), flush=True)
     if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(options.json, report)
     return 0
 
 

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import workplace
+from harness import workplace, write_report
 
 import hf_fedlarge.trainers.client  # noqa: F401  (sets what torch must know before it loads)
 
@@ -50,7 +50,7 @@ def main() -> int:
         report = simulate(options, Path(directory))
     print(json.dumps({name: value for name, value in report.items() if name != "clients"}, indent=2))
     if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(options.json, report)
     return 0
 
 

@@ -77,7 +77,7 @@ def main() -> int:
             harness.show(reports[stage], f"{stage}, {options.shape}", None)
             print("cores of others:", *(f"{side} {max(values):.2f}" for side, values in others.items()))
     if options.json:
-        options.json.write_text(json.dumps(reports, indent=2) + "\n")
+        harness.write_report(options.json, reports)
     return 0
 
 
