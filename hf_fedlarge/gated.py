@@ -19,22 +19,27 @@ import torch
 from torch import nn
 from transformers.activations import GELUTanh, SiLUActivation
 
+from hf_fedlarge.kernels import kernels_for
+
 _CACHED = 2**18  # values of a tensor that are computed at a time
 
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation and its derivative times a gradient."""
+    """An activation and its derivative times a gradient; its name among the kernels."""
 
+    name: str
     value: Callable[[torch.Tensor], torch.Tensor]
     gradient: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 _ACTIVATIONS = {
-    SiLUActivation: Activation(nn.functional.silu, torch.ops.aten.silu_backward),
-    nn.SiLU: Activation(nn.functional.silu, torch.ops.aten.silu_backward),
+    SiLUActivation: Activation("silu", nn.functional.silu, torch.ops.aten.silu_backward),
+    nn.SiLU: Activation("silu", nn.functional.silu, torch.ops.aten.silu_backward),
     GELUTanh: Activation(
-        partial(nn.functional.gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward, approximate="tanh")
+        "gelu_tanh",
+        partial(nn.functional.gelu, approximate="tanh"),
+        partial(torch.ops.aten.gelu_backward, approximate="tanh"),
     ),
 }
 
@@ -54,6 +59,10 @@ class Gated:
 
 def multiply_gate(activation: Activation, gate_NF: torch.Tensor, up_NF: torch.Tensor, out_NF: torch.Tensor) -> None:
     """Write act(gate) · up to `out_NF`, computed in its dtype."""
+    compiled = kernels_for(gate_NF, up_NF)
+    if compiled is not None and out_NF.is_contiguous():
+        compiled.gate(activation.name, gate_NF, up_NF, out_NF)
+        return
     for gate, up, out in _pieces(gate_NF, up_NF, out_NF):
         torch.mul(activation.value(gate.to(out.dtype)), up.to(out.dtype), out=out)
 
@@ -74,6 +83,9 @@ def differentiate_gate(
         grad_NF: the gradient; its dtype is that of the computation.
         value_NF: where act(gate) · up is written to as well.
     """
+    compiled = kernels_for(gate_NF, up_NF)
+    if compiled is not None and grad_NF.is_contiguous():
+        return compiled.gate_gradient(activation.name, gate_NF, up_NF, grad_NF, value_NF)
     grad_gate_NF, grad_up_NF = torch.empty_like(gate_NF), torch.empty_like(up_NF)
     values = (value_NF,) if value_NF is not None else ()
     for gate, up, grad, grad_gate, grad_up, *value in _pieces(

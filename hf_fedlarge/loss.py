@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from hf_fedlarge.architectures import LogitTransform
+from hf_fedlarge.kernels import COMPUTED, kernels
 from hf_fedlarge.processor import product_dtype
 from hf_fedlarge.quantize import FrozenWeight
 
@@ -133,33 +134,35 @@ def _losses_and_gradient(
     label_rows_ND = torch.empty_like(hidden_ND) if with_gradient else None
     grad_ND = torch.zeros(hidden_ND.shape, dtype=torch.float32, device=hidden_ND.device) if with_gradient else None
 
+    is_plain = cap is None and head.bias is None and hidden_ND.device.type == "cpu" and hidden_ND.dtype in COMPUTED
+    compiled = kernels() if is_plain else None
     for start, stop, rows_RD in head.slices():
         bias_R = None if head.bias is None else head.bias[start:stop].float()
         for first in range(0, count, _POSITIONS):
             part = slice(first, first + _POSITIONS)
-            z_NR = (hidden_ND[part] @ rows_RD.T).float()
-            if bias_R is not None:
-                z_NR += bias_R
-            if scale != 1.0:
-                z_NR *= scale
-            if cap is not None:
-                z_NR = z_NR.div_(cap).tanh_().mul_(cap)
-            here_N = ((labels_N[part] >= start) & (labels_N[part] < stop)).nonzero()[:, 0]
-            own = here_N, labels_N[part][here_N] - start
-            label_logit_N[first + here_N] = z_NR[own]
+            columns_N = labels_N[part] - start
+            here_N = ((columns_N >= 0) & (columns_N < stop - start)).nonzero()[:, 0]
+            own = here_N, columns_N[here_N]
             if label_rows_ND is not None:
                 label_rows_ND[first + here_N] = rows_RD[own[1]]
-            new_top_N = torch.maximum(top_N[part], z_NR.amax(dim=1))
-            decay_N = (top_N[part] - new_top_N).exp()
-            top_N[part] = new_top_N
-            slope_NR = None if cap is None or grad_ND is None else 1 - (z_NR / cap).square()
-            p_NR = z_NR.sub_(new_top_N[:, None]).exp_()
-            p_NR[own] = 0
-            others_N[part] = others_N[part] * decay_N + p_NR.sum(dim=1)
+            z_NR, slope_NR = hidden_ND[part] @ rows_RD.T, None
+            sums = top_N[part], others_N[part], label_logit_N[part]
+            if compiled is not None:
+                decay_N = compiled.softmax_slice(z_NR, columns_N, scale, *sums)
+            else:
+                z_NR = z_NR.float()
+                if bias_R is not None:
+                    z_NR += bias_R
+                if scale != 1.0:
+                    z_NR *= scale
+                if cap is not None:
+                    z_NR = z_NR.div_(cap).tanh_().mul_(cap)
+                    slope_NR = 1 - (z_NR / cap).square()
+                decay_N = _softmax_slice(z_NR, own, *sums)
             if grad_ND is not None:
                 if slope_NR is not None:
-                    p_NR *= slope_NR
-                grad_ND[part].mul_(decay_N[:, None]).add_(p_NR.to(rows_RD.dtype) @ rows_RD)
+                    z_NR *= slope_NR
+                grad_ND[part].mul_(decay_N[:, None]).add_(z_NR.to(rows_RD.dtype) @ rows_RD)
 
     sum_N = others_N + (label_logit_N - top_N).exp()
     losses_N = top_N + sum_N.log() - label_logit_N
@@ -167,6 +170,24 @@ def _losses_and_gradient(
         return losses_N, None
     pull_N = others_N if cap is None else others_N * (1 - (label_logit_N / cap).square())
     return losses_N, grad_ND.sub_(label_rows_ND.float().mul_(pull_N[:, None])).mul_(scale / sum_N[:, None])
+
+
+def _softmax_slice(
+    z_NR: torch.Tensor,
+    own: tuple[torch.Tensor, torch.Tensor],
+    top_N: torch.Tensor,
+    others_N: torch.Tensor,
+    label_logit_N: torch.Tensor,
+) -> torch.Tensor:
+    """`Kernels.softmax_slice` of fp32 logits, in torch; `own` are the labels' places."""
+    label_logit_N[own[0]] = z_NR[own]
+    new_top_N = torch.maximum(top_N, z_NR.amax(dim=1))
+    decay_N = (top_N - new_top_N).exp()
+    top_N.copy_(new_top_N)
+    z_NR.sub_(new_top_N[:, None]).exp_()
+    z_NR[own] = 0
+    others_N.mul_(decay_N).add_(z_NR.sum(dim=1))
+    return decay_N
 
 
 def causal_loss(

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_fedlarge.kernels import kernels_for
+
 
 def replace_norms(block: nn.Module) -> int:
     """Make the block's frozen RMSNorms compute by `rms_norm`; those that give another value are left as they are.
@@ -49,6 +51,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        compiled = kernels_for(x, weight)
+        if compiled is not None:
+            out, inverse = compiled.rms_norm(x, weight, epsilon)
+            ctx.save_for_backward(x, inverse, weight)
+            return out
         x_32 = x.float()
         inverse = x_32.square().mean(dim=-1, keepdim=True).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, inverse, weight)
@@ -59,6 +66,9 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         x, inverse, weight = ctx.saved_tensors
+        compiled = kernels_for(x, weight, grad)
+        if compiled is not None:
+            return compiled.rms_norm_gradient(x, inverse, weight, grad), None, None
         slope, x_32 = (grad * weight).float(), x.float()
         along = (slope * x_32).mean(dim=-1, keepdim=True).mul_(inverse**3)
         return slope.mul_(inverse).addcmul_(x_32, along, value=-1).to(x.dtype), None, None

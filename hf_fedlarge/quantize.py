@@ -25,6 +25,7 @@ from bitsandbytes.cextension import lib as _native
 
 from hf_fedlarge.blocks import Buckets
 from hf_fedlarge.errors import ArtifactError
+from hf_fedlarge.kernels import COMPUTED, kernels
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -41,6 +42,8 @@ _KERNELS = {
     )
     if (kernel := getattr(_native._lib, name, None)) is not None  # `_native` itself never lacks a name
 }
+for _kernel in _KERNELS.values():
+    _kernel.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_longlong] * 3
 NF4_CODE = bnb.get_4bit_type("nf4", device="cpu")
 _nf4_codes = Buckets((NF4_CODE[:-1] + NF4_CODE[1:]) / 2)
 _PIECE_VALUES = 2**17  # encoded at a time, whole blocks of 64: what that needs stays in a core's cache
@@ -103,19 +106,11 @@ class Nf4Weight:
         scales = self._scales(first // BLOCK, last // BLOCK)
         rows, width = (stop - start, columns) if columns % BLOCK == 0 else ((last - first) // BLOCK, BLOCK)
         if out.device.type == "cpu":
-            kernel(
-                ctypes.c_void_p(packed.data_ptr()),
-                ctypes.c_void_p(scales.data_ptr()),
-                ctypes.c_void_p(out.data_ptr()),
-                ctypes.c_longlong(BLOCK),
-                ctypes.c_longlong(rows),
-                ctypes.c_longlong(width),
-            )
+            kernel(packed.data_ptr(), scales.data_ptr(), out.data_ptr(), BLOCK, rows, width)
         else:
             packed, scales = packed.to(out.device, non_blocking=True), scales.to(out.device, non_blocking=True)
-            torch.ops.bitsandbytes.dequantize_4bit.out(
-                packed.view(-1, 1), scales, BLOCK, "nf4", out.shape, out.dtype, out=out
-            )
+            dequantize = torch.ops.bitsandbytes.dequantize_4bit.out
+            dequantize(packed.view(-1, 1), scales, BLOCK, "nf4", out.shape, out.dtype, out=out)
 
     def gather(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See `FrozenWeight.gather`."""
@@ -160,6 +155,10 @@ class Int8Weight:
 
     def read_rows(self, start: int, stop: int, out: torch.Tensor) -> None:
         """See `FrozenWeight.read_rows`."""
+        compiled = kernels() if out.device.type == "cpu" and out.dtype in COMPUTED else None
+        if compiled is not None:
+            compiled.int8_rows(self.values[start:stop], self.scales[start:stop], out)
+            return
         # A piece at a time, so that the fp32 product stays in a core's cache.
         step = max(1, _PIECE_VALUES // self.shape[1]) if out.device.type == "cpu" else stop - start
         for first in range(start, stop, step):
@@ -302,11 +301,9 @@ class TensorSource(Protocol):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """The stored tensor `name`."""
-        ...
 
     def __contains__(self, name: str) -> bool:
         """Whether there is one."""
-        ...
 
 
 def decode(name: str, codec: str, tensors: TensorSource, *, shape: tuple[int, int] | None = None) -> FrozenWeight:

@@ -12,7 +12,7 @@ LIBRARY = ROOT / "hf_fedlarge"
 LEVELS = [
     {"errors", "memory", "options"},
     {"records", "ciphers", "fixed_point"},
-    {"config", "layers", "stdlib_corpus", "blocks", "untrusted", "processor"},
+    {"config", "layers", "stdlib_corpus", "blocks", "untrusted", "processor", "kernels"},
     {"ledger", "remote"},
     {"entries", "summary"},
     {"artifacts"},

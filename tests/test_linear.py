@@ -111,7 +111,7 @@ def test_with_a_frozen_factor_only_the_other_s_gradient_is_computed(linear, monk
 
 def gated_inputs():
     gate, up = (torch.randn(2, 4, INPUTS, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    return Gated(gate, up, Activation(nn.functional.silu, torch.ops.aten.silu_backward))
+    return Gated(gate, up, Activation("silu", nn.functional.silu, torch.ops.aten.silu_backward))
 
 
 @pytest.mark.parametrize("dropout", [False, True])

@@ -35,7 +35,15 @@ def test_value_and_gradient_are_transformers_own(dtype):
     wanted = torch.autograd.grad(expected, x, grad)[0]
     assert replace_norms(nn.ModuleList([module])) == 1
     torch.testing.assert_close(module(x), expected)
-    torch.testing.assert_close(torch.autograd.grad(module(x), x, grad)[0], wanted)
+    found = torch.autograd.grad(module(x), x, grad)[0]
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, wanted)
+        return
+    # transformers' rounds on the way, to bf16, and is off by more.
+    exact = x.detach().double().requires_grad_()
+    truth = (exact * (exact.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * module.weight.double()).mul(grad).sum()
+    [truth] = torch.autograd.grad(truth, exact)
+    assert (found - truth).norm() <= (wanted - truth).norm()
 
 
 def test_what_computes_something_else_is_left_alone():

@@ -18,8 +18,8 @@ The peers (trl, bitsandbytes and peft as installed):
   as hold the same sequences, and glibc told to keep the memory it has, which spares it page faults (MALLOC_TOP_PAD_,
   MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_ of 1 GiB, 1 GiB and 32 MiB, the most it allows). `--tuned-dtype` sets
   the other.
-
 - `ourselves` is our own engine with all tokens of the step as one sequence: what dividing them costs.
+- `uncompiled` is our own engine without the operations that GCC compiles: what they spare.
 
 Ours has its defaults; `--memory-budget` and `--optim` are passed on to it.
 """
@@ -44,6 +44,8 @@ KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
 }
 RANK, ALPHA = 16, 32
+# Peers that are our own engine, and their environment.
+OURS = {"ourselves": {}, "uncompiled": {"HF_FEDLARGE_KERNELS": "off"}}
 
 
 def main() -> int:
@@ -51,7 +53,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=("smollm2", "1b", "7b-block"), default="smollm2")
     parser.add_argument("--layers", type=int, help="decoder blocks of a generated shape; else as many as it has")
-    parser.add_argument("--peer", choices=("default", "tuned", "ourselves"), default="default")
+    parser.add_argument("--peer", choices=("default", "tuned", *OURS), default="default")
     parser.add_argument("--tuned-dtype", choices=("bfloat16", "float32"), help="of the tuned peer; else the faster one")
     parser.add_argument("--micro-batches", type=int, default=1, help="accumulated for an optimizer step")
     parser.add_argument("--micro-batch-size", type=int, default=2)
@@ -73,7 +75,8 @@ def main() -> int:
     with workplace(options) as directory:
         models = prepare(Path(directory), options)
         words = ["--work", str(models), *(["--tuned-dtype", options.tuned_dtype] if options.tuned_dtype else [])]
-        sides = {"ours": {}, "peer": KEEP_MEMORY if options.peer == "tuned" else {}}
+        peer = KEEP_MEMORY if options.peer == "tuned" else OURS.get(options.peer, {})
+        sides = {"ours": {}, "peer": peer}
         report = summarize(alternate(sides, options.pairs, words), vars(options))
     tokens = options.micro_batches * options.micro_batch_size * options.sequence_length
     title = f"{options.shape}, {options.micro_batches} × {options.micro_batch_size} × {options.sequence_length}"
@@ -139,7 +142,7 @@ def examples(options: argparse.Namespace, vocabulary: int) -> dict[str, list[lis
 
 def measure(options: argparse.Namespace) -> Figures:
     """Train one side in this process; returns its figures."""
-    ours = options.side == "ours" or options.peer == "ourselves"
+    ours = options.side == "ours" or options.peer in OURS
     if options.side == "peer" and options.peer == "ourselves":
         options.sequence_length *= options.micro_batches * options.micro_batch_size
         options.micro_batches = options.micro_batch_size = 1

@@ -1,0 +1,190 @@
+"""Elementwise work of a step on a CPU, each in one pass over memory: `kernels.c`, compiled where it runs.
+
+What torch computes in several operations goes through memory several times, and wakes its threads for each. Python
+calls these functions through ctypes, as it does bitsandbytes'. GCC compiles them for this very processor when they are
+first needed, within a second, and they are kept in the cache. Where there is no GCC torch's operations do the same work
+in more time; `HF_FEDLARGE_KERNELS=off` asks for that.
+
+Numbers are those of torch's operations in fp32, rounded once, but for the last bits of e^x and of sums.
+
+Shapes: N tokens, D hidden, F neurons, V values of the vocabulary, R rows, C columns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_SOURCE = Path(__file__).with_suffix(".c")
+# None that lets the compiler change a result: a product and a sum stay two roundings, and NaN stays NaN.
+_FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp"]
+_COMPILER_SECONDS = 120
+_ALONE = 2**13  # values that one thread has done before another is awake
+_C_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
+_ARGUMENTS = {
+    "rms_norm": "ppppllfi",
+    "rms_norm_gradient": "ppppplli",
+    "gate": "pppli",
+    "gate_gradient": "ppppppli",
+    "softmax_slice": "ppfpppplli",
+    "int8_rows": "ppplli",
+}
+COMPUTED = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # what results may be in, and what C calls it
+
+_logger = logging.getLogger(__name__)
+
+
+class Kernels:
+    """The functions of `kernels.c`. Tensors are contiguous, on the CPU, and bf16 where nothing else is said."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def rms_norm(self, x: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """x / rms · weight of x (…, D), rounded before the weight as Llama does, and 1 / rms (…, 1), fp32."""
+        out = torch.empty_like(x)
+        inverse = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+        self._call("rms_norm", "", x, weight_D, out, inverse, inverse.numel(), len(weight_D), epsilon, _threads(x))
+        return out, inverse
+
+    def rms_norm_gradient(
+        self, x: torch.Tensor, inverse: torch.Tensor, weight_D: torch.Tensor, grad: torch.Tensor
+    ) -> torch.Tensor:
+        """The gradient of x (…, D) from that of the output."""
+        out = torch.empty_like(x)
+        sizes = inverse.numel(), len(weight_D), _threads(x)
+        self._call("rms_norm_gradient", "", x, inverse, weight_D, grad, out, *sizes)
+        return out
+
+    def gate(self, activation: str, gate_NF: torch.Tensor, up_NF: torch.Tensor, out_NF: torch.Tensor) -> None:
+        """Write act(gate) · up to `out_NF`, bf16 or fp32; `activation` is "silu" or "gelu_tanh"."""
+        kind = f"_{activation}_{COMPUTED[out_NF.dtype]}"
+        self._call("gate", kind, gate_NF, up_NF, out_NF, gate_NF.numel(), _threads(gate_NF))
+
+    def gate_gradient(
+        self,
+        activation: str,
+        gate_NF: torch.Tensor,
+        up_NF: torch.Tensor,
+        grad_NF: torch.Tensor,
+        value_NF: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of gate and up from that of act(gate) · up, bf16 or fp32; that is written to `value_NF`."""
+        kind = f"_{activation}_{COMPUTED[grad_NF.dtype]}"
+        value_NF = torch.empty_like(grad_NF) if value_NF is None else value_NF
+        found = torch.empty_like(gate_NF), torch.empty_like(up_NF)
+        sizes = gate_NF.numel(), _threads(gate_NF)
+        self._call("gate_gradient", kind, gate_NF, up_NF, grad_NF, *found, value_NF, *sizes)
+        return found
+
+    def softmax_slice(
+        self,
+        logits_NR: torch.Tensor,
+        labels_N: torch.Tensor,
+        scale: float,
+        top_N: torch.Tensor,
+        others_N: torch.Tensor,
+        label_logit_N: torch.Tensor,
+    ) -> torch.Tensor:
+        """Take a slice of the vocabulary into a softmax's sums; `logits_NR` becomes e^(logit − top), 0 at labels.
+
+        Args:
+            logits_NR: bf16 or fp32.
+            labels_N: int64, a column; outside of [0, R) it is in another slice.
+            scale: of the logits.
+            top_N: fp32, the largest logit so far, which is brought up to date.
+            others_N: fp32, the sum of e^(logit − top) over what is not the label's, likewise.
+            label_logit_N: fp32, where the label's is written to.
+
+        Returns:
+            (N,) fp32, what sums under the former `top_N` are to be multiplied by.
+        """
+        decay_N = torch.empty_like(top_N)
+        given = logits_NR, labels_N.contiguous(), scale, top_N, others_N, label_logit_N, decay_N
+        self._call("softmax_slice", f"_{COMPUTED[logits_NR.dtype]}", *given, *logits_NR.shape, _threads(logits_NR))
+        return decay_N
+
+    def int8_rows(self, values_RC: torch.Tensor, scales_R: torch.Tensor, out_RC: torch.Tensor) -> None:
+        """Write int8 values times their row's fp32 scale to `out_RC`, bf16 or fp32."""
+        sizes = *values_RC.shape, _threads(values_RC)
+        self._call("int8_rows", f"_{COMPUTED[out_RC.dtype]}", values_RC, scales_R, out_RC, *sizes)
+
+    def _call(self, name: str, kind: str, *arguments: torch.Tensor | float) -> None:
+        # An attribute of the library, so that it is looked up and described once.
+        function = getattr(self._library, name + kind)
+        if function.argtypes is None:
+            function.argtypes, function.restype = [_C_TYPES[letter] for letter in _ARGUMENTS[name]], None
+        function(*(value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments))
+
+
+def kernels_for(*tensors: torch.Tensor) -> Kernels | None:
+    """The kernels, if there are any and they can take these bf16 tensors; else torch's operations have to do."""
+    for tensor in tensors:
+        if tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return None
+    return kernels()
+
+
+@cache
+def kernels() -> Kernels | None:
+    """The kernels, compiled now if they have never been; None where they can't be, or are not wanted."""
+    if os.environ.get("HF_FEDLARGE_KERNELS") == "off":
+        return None
+    try:
+        return Kernels(_compiled())
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        _logger.info(
+            "Torch's operations take the place of compiled ones, in more time: %s", said[-1] if said else error
+        )
+        return None
+
+
+def _compiled() -> ctypes.CDLL:
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        raise OSError("GCC was not found")
+    flags = [*_FLAGS, "-mprefer-vector-width=512"] if platform.machine() == "x86_64" else _FLAGS
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=10).stdout
+    key = hashlib.sha256("\0".join([*flags, version, _processor(), _SOURCE.read_text()]).encode()).hexdigest()[:16]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_fedlarge"
+    kept = home / f"kernels-{key}.so"
+    if kept.exists():
+        with suppress(OSError):  # then it is made again
+            return ctypes.CDLL(str(kept))
+    with tempfile.TemporaryDirectory(prefix="hf-fedlarge-") as directory:
+        made = Path(directory, kept.name)
+        command = [compiler, *flags, "-shared", "-fPIC", str(_SOURCE), "-o", str(made), "-lm"]
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=_COMPILER_SECONDS)
+        library = ctypes.CDLL(str(made))
+        # A home that can't be written to costs the next process a second.
+        with suppress(OSError):
+            home.mkdir(parents=True, exist_ok=True)
+            whole = Path(shutil.copy(made, home / f".{kept.name}.{os.getpid()}"))
+            whole.replace(kept)
+    return library
+
+
+def _processor() -> str:
+    """What it is and can do: a home may be shared by machines, and code for one of them stop another."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "".join(
+            line for line in lines[: lines.index("")] if line.startswith(("model name", "flags", "Features"))
+        )
+    return platform.processor()
+
+
+def _threads(tensor: torch.Tensor) -> int:
+    return torch.get_num_threads() if tensor.numel() > _ALONE else 1
