@@ -39,6 +39,7 @@ _ARGUMENTS = {
     "gate_gradient": "ppppppli",
     "softmax_slice": "ppfpppplli",
     "int8_rows": "ppplli",
+    "nf4": "ppppppllfi",
 }
 COMPUTED = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # what results may be in, and what C calls it
 
@@ -119,6 +120,37 @@ class Kernels:
         """Write int8 values times their row's fp32 scale to `out_RC`, bf16 or fp32."""
         sizes = *values_RC.shape, _threads(values_RC)
         self._call("int8_rows", f"_{COMPUTED[out_RC.dtype]}", values_RC, scales_R, out_RC, *sizes)
+
+    @property
+    def has_nf4(self) -> bool:
+        """Whether the processor has the instructions that `nf4` is written for (AVX-512)."""
+        return hasattr(self._library, "nf4")
+
+    def nf4(
+        self,
+        packed: torch.Tensor,
+        codes: torch.Tensor,
+        outer: torch.Tensor,
+        code: torch.Tensor,
+        offset: float,
+        table: torch.Tensor,
+        first: int,
+        out: torch.Tensor,
+    ) -> None:
+        """Write whole blocks of 64 values, from the block `first` on, to `out`: what bitsandbytes' kernel gives.
+
+        Args:
+            packed: uint8, two values a byte, the first in the high half.
+            codes: uint8, the scale of each block, as code[codes] · outer + offset.
+            outer: fp32, one for 256 blocks.
+            code: (256,) fp32.
+            offset: of the scales.
+            table: (16,) fp32, what the halves of a byte mean.
+            first: a block's number.
+            out: bf16, of so many blocks.
+        """
+        sizes = first, out.numel() // 64, offset, _threads(out)
+        self._call("nf4", "", packed, codes, outer, code, table, out, *sizes)
 
     def _call(self, name: str, kind: str, *arguments: torch.Tensor | float) -> None:
         # An attribute of the library, so that it is looked up and described once.

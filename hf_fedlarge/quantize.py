@@ -102,6 +102,11 @@ class Nf4Weight:
         if first % BLOCK or last % BLOCK or (kernel is None and out.device.type == "cpu"):
             out.copy_(self._lookup(torch.arange(first, last)).view(out.shape))
             return
+        compiled = kernels() if out.device.type == "cpu" and out.dtype == torch.bfloat16 else None
+        if compiled is not None and compiled.has_nf4:
+            scales = self.absmax, self.nested_absmax, self.nested_code
+            compiled.nf4(self.packed, *scales, self.offset, NF4_CODE, first // BLOCK, out)
+            return
         packed = self.packed.view(-1)[first // 2 : last // 2]
         scales = self._scales(first // BLOCK, last // BLOCK)
         rows, width = (stop - start, columns) if columns % BLOCK == 0 else ((last - first) // BLOCK, BLOCK)

@@ -18,7 +18,7 @@ from hf_fedlarge.gated import differentiate_gate, multiply_gate
 from hf_fedlarge.kernels import kernels, kernels_for
 from hf_fedlarge.loss import StreamedHead
 from hf_fedlarge.norm import rms_norm
-from hf_fedlarge.quantize import DenseWeight, Int8Weight
+from hf_fedlarge.quantize import DenseWeight, Int8Weight, decode, encode
 
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no GCC on this machine")
 # Less than a vector, no multiple of one, and more than a thread's piece.
@@ -158,6 +158,21 @@ def test_a_confident_models_loss_is_no_difference_of_equals():
     torch.testing.assert_close(sums[1].double(), expected[None], rtol=1e-5, atol=0)
     assert logits[0, 0] == 0
     assert decay * 0 == 0
+
+
+@needs_gcc
+@pytest.mark.parametrize("threads", [1, 3], indirect=True)
+@pytest.mark.parametrize("shape", [(30, 64), (6, 4096), (9, 40 * 64)], ids=str)
+def test_nf4_is_that_of_bitsandbytes(shape, threads, in_torch):
+    if not kernels().has_nf4:
+        pytest.skip("this processor has no AVX-512")
+    matrix = some(*shape, dtype=torch.float32) * torch.logspace(-4, 3, shape[0])[:, None]
+    weight = decode("w", "nf4", encode("w", shape, "nf4", [matrix]))
+    for start, stop in ((0, shape[0]), (1, 3), (shape[0] - 1, shape[0])):
+        ours, theirs = (torch.empty(stop - start, shape[1], dtype=torch.bfloat16) for _ in "ab")
+        weight.read_rows(start, stop, ours)
+        in_torch(weight.read_rows, start, stop, theirs)
+        assert torch.equal(ours, theirs)
 
 
 @needs_gcc
