@@ -335,7 +335,12 @@ def stage_of(message):
 
 
 def test_masked_updates_sum_up_over_messages_and_nobody_gets_more_than_its_own(secure_home, tmp_path, secure_cohort):
-    server = secure_cohort.serve()
+    allowed = tmp_path / "allowed.json"
+    for name in CLIENTS:
+        allow(allowed, new_key(tmp_path / f"{name}.pem", name))
+        signing = {"key": str(tmp_path / f"{name}.pem"), "keys": str(allowed)}
+        secure_cohort.nodes[name].answer = secure_cohort.answering(name, **signing)
+    server = secure_cohort.serve(keys=str(allowed), secure={"threshold": 0.9})  # so that nobody is too late for a stage
     server.whole()
     settings = AggregationSettings(aggregator="ffa", weighting="equal")
     updates = [secure_home / "ffa" / name for name in CLIENTS]
@@ -348,10 +353,11 @@ def test_masked_updates_sum_up_over_messages_and_nobody_gets_more_than_its_own(s
     assert [job.client for job in secure_cohort.trained] == list(CLIENTS)
     for name, node in secure_cohort.nodes.items():
         messages = trains(node)
-        assert [stage_of(message) for message in messages] == ["keys", "shares", "masked", "reveal"]
+        assert [stage_of(message) for message in messages] == ["keys", "shares", "masked", "agree", "reveal"]
         for message in messages[2:]:
+            agreement = ["secure/0001/1/agreement.json"] if stage_of(message) == "reveal" else []
             boxes = [path for path in message.content["files"] if path.startswith("secure/")]
-            assert boxes == ["secure/0001/1/roster.json", f"secure/0001/1/boxes/{name}.json"]
+            assert boxes == ["secure/0001/1/roster.json", *agreement, f"secure/0001/1/boxes/{name}.json"]
 
 
 @pytest.mark.parametrize("stage", ["keys", "shares", "masked", "reveal"])
