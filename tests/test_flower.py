@@ -955,7 +955,11 @@ def test_flower_ends_with_the_bytes_of_one_process_whoever_is_killed_and_whateve
     """
     whole, app, cache = tmp_path / "whole", tmp_path / "teams", tmp_path / "cache"
     whole.mkdir()
+    run_teams(whole, rounds=1)
+    federation = yaml.safe_load((whole / "federation.yaml").read_text())
+    federation["clients"]["mallory"] = 6
     public = new_key(tmp_path / "server.pem", "server").split()[2]
+    make_app(app, tmp_path, federation, HOSTILE_CLIENT, tmp_path / "server.pem")
     run, processes = app / "run", flower(trace=TRACED)
 
     def joins(client, team=None, **settings):
@@ -970,10 +974,6 @@ def test_flower_ends_with_the_bytes_of_one_process_whoever_is_killed_and_whateve
         joins(team, worker=workers[team])
     joins("green")
     joins("mallory", "blue")
-    run_teams(whole, rounds=1)  # while those get ready
-    federation = yaml.safe_load((whole / "federation.yaml").read_text())
-    federation["clients"]["mallory"] = 6
-    make_app(app, tmp_path, federation, HOSTILE_CLIENT, tmp_path / "server.pem")
     processes.until(lambda: all(map(processes.is_ready, workers)))
     processes.run(app)
     processes.until(lambda: list(cache.glob("clients/*/green/0001/adapter")))
