@@ -155,7 +155,7 @@ class SecureSettings(Record):
     """Secure aggregation: the server learns sums of updates, and none alone (`docs/privacy.md`).
 
     Numbers of a client's change are clipped to ± `limit`. More than the share `threshold` of a round's clients have to
-    stay to its end, or it is abandoned. Once they have trained they have `stage_seconds` for each of three messages.
+    stay to its end, or it is abandoned. Once they have trained they have `stage_seconds` for each further message.
     """
 
     limit: Annotated[float, Field(gt=0, le=2**20)] = 1.0

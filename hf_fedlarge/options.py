@@ -90,7 +90,9 @@ def add_joining(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache", type=Path, help="for packages and unfinished work (~/.cache/hf_fedlarge)")
     parser.add_argument("--key", type=Path, metavar="PEM", help="its private key, to sign updates with (none)")
     parser.add_argument("--keys", type=Path, metavar="LIST", help="everybody's keys, for secure aggregation (none)")
-    parser.add_argument("--server-key", metavar="KEY", help="64 digits, of the key that signs what the server says")
+    parser.add_argument(
+        "--server-key", metavar="KEY", help="64 digits, or a list: the key that signs what the server says"
+    )
     parser.add_argument("--once", action="store_true", help="leave after one round")
     _poll(parser)
 

@@ -41,7 +41,8 @@ VERDICTS = "verdicts"
 SECURE = "secure"
 FAILED = "failed.json"
 WHOLE = "whole.json"
-KEYS, SHARES, REVEALED, ROSTER = "keys.json", "shares.json", "revealed.json", "roster.json"
+KEYS, SHARES, AGREED, REVEALED = "keys.json", "shares.json", "agreed.json", "revealed.json"
+ROSTER, AGREEMENT = "roster.json", "agreement.json"
 PATIENCE_SECONDS = 7 * 86400.0  # that either side waits for the other
 MAX_ORDER_BYTES = 4 * 2**20  # some ten thousand names
 MAX_NOTE_BYTES = 2**15  # a reason of 2,000 letters, each as two escapes
@@ -133,8 +134,8 @@ class Work(Record):
     change: Change | None = None
 
 
-Stage = Literal["keys", "shares", "masked", "reveal"]
-_ANSWERS = {"keys": KEYS, "shares": SHARES, "masked": MANIFEST_NAME, "reveal": REVEALED}
+Stage = Literal["keys", "shares", "masked", "agree", "reveal"]
+_ANSWERS = {"keys": KEYS, "shares": SHARES, "masked": MANIFEST_NAME, "agree": AGREED, "reveal": REVEALED}
 
 
 class SecureOrder(Record):

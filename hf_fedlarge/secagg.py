@@ -15,9 +15,9 @@ being asked for different ones. A vector that comes after its sender's key was g
 Keys are fresh in every attempt at a round, so a mask is used once as long as a client masks one vector in it. Secrets
 have 128 bits, and a reconstructed one is checked against what its client advertised. `fixed_point.py` has the vectors.
 
-Left out: a graph of neighbours in place of all pairs (Bell et al. 2020), which pays from some hundreds of clients on;
-and the paper's consistency check, in which clients sign the list of survivors: a server that doesn't keep to the
-protocol can tell each another one (docs/privacy.md).
+Before it reveals anything, a client that has everybody's keys wants the list of survivors signed by `threshold` of them
+(`agreement.py`); without, a server can tell each another one (docs/privacy.md). Left out: a graph of neighbours in
+place of all pairs (Bell et al. 2020), which pays from some hundreds of clients on.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
     keys     who has trained advertises keys; the round's deadline is for this
     shares   `stage_seconds` each from here on: every client's shares, which are passed on
     masked   the updates, as in any other round
+    agree    where all of them signed their keys, signatures of who the survivors are, until they are enough
     reveal   shares of the survivors, until they are enough; the sum is left in `secure_sum.SUM`
 
 What a stage found is in the journal before the next one's order is published, so a server that was killed asks again
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from hf_fedlarge import secagg
+from hf_fedlarge.agreement import Agreed, Agreement, check_agreed, is_signed, quorum
 from hf_fedlarge.artifacts import staged_directory, write_json
 from hf_fedlarge.config import FederationConfig
 from hf_fedlarge.errors import ArtifactError
@@ -29,6 +31,8 @@ from hf_fedlarge.fixed_point import mean_of
 from hf_fedlarge.jobs import Jobs
 from hf_fedlarge.keys import read_allowed
 from hf_fedlarge.orders import (
+    AGREED,
+    AGREEMENT,
     CLIENT_BYTES,
     KEYS,
     MAX_NOTE_BYTES,
@@ -90,6 +94,7 @@ class SecureRound:
         sharers = self._server.stage(self._order, "shares")["sharers"]
         yield from self._gather_updates(roster, sharers)
         survivors = self._server.stage(self._order, "masked")["survivors"]
+        yield from self._agree(roster, sharers, survivors)
         yield from self._sum_up(roster, sharers, survivors)
 
     # The stages
@@ -131,7 +136,7 @@ class SecureRound:
             secagg.check_shares(shares, roster)
 
         sent = yield from self._gather(roster.names, SHARES, secagg.Shares, check)
-        self._need(sent, max(roster.threshold, self._least), "have shared their secrets")
+        self._need(sent, max(quorum(roster), self._least), "have shared their secrets")
         for client, boxes in secagg.delivered(sent).items():
             write_document(self._store, f"{self._place}/{boxes_name(client)}", boxes)
             self._told(client, "down", SHARES, boxes)
@@ -154,8 +159,26 @@ class SecureRound:
             else:
                 self._clients.wait(self._server, waiting, since)
         survivors = sorted(self._server.accepted)
-        self._need(survivors, max(roster.threshold, self._least), "have sent their masked updates")
+        self._need(survivors, max(quorum(roster), self._least), "have sent their masked updates")
         self._server.staged(self._order, "masked", survivors=survivors)
+
+    def _agree(self, roster: secagg.Roster, sharers: list[str], survivors: list[str]) -> Answers:
+        if self._server.stage(self._order, "agree") or not is_signed(roster):
+            return
+        self._publish("agree", survivors, sharers, survivors)
+
+        def check(client: str, message: Agreed) -> None:
+            if self._config.keys:
+                allowed = read_allowed(Path(self._config.keys))
+                check_agreed(client, message.signature, roster, sharers, survivors, allowed)
+
+        found = yield from self._gather(survivors, AGREED, Agreed, check, quorum(roster))
+        self._need(found, quorum(roster), "have signed who the survivors are")
+        agreement = Agreement(signatures={client: message.signature for client, message in found.items()})
+        write_document(self._store, f"{self._place}/{AGREEMENT}", agreement)
+        for client in survivors:
+            self._told(client, "down", AGREEMENT, agreement)
+        self._server.staged(self._order, "agree", signers=sorted(found))
 
     def _sum_up(self, roster: secagg.Roster, sharers: list[str], survivors: list[str]) -> Answers:
         if self._server.stage(self._order, "reveal"):

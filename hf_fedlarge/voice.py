@@ -9,6 +9,13 @@ shown again, also at another place, so a client writes down which federation it 
 takes no other's order until it is over, and no older one. What it can't know is that there is a newer one, which
 somebody withholds; a deadline bounds that.
 
+A key is replaced where clients were given a list in place of digits: they read it anew for every order, so a new key
+is allowed there, the server goes on with it, and the old one is revoked. No key says by itself which comes after it:
+whoever stole it could say that, too.
+
+    hf-fedlarge keys allow server.json "ed25519 server 437a66…"     hf-fedlarge join … --server-key server.json
+    hf-fedlarge keys revoke server.json server FINGERPRINT          # of the old one
+
 Without a key a server is who may write the store.
 """
 
@@ -17,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,12 +32,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from hf_fedlarge.artifacts import write_json
 from hf_fedlarge.errors import ArtifactError, ConfigError
-from hf_fedlarge.keys import PrivateKey, PublicKey, fingerprint, is_signed, sign
+from hf_fedlarge.keys import ListedKey, PrivateKey, PublicKey, is_signed, read_allowed, sign
 from hf_fedlarge.orders import ORDER, OrderDocument, Said, VerdictDocument, read_document, verdict
 from hf_fedlarge.store import Store
 
 SaidT = TypeVar("SaidT", bound=Said)
 SENT = "sent.json"
+SERVER = "server"  # what its keys are under in a list
 _HEARD = "heard.json"
 DEFAULT_CACHE = Path.home() / ".cache" / "hf_fedlarge"
 
@@ -40,35 +48,49 @@ def signed(said: SaidT, key: PrivateKey | None) -> SaidT:
     return said.model_copy(update={"signature": key and sign(key, said.signed_bytes)})
 
 
-def check_server_key(public: str) -> PublicKey:
-    """A server's public key, as a client was given it.
+def server_keys(given: str) -> list[ListedKey]:
+    """The keys of a server, as a client was given them, revoked ones among them.
+
+    Args:
+        given: one public key in 64 hexadecimal digits, or the path of a list that has keys of `server`.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: neither of them, or no key in the list is allowed.
     """
     try:
-        return TypeAdapter(PublicKey).validate_python(public)
+        return [ListedKey(public=TypeAdapter(PublicKey).validate_python(given), state="allowed", since="")]
     except ValidationError as error:
+        if not Path(given).is_file():
+            raise ConfigError(
+                f"--server-key is {given!a:.100}; expected the 64 hexadecimal digits at the end of what `hf-fedlarge "
+                "keys new` printed for the server, or the file of a list that `hf-fedlarge keys allow` put them into."
+            ) from error
+    keys = read_allowed(Path(given)).clients.get(SERVER, [])
+    if not any(key.state == "allowed" for key in keys):
         raise ConfigError(
-            f"--server-key is {public!a:.100}; expected the 64 hexadecimal digits at the end of what `hf-fedlarge keys "
-            "new` printed for the server."
-        ) from error
+            f"{given} (--server-key) has no allowed key of {SERVER}; expected one: `hf-fedlarge keys allow` it there."
+        )
+    return keys
 
 
-def check_said(said: Said, server: PublicKey, where: str) -> None:
-    """Check that the server's key signed what was found at `where`.
+def check_said(said: Said, server: Sequence[ListedKey], where: str) -> None:
+    """Check that one of the server's keys signed what was found at `where`.
 
     Raises:
-        ArtifactError: it is not signed, or with another key, or the signature is of something else.
+        ArtifactError: it is not signed, or with another or a revoked key, or the signature is of something else.
     """
-    expected = f"the server's key {fingerprint(server)} (--server-key)"
+    names = " or ".join(key.fingerprint for key in server if key.state == "allowed")
+    expected = f"the server's key {names} (--server-key)"
     if said.signature is None:
         raise ArtifactError(f"{where} is not signed; expected a signature by {expected}: the server has to use --key.")
-    if said.signature.key != fingerprint(server):
+    key = next((key for key in server if key.fingerprint == said.signature.key), None)
+    if key is None or key.state == "revoked":
+        since = "" if key is None else f", which is revoked since {key.since}"
         raise ArtifactError(
-            f"{where} is signed with the key {said.signature.key}; expected {expected}: ask the server's operator."
+            f"{where} is signed with the key {said.signature.key}{since}; expected {expected}: ask the server's "
+            "operator."
         )
-    if not is_signed(server, said.signed_bytes, said.signature):
+    if not is_signed(key.public, said.signed_bytes, said.signature):
         raise ArtifactError(
             f"{where} was changed after it was signed, or signed by another; expected what {expected} signed: ask the "
             "server's operator who can write there."
@@ -82,13 +104,19 @@ class Ear:
         store: where the server is met.
         client: this client's name.
         cache: where its unfinished work is kept.
-        server: the server's public key, which must have signed what it says; None: whatever is there is believed.
+        server: the server's public key, or a list of its keys (`server_keys`), which must have signed what it says;
+            None: whatever is there is believed.
         report: told in a line what became of updates.
+
+    Raises:
+        ConfigError: `server` is neither.
     """
 
     def __init__(
-        self, store: Store, client: str, cache: Path, server: PublicKey | None, report: Callable[[str], None]
+        self, store: Store, client: str, cache: Path, server: str | None, report: Callable[[str], None]
     ) -> None:
+        if server is not None:
+            server_keys(server)
         self._store, self._client, self._server, self._report = store, client, server, report
         self._clients = cache / "clients"
         self._unbelieved: set[str] = set()
@@ -107,11 +135,12 @@ class Ear:
         """
         order = read_document(self._store, ORDER, OrderDocument)
         if order is not None and self._server is not None:
-            check_said(order, self._server, f"{self._store.url}/{ORDER}")
+            keys = server_keys(self._server)
+            check_said(order, keys, f"{self._store.url}/{ORDER}")
             if order.state != "closed":  # then it asks for nothing
                 newest = self._newest(order.run)
                 self._check_that_it_is_new(order, newest)
-                self._check_that_it_is_of_this_federation(order)
+                self._check_that_it_is_of_this_federation(order, keys)
                 if newest is None or order.time > newest:
                     path = self.home(order) / _HEARD
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,20 +172,26 @@ class Ear:
                 f"publish its own again, or, if its run was set back, remove {_HEARD} from this client's cache."
             )
 
-    def _check_that_it_is_of_this_federation(self, order: OrderDocument) -> None:
-        """One server's key may sign for several federations, of which only one is met with it in one place."""
-        where = hashlib.sha256(f"{self._server} {self._store.url}".encode()).hexdigest()
-        path = self._clients / f".{self._client}.{where[:16]}.json"
-        before = json.loads(path.read_text()) if path.exists() else None
-        if before not in (None, order.run) and not ((newest := self._newest(before)) and newest[1]):
-            raise ArtifactError(
-                f"{self._store.url}/{ORDER} is of the federation {order.run}; expected one of {before}, which "
-                f"{self._client} takes part in there and which is not over: have each federation's server use a key of "
-                f"its own, or, if the former one was given up, remove {path}."
-            )
-        if before != order.run:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, order.run)
+    def _check_that_it_is_of_this_federation(self, order: OrderDocument, keys: Sequence[ListedKey]) -> None:
+        """A server's key may sign for several federations, of which only one is met with it in one place.
+
+        What was met goes over from the keys that are allowed to one that comes after them.
+        """
+        where = [f"{key.public} {self._store.url}" for key in keys if key.state == "allowed"]
+        digests = [hashlib.sha256(one.encode()).hexdigest() for one in where]
+        paths = [self._clients / f".{self._client}.{digest[:16]}.json" for digest in digests]
+        for path in paths:
+            before = json.loads(path.read_text()) if path.exists() else None
+            if before not in (None, order.run) and not ((newest := self._newest(before)) and newest[1]):
+                raise ArtifactError(
+                    f"{self._store.url}/{ORDER} is of the federation {order.run}; expected one of {before}, which "
+                    f"{self._client} takes part in there and which is not over: have each federation's server use a "
+                    f"key of its own, or, if the former one was given up, remove {path}."
+                )
+        for path in paths:
+            if not path.exists() or json.loads(path.read_text()) != order.run:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, order.run)
 
     def _hear_verdict(self, order: OrderDocument, sent: Path) -> None:
         """Report once what the server says of an update that was sent, also by this client's process before."""
@@ -169,7 +204,7 @@ class Ear:
             if about != (order.run, self._client, number, attempt):
                 return
             if self._server is not None:
-                check_said(said, self._server, f"{self._store.url}/{place}")
+                check_said(said, server_keys(self._server), f"{self._store.url}/{place}")
         except ArtifactError as error:  # whoever left that, the server may yet say something
             problem = f"round {number}: what the server says of the update can't be read: {error}"
             if problem not in self._unbelieved:

@@ -53,6 +53,7 @@ LEVELS = [
         "weighting",
         "adapters",
         "aggregate",
+        "agreement",
         "surrogate",
         "neurons",
         "orders",

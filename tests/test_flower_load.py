@@ -1,8 +1,8 @@
 """Many clients that send large updates over one SuperLink at the same moment: all count, one at a time in memory.
 
-A node is a thread that speaks to the SuperLink as `flower-supernode` does, by Flower's own code, for 64 of its
-processes would need some 15 GB. There are fewer and smaller ones here than `LOAD_CLIENTS=64 LOAD_MB=20` has, which
-takes minutes; `LOAD_AT_ONCE=8` lets so many send at the same time.
+A node is a thread (`flower_nodes.py`), for 64 of Flower's processes would need some 15 GB. There are fewer and smaller
+ones here than `LOAD_CLIENTS=64 LOAD_MB=20` has, which takes minutes; `LOAD_AT_ONCE=8` lets so many send at the same
+time.
 """
 
 import os
@@ -11,7 +11,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,15 +20,8 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install 'hf-fedla
 
 from families import make_checkpoint
 from federation import LORA, events, make_examples, make_update
+from flower_nodes import connected
 from flower_processes import Flower
-from flwr.app import Message
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
-    no_object_id_recompute,
-)
-from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree, push_objects
-from flwr.supernode.fleet_http_connection import http_request_response
 
 from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, UpdateManifest, read_manifest, write_manifest
 from hf_fedlarge.cli import main
@@ -53,25 +45,24 @@ class Crowd:
         self.sending, self.sizes = threading.Semaphore(AT_ONCE), set()
 
     def take_part(self, name):
-        address, ca = f"127.0.0.1:{self.processes.port}", (self.processes.tls / "ca.pem").read_bytes()
-        with http_request_response(address, False, ca) as (_, receive, send, _, _, pull, push, confirm):
+        with connected(self.processes, self.lock) as line:  # what they read is small
             asked = False
             while not self.over.wait(3.0):  # as often as a SuperNode looks
-                if (found := receive()) is None:
+                if (found := line.next()) is None:
                     continue
-                message, tree = found
-                run = message.metadata.run_id
-                with self.lock:  # what they read is small
-                    read = {"pull_object_fn": partial(pull, run), "confirm_object_received_fn": partial(confirm, run)}
-                    whole = pull_and_inflate_object_from_tree(tree, **read, return_type=Message)
+                message, files = found
                 if message.metadata.message_type == "query":
                     said = CheckInDocument(client=name, examples=12)
                     content = put_in({f"{CHECK_INS}/{name}.json": as_bytes(said)})
                 elif asked:
                     return  # it is over
                 else:
-                    content, asked = self.update(name, take_out(whole.content, _LETTER)), True
-                self.reply(message, content, send, push)
+                    content, asked = self.update(name, take_out(files, _LETTER)), True
+                send = line.prepared(message, content)
+                if message.metadata.message_type == "train":
+                    self.barrier.wait(120)
+                with self.sending:
+                    send()
 
     def update(self, name, files):
         order, output = OrderDocument.model_validate_json(files[ORDER]), self.path / "updates" / name
@@ -89,17 +80,6 @@ class Crowd:
         made = {f"{inbox(1, name, 1)}/{path.name}": path.read_bytes() for path in output.iterdir()}
         self.sizes.add(round(sum(map(len, made.values())) / 1e6, 1))
         return put_in(made)
-
-    def reply(self, message, content, send, push):
-        made = Message(content, reply_to=message)
-        made.metadata.__dict__["_message_id"] = made.object_id
-        with no_object_id_recompute():
-            tree, objects = get_object_tree(made), get_all_nested_objects(made)
-            if message.metadata.message_type == "train":
-                self.barrier.wait(120)
-            with self.sending:
-                wanted, session = send(made, tree, 1.0)
-                push_objects(objects, partial(push, made.metadata.run_id, session), object_ids_to_push=wanted)
 
 
 def lora():

@@ -1,6 +1,7 @@
 """Secure aggregation over a store: the adapter of a round without it, whoever drops out or is killed when."""
 
 import json
+import re
 import threading
 import time
 import uuid
@@ -16,8 +17,9 @@ from round_driver import CLIENTS
 from secured import LIMIT, TOKENS, SecureServer, make_secure_home, train
 from test_serve import Processes
 
-from hf_fedlarge import combine, secagg
+from hf_fedlarge import combine, secagg, secure_serve
 from hf_fedlarge.adapters import read_factors
+from hf_fedlarge.agreement import agreed
 from hf_fedlarge.artifacts import MANIFEST_NAME, AdapterManifest, UpdateManifest, read_manifest
 from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import AggregationSettings, PrivacySettings, SecureSettings
@@ -25,10 +27,12 @@ from hf_fedlarge.data import from_rows, write_jsonl
 from hf_fedlarge.errors import ConfigError, StoreError, UpdateRefusedError
 from hf_fedlarge.fixed_point import levels
 from hf_fedlarge.journal import Journal
-from hf_fedlarge.keys import allow, new_key, read_key
+from hf_fedlarge.keys import SIGNATURE_NAME, allow, new_key, read_key
 from hf_fedlarge.ledger import Draw
 from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.orders import (
+    AGREED,
+    AGREEMENT,
     CLIENT_BYTES,
     FAILED,
     KEYS,
@@ -60,14 +64,18 @@ def home(tmp_path_factory):
 
 
 class Members:
-    """Clients in threads; `away` says which (client, stage) don't answer, `killed` who dies once before answering."""
+    """Clients in threads; `away` says which (client, stage) don't answer, `killed` who dies once before answering.
+
+    `told` gives, of a client and the order of a stage, the one that this client is shown in its place.
+    """
 
     def __init__(self, home, store, cache, monkeypatch, aggregator="ffa", clients=CLIENTS, **options):
         self.trained, self.said, self.away, self.killed, self.failed = [], [], set(), set(), []
-        self.threads = []
+        self.threads, self.told = [], lambda client, order: order
         plain, this = SecureMember.answer, self
 
         def answer(self, order, work, update):
+            order = this.told(self._client, order)
             about = (self._client, order.secure.stage)
             if about in this.away:
                 raise StoreError(f"{about} is away.")
@@ -133,6 +141,14 @@ def federation(home, store, tmp_path, monkeypatch):
         return server, members
 
     return make
+
+
+@pytest.fixture
+def known(tmp_path):
+    """What clients are started with who sign, and know each other's keys."""
+    for client in CLIENTS:
+        allow(tmp_path / "allowed.json", new_key(tmp_path / f"{client}.pem", client))
+    return {"key": lambda client: tmp_path / f"{client}.pem", "keys": tmp_path / "allowed.json"}
 
 
 def plain(home, output, aggregator, clients, weighting="equal", previous=None, updates=None, **options):
@@ -271,9 +287,9 @@ def test_once_is_one_round_with_all_of_its_stages(federation):
 
 
 def test_a_server_killed_at_any_entry_of_its_journal_goes_on_with_what_it_asked_before(
-    home, federation, store, tmp_path, monkeypatch
+    home, federation, store, tmp_path, monkeypatch, known
 ):
-    server, members = federation()
+    server, members = federation(keys=str(known["keys"]), options=known)
     write, written = Journal.write, []
     step = 1
 
@@ -295,17 +311,17 @@ def test_a_server_killed_at_any_entry_of_its_journal_goes_on_with_what_it_asked_
             except KeyboardInterrupt:
                 step = 1 if step > 6 else step + 1
                 monkeypatch.setattr(Journal, "write", write)
-                server = SecureServer(home, tmp_path / "run", store)
+                server = SecureServer(home, tmp_path / "run", store, keys=str(known["keys"]))
                 monkeypatch.setattr(Journal, "write", dying)
         monkeypatch.setattr(Journal, "write", write)
     assert server.round.committed.exists()
     expected = plain(home, tmp_path / "plain", "ffa", CLIENTS)
     assert difference(read_factors(server.adapter(1)), expected) < 1e-8 + ROUNDING
-    for stage in STAGES:
+    for stage in (*STAGES, "agree"):
         assert len(server.journal.find("staged", stage=stage)) == 1
     assert len(server.journal.find("validated")) == 4
     told = [(entry["client"], entry["way"], entry["what"]) for entry in server.journal.find("told")]
-    assert len(told) == len(set(told)) >= 4 * 4
+    assert len(told) == len(set(told)) >= 4 * 6
 
 
 # The commands
@@ -362,8 +378,10 @@ def test_commands_that_share_a_directory_end_with_the_sum_of_what_was_trained(tm
 # What is sent
 
 
-def test_bytes_are_those_of_the_journal_and_within_what_was_announced(federation, store):
-    server, members = federation(secure={"threshold": 0.9})  # or the last one to reveal would not be waited for
+def test_bytes_are_those_of_the_journal_and_within_what_was_announced(federation, store, known):
+    server, members = federation(
+        options=known, secure={"threshold": 0.9}
+    )  # or the last one to reveal would not be waited for
     sizes = {}
     with together(server, members):
         server.open()
@@ -371,7 +389,7 @@ def test_bytes_are_those_of_the_journal_and_within_what_was_announced(federation
         for client in CLIENTS:
             place = inbox(1, client, 1)
             names = store.names(place)
-            assert set(names) == {KEYS, SHARES, REVEALED, MANIFEST_NAME, MASKED_WORDS}
+            assert set(names) == {KEYS, SHARES, AGREED, REVEALED, MANIFEST_NAME, SIGNATURE_NAME, MASKED_WORDS}
             sizes[client] = {name: len(store.read(f"{place}/{name}", 10**7)) for name in names}
         server.close()
     words = server.jobs.expected("ann", 1).words
@@ -383,7 +401,9 @@ def test_bytes_are_those_of_the_journal_and_within_what_was_announced(federation
     assert 0 < told <= len(CLIENTS) * (MAX_NOTE_BYTES + CLIENT_BYTES * len(CLIENTS))  # what a budget counts with
     for client, size in sizes.items():
         assert by_client[client]["up"] == sum(size.values())
-        assert sum(size[name] for name in (MANIFEST_NAME, MASKED_WORDS)) <= server.jobs.upload_bytes(client, 1)
+        assert sum(size[name] for name in (MANIFEST_NAME, SIGNATURE_NAME, MASKED_WORDS)) <= server.jobs.upload_bytes(
+            client, 1
+        )
 
 
 def test_masked_updates_look_like_noise_and_are_no_updates_for_others(home, federation, tmp_path):
@@ -573,6 +593,154 @@ def test_a_server_that_swaps_a_key_learns_nothing_of_clients_that_know_each_othe
         for client in CLIENTS[:3]:
             failure = read_document(store, f"{inbox(1, client, 1)}/{FAILED}", FailureDocument)
             assert "dan's keys are refused: they are not signed" in failure.reason
+
+
+# That all were told the same survivors
+
+
+def revealing(store):
+    return [client for client in CLIENTS if store.read(f"{inbox(1, client, 1)}/{REVEALED}", 10**6) is not None]
+
+
+def reason_of(store, client):
+    return wait_for(store, f"{inbox(1, client, 1)}/{FAILED}", FailureDocument).reason
+
+
+@pytest.mark.parametrize("stage", ["masked", "agree", "reveal"])
+def test_clients_that_agree_sum_up_whoever_of_them_is_lost_when(home, federation, store, tmp_path, known, stage):
+    seconds = {"stage_seconds": 4.0} if stage == "masked" else {}  # in the others nobody waits for one of four
+    server, members = federation(keys=str(known["keys"]), options=known, secure=seconds)
+    members.away = {("ben", stage)}
+    with together(server, members):
+        server.open()
+        server.ask()
+        server.close()
+    counted = ("ann", "cleo", "dan") if stage == "masked" else CLIENTS
+    expected = plain(home, tmp_path / "plain", "ffa", counted)
+    assert difference(read_factors(server.adapter(1)), expected) < 1e-8 + ROUNDING
+    [found] = [entry["found"] for entry in server.journal.find("staged", stage="agree")]
+    assert len(found["signers"]) >= 3
+    told = [entry["client"] for entry in server.journal.find("told", what=AGREEMENT)]
+    assert sorted(told) == sorted(counted)
+
+
+def test_one_below_a_quorum_reveals_nothing(federation, store, known):
+    server, members = federation(keys=str(known["keys"]), options=known, secure={"stage_seconds": 2.0})
+    members.away = {("ben", "agree"), ("dan", "agree")}
+    with together(server, members):
+        server.open()
+        with pytest.raises(UpdateRefusedError, match="2 clients have signed who the survivors are; at least 3 are"):
+            server.ask()
+        assert revealing(store) == []
+        assert not (server.round.work / ".secure" / "sum").exists()
+
+
+def test_killed_clients_sign_once_more_what_they_signed(home, federation, tmp_path, known):
+    server, members = federation(options=known)
+    members.killed = {("ben", "agree"), ("cleo", "agree"), ("ben", "reveal")}
+    with together(server, members):
+        server.whole()
+    expected = plain(home, tmp_path / "plain", "ffa", CLIENTS)
+    assert difference(read_factors(server.adapter(1)), expected) < 1e-8 + ROUNDING
+
+
+@pytest.mark.parametrize("knowing", [True, False])
+def test_a_server_that_tells_two_clients_different_survivors_gets_no_share_of_either(federation, store, known, knowing):
+    """Dan's vector came. Ann and ben are told that it didn't, which has them give away his mask's key."""
+    server, members = federation(options=known if knowing else {}, secure={"stage_seconds": 4.0})
+
+    def told(client, order):
+        if not order.secure.survivors:
+            return order
+        if client in ("ann", "ben"):
+            survivors = ["ann", "ben", "cleo"]
+            return order.model_copy(update={"secure": order.secure.model_copy(update={"survivors": survivors})})
+        if order.secure.stage == "reveal":  # so that the attempt isn't over before they had their chance
+            until(lambda: all(heard & set(store.names(inbox(1, name, 1))) for name in ("ann", "ben")))
+        return order
+
+    heard, members.told = {REVEALED, FAILED}, told
+    with together(server, members):
+        server.open()
+        with pytest.raises(UpdateRefusedError, match=r"[02] clients have revealed their shares"):
+            server.ask()
+        assert revealing(store) == ([] if knowing else list(CLIENTS))
+        for client in CLIENTS if knowing else ():
+            assert re.search("[0-2] clients signed the survivors that this one was told", reason_of(store, client))
+        for client in () if knowing else CLIENTS:
+            shares = read_document(store, f"{inbox(1, client, 1)}/{REVEALED}", secagg.Revealed, 10**6)
+            assert ("dan" in shares.masks) == (client in ("ann", "ben")) != ("dan" in shares.seeds)
+
+
+@pytest.mark.parametrize("how", ["forged", "earlier", "repeated", "left out"])
+def test_a_server_that_has_too_few_signatures_gets_no_share(federation, store, tmp_path, monkeypatch, known, how):
+    """Ann and ben signed. What the server passes on beside their signatures doesn't count."""
+    server, members = federation(options=known, secure={"stage_seconds": 2.0})
+    new_key(tmp_path / "eve.pem", "cleo")
+    write, attempts = Store.write, []
+
+    def writing(self, path, raw):
+        if path.endswith(f"/{AGREEMENT}"):
+            good = json.loads(raw)["signatures"]
+            attempts.append(good)
+            made = {name: good[name] for name in ("ann", "ben")}
+            if how == "forged":
+                roster = read_document(store, "secure/0001/1/roster.json", secagg.Roster, 10**6)
+                names = list(CLIENTS)
+                forged = agreed("cleo", read_key(tmp_path / "eve.pem"), roster, names, names).signature
+                made["cleo"] = forged.model_dump(mode="json")
+            if how == "earlier" and len(attempts) == 2:
+                made["cleo"] = attempts[0]["cleo"]
+            if how == "repeated":
+                made |= {"cleo": good["ann"], "dan": good["ben"]}
+            if how != "earlier" or len(attempts) == 2:
+                raw = json.dumps({"signatures": made}).encode()
+        write(self, path, raw)
+
+    monkeypatch.setattr(Store, "write", writing)
+    monkeypatch.setattr(secure_serve, "quorum", lambda roster: 4)  # so that all four sign
+    if how == "left out":
+        monkeypatch.setattr(secure_serve, "is_signed", lambda roster: False)
+    members.away = {(client, "reveal") for client in CLIENTS} if how == "earlier" else set()
+    with together(server, members):
+        for attempt in (1, 2) if how == "earlier" else (1,):
+            server.open()
+            with pytest.raises(UpdateRefusedError, match="0 clients have revealed their shares"):
+                server.ask()
+            members.away = set()
+            places = [inbox(1, client, attempt) for client in CLIENTS]
+            assert not any(REVEALED in store.names(place) for place in places)
+        if how != "left out":  # where they wait for what isn't there
+            reasons = [read_document(store, f"{place}/{FAILED}", FailureDocument).reason for place in places]
+            assert all("2 clients signed the survivors that this one was told" in reason for reason in reasons)
+
+
+def test_a_client_signs_no_second_list_of_survivors_and_reveals_nothing_for_one(federation, store, known):
+    server, members = federation(options=known, secure={"stage_seconds": 4.0})
+
+    def told(client, order):
+        if client == "ann" and order.secure.stage == "reveal":
+            changed = order.secure.model_copy(update={"survivors": ["ann", "ben", "cleo"]})
+            return order.model_copy(update={"secure": changed})
+        if order.secure.stage == "reveal":
+            until(lambda: FAILED in store.names(inbox(1, "ann", 1)))
+        return order
+
+    members.told = told
+    with together(server, members):
+        server.whole()
+        assert reason_of(store, "ann") == "ann was asked before with another survivors in this attempt."
+        assert "ann" not in revealing(store)
+
+
+def test_who_has_no_key_signs_nothing(federation, store, monkeypatch):
+    server, members = federation(secure={"stage_seconds": 2.0})
+    monkeypatch.setattr(secure_serve, "is_signed", lambda roster: True)
+    with together(server, members):
+        server.open()
+        with pytest.raises(UpdateRefusedError, match="0 clients have signed who the survivors are"):
+            server.ask()
+        assert "ann is asked to sign the survivors, and has no key: join with --key" in reason_of(store, "ann")
 
 
 # What a client answers once

@@ -12,7 +12,7 @@ from hf_fedlarge.artifacts import SERVER_FILES, AdapterManifest, PackageManifest
 from hf_fedlarge.cli import main
 from hf_fedlarge.clients import write_check_ins
 from hf_fedlarge.errors import ArtifactError, ConfigError
-from hf_fedlarge.keys import allow, new_key, read_key
+from hf_fedlarge.keys import allow, fingerprint, new_key, read_key, revoke
 from hf_fedlarge.orders import (
     FAILED,
     INBOX,
@@ -87,7 +87,7 @@ def member(home, store, tmp_path):
 
     def train(job):
         jobs.append(job)
-        make_update(job.output, job.package, job.client, adapter=job.adapter)
+        make_update(job.output, job.package, job.client, adapter=job.adapter, round_number=job.round)
 
     def take_part(**options):
         options = {"once": True, "server_key": (home / "server.pub").read_text(), "poll": 0.02} | options
@@ -350,6 +350,85 @@ def test_without_the_server_s_key_everything_is_believed_as_before(say, member):
         say(key=key, round=1 if key is None else 2)
         member(server_key=None)
     assert [job.round for job in member.jobs] == [1, 2]
+
+
+# A server's key is replaced
+
+
+@pytest.fixture
+def rotating(home, tmp_path):
+    """A list with the server's key, and one that comes after it: its file and its line."""
+    path = tmp_path / "server.json"
+    allow(path, f"ed25519 server {(home / 'server.pub').read_text()}")
+    return path, tmp_path / "next.pem", new_key(tmp_path / "next.pem", "server")
+
+
+def test_a_client_that_goes_on_takes_a_key_that_its_list_allows_and_none_that_it_revokes(
+    home, store, say, member, rotating, tmp_path
+):
+    """One client's process, before whose eyes the list changes between orders."""
+    path, following, line = rotating
+    ear = Ear(store, "ann", tmp_path / "cache", str(path), print)
+
+    def says(key, number):
+        said = OrderDocument(run=RUN, state="open", round=number, attempt=1)
+        write_document(store, ORDER, signed(said, read_key(key)))
+        return ear.hear().round
+
+    assert says(home / "server.pem", 1) == 1
+    with pytest.raises(ArtifactError, match=r"is signed with the key .*; expected the server's key"):
+        says(following, 2)
+    new = allow(path, line)
+    assert says(following, 2) == 2
+    assert says(home / "server.pem", 3) == 3  # while both are allowed
+    [old] = revoke(path, "server", fingerprint((home / "server.pub").read_text()))
+    with pytest.raises(ArtifactError, match=f"{old.fingerprint}, which is revoked since .* key {new.fingerprint} "):
+        says(home / "server.pem", 4)
+    assert says(following, 4) == 4
+    # What was heard holds for the new key as for the old: nothing older, and no other federation.
+    with pytest.raises(ArtifactError, match="is an old one, for round 3"):
+        says(following, 3)
+    write_document(
+        store, ORDER, signed(OrderDocument(run=OTHER, state="open", round=9, attempt=1), read_key(following))
+    )
+    with pytest.raises(ArtifactError, match=f"is of the federation {OTHER}; expected one of {RUN}"):
+        ear.hear()
+
+
+def test_a_round_goes_on_with_another_key_of_the_server_s(home, store, member, rotating, tmp_path):
+    """The server is stopped in the middle of a federation, and started with its new key; the client isn't."""
+    path, following, line = rotating
+    options = {"clients": {"ann": 12}, "deadline_seconds": 20}
+    server = Server(home, tmp_path / "run", store, key=read_key(home / "server.pem"), **options)
+    write_check_ins(server.run, [CheckIn("ann", 12)])
+    server.open()
+    client = threading.Thread(target=member, kwargs={"once": False, "server_key": str(path)})
+    client.start()
+    server.ask()
+    server.close()
+    allow(path, line)
+    server = Server(home, tmp_path / "run", store, key=read_key(following), **options)
+    server.open(2)
+    server.ask()
+    server.close()
+    revoke(path, "server", fingerprint((home / "server.pub").read_text()))
+    server.clients.end(server.adapter(2))
+    client.join(60)
+    assert not client.is_alive()
+    assert [job.round for job in member.jobs] == [1, 2]
+    assert "round 2: the update counts" in member.said
+
+
+def test_a_list_without_a_key_of_the_server_s_is_refused_before_anything_is_done(home, store, member, tmp_path):
+    path = tmp_path / "list.json"
+    allow(path, new_key(tmp_path / "ann.pem", "ann"))
+    with pytest.raises(ConfigError, match="has no allowed key of server; expected one"):
+        member(server_key=str(path))
+    allow(path, f"ed25519 server {(home / 'server.pub').read_text()}")
+    revoke(path, "server")
+    with pytest.raises(ConfigError, match="has no allowed key of server; expected one"):
+        member(server_key=str(path))
+    assert store.names("check_ins") == []
 
 
 @pytest.mark.parametrize("key", ["", "ed25519 server 00", "zz" * 32, "00" * 31])

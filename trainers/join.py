@@ -61,7 +61,7 @@ from hf_fedlarge.traffic import apply_change
 from hf_fedlarge.trainers.launch import in_process
 from hf_fedlarge.trainers.secure import SecureMember
 from hf_fedlarge.update import outcome
-from hf_fedlarge.voice import DEFAULT_CACHE, SENT, Ear, check_server_key
+from hf_fedlarge.voice import DEFAULT_CACHE, SENT, Ear, server_keys
 
 logger = logging.getLogger(__name__)
 _TRAINED = "trained.json"
@@ -103,8 +103,8 @@ def join(
         packages: the URL of another store that has the packages; None: they lie with the orders.
         keys: the list of all clients' keys, which have to sign those of secure aggregation, without which nothing is
             sent then; None: the server is believed whose they are, and whether there is secure aggregation.
-        server_key: the server's public key, in 64 hexadecimal digits, which has to have signed what the server says;
-            None: whoever can write the store is believed.
+        server_key: the server's public key, in 64 hexadecimal digits, or the path of a list of its keys, of which one
+            has to have signed what the server says; None: whoever can write the store is believed.
 
     Raises:
         ConfigError: a name that can't be a client's, or a key or list that is none.
@@ -120,11 +120,12 @@ def join(
         read_key(key)
     if keys is not None:
         read_allowed(keys)
-    server = check_server_key(server_key) if server_key is not None else None
+    if server_key is not None:
+        server_keys(server_key)
     store, cache = Store(url), (cache or DEFAULT_CACHE).expanduser()
     package_store = Store(packages) if packages else store
     with _alone(cache / "clients", client):
-        ear = Ear(store, client, cache, server, report)
+        ear = Ear(store, client, cache, server_key, report)
         member = _Member(
             store, package_store, ear, check_in, data, eval_data, cache, report, train or in_process(), key, keys
         )

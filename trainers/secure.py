@@ -2,16 +2,18 @@
 
 An update is trained as always and stays here; what is sent is its change, masked. The secrets of an attempt lie beside
 it until the last stage is answered, readable by their owner alone, so that a client that was killed goes on. With them
-is what it was asked before: a client doesn't mask a second vector in an attempt, nor reveals shares for another list
-of survivors, whoever asks.
+is what it was asked before: a client doesn't mask a second vector in an attempt, nor sign another list of survivors or
+reveal shares for it, whoever asks. Where it has everybody's keys, enough of them must have signed that list before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from hf_fedlarge import secagg
+from hf_fedlarge.agreement import Agreement, agreed, check_agreement
 from hf_fedlarge.artifacts import UpdateManifest, read_manifest, write_json
 from hf_fedlarge.ciphers import check_that_secrets_can_be_shared
 from hf_fedlarge.config import ClientName
@@ -19,6 +21,8 @@ from hf_fedlarge.entries import Digest
 from hf_fedlarge.errors import ArtifactError, StoreError
 from hf_fedlarge.keys import read_allowed, read_key
 from hf_fedlarge.orders import (
+    AGREED,
+    AGREEMENT,
     KEYS,
     MAX_ORDER_BYTES,
     REVEALED,
@@ -37,6 +41,8 @@ from hf_fedlarge.records import Record
 from hf_fedlarge.secure_sum import mask_update
 from hf_fedlarge.store import Store
 from hf_fedlarge.untrusted import read_json
+
+NeededT = TypeVar("NeededT", bound=Record)
 
 
 class _Attempt(Record):
@@ -127,17 +133,25 @@ class SecureMember:
         opened = secagg.opened(attempt.secrets, roster, self._client, boxes)
         if order.secure.stage == "masked":
             self._send_masked(order, work, update, roster, attempt, home / "masked")
-        else:
-            answer = secagg.revealed(opened, roster, self._client, order.secure.survivors)
-            attempt = self._once(path, attempt, survivors=order.secure.survivors)
-            # Shares that come after an attempt was given up would open a sum that nobody asks for any more.
-            now = self._order_now()
-            if now is None or now.step != order.step or not now.is_open:
-                self._report(f"round {order.round}: the attempt was over before the shares were ready")
-                return
-            done = attempt.model_copy(update={"revealed": answer, "secrets": None})
-            write_json(path, done.model_dump(mode="json"))
-            self._send(order, REVEALED, answer)
+            return
+        sharers, survivors = order.secure.sharers, order.secure.survivors
+        answer = secagg.revealed(opened, roster, self._client, survivors)  # refuses lists that nothing is said to
+        attempt = self._once(path, attempt, survivors=survivors)
+        if order.secure.stage == "agree":
+            if self._key is None:
+                raise ArtifactError(f"{self._client} is asked to sign the survivors, and has no key: join with --key.")
+            self._send(order, AGREED, agreed(self._client, self._key, roster, sharers, survivors))
+            return
+        if allowed:
+            check_agreement(self._needed(order, AGREEMENT, Agreement), roster, sharers, survivors, allowed)
+        # Shares that come after an attempt was given up would open a sum that nobody asks for any more.
+        now = self._order_now()
+        if now is None or now.step != order.step or not now.is_open:
+            self._report(f"round {order.round}: the attempt was over before the shares were ready")
+            return
+        done = attempt.model_copy(update={"revealed": answer, "secrets": None})
+        write_json(path, done.model_dump(mode="json"))
+        self._send(order, REVEALED, answer)
 
     def _advertise(self, order: OrderDocument, path: Path, digest: str) -> None:
         attempt = _Attempt.model_validate(read_json(path, MAX_ORDER_BYTES)) if path.exists() else None
@@ -178,7 +192,7 @@ class SecureMember:
         write_json(path, attempt.model_dump(mode="json"))
         return attempt
 
-    def _needed(self, order: OrderDocument, name: str, kind: type[secagg.Roster] | type[secagg.Shares]) -> Record:
+    def _needed(self, order: OrderDocument, name: str, kind: type[NeededT]) -> NeededT:
         place = f"{secure(order.round, order.attempt)}/{name}"
         found = read_document(self._store, place, kind, MAX_ORDER_BYTES)
         if found is None:

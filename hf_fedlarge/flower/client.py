@@ -39,7 +39,7 @@ from hf_fedlarge.orders import (
     write_document,
 )
 from hf_fedlarge.store import Store
-from hf_fedlarge.voice import DEFAULT_CACHE, Ear, check_server_key
+from hf_fedlarge.voice import DEFAULT_CACHE, Ear
 
 app = ClientApp()
 _NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
@@ -96,9 +96,8 @@ def _answer(settings: NodeSettings, content: RecordDict) -> RecordDict:
 
 
 def _ear(settings: NodeSettings, mailbox: Store) -> Ear:
-    server = check_server_key(settings.server_key) if settings.server_key is not None else None
     cache = Path(settings.cache) if settings.cache else DEFAULT_CACHE
-    return Ear(mailbox, settings.client, cache.expanduser(), server, _report)
+    return Ear(mailbox, settings.client, cache.expanduser(), settings.server_key, _report)
 
 
 def _hear_the_end(settings: NodeSettings, mailbox: Store) -> None:

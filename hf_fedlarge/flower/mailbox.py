@@ -33,6 +33,7 @@ from hf_fedlarge.errors import ArtifactError, StoreError
 from hf_fedlarge.flower.letters import put_in, take_out
 from hf_fedlarge.keys import PrivateKey
 from hf_fedlarge.orders import (
+    AGREEMENT,
     CHECK_INS,
     FAILED,
     INBOX,
@@ -226,7 +227,7 @@ class Mailbox(Store):
         paths = said[-1:]
         if order.is_later_stage:
             home = secure(order.round, order.attempt)
-            paths += [f"{home}/{ROSTER}", f"{home}/{boxes_name(client)}"]
+            paths += [f"{home}/{name}" for name in (ROSTER, AGREEMENT, boxes_name(client))]
         found = {path: self.read(path, MAX_ORDER_BYTES) for path in paths}
         return {path: raw for path, raw in found.items() if raw is not None}
 
