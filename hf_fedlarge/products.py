@@ -10,21 +10,18 @@ Shapes: O out-features, I in-features, R a term's rank, S all terms' ranks toget
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 
+from hf_fedlarge.subspace import MORE, PROBES, Decomposition, multiply, subspace
 from hf_fedlarge.tensors import Factors, StoredFactors
 
 _FEW = 256  # columns up to which a sum is decomposed exactly
 _EXACT_NORMS = 512  # and up to which its norm is computed
-_MORE = 8  # directions tried beyond those wanted (Halko et al., arXiv 0909.4061)
 _TOGETHER = 128  # columns of stored terms that are read one after the other, while a processor's cache holds them
-_PROBES = 16  # random vectors that an estimate takes; its relative error is at most some sqrt(2 / _PROBES), mostly less
-
-Multiply = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Term(NamedTuple):
@@ -32,22 +29,6 @@ class Term(NamedTuple):
 
     coefficient: float
     factors: Factors | StoredFactors
-
-
-class Decomposition(NamedTuple):
-    """The leading part of a sum, U diag(S) V, and the squared Frobenius norm of the whole.
-
-    Attributes:
-        U_OK: fp64, columns orthonormal.
-        S_K: fp64, falling, none that is zero but for rounding.
-        V_KI: fp64, rows orthonormal.
-        energy: of the whole sum.
-    """
-
-    U_OK: torch.Tensor
-    S_K: torch.Tensor
-    V_KI: torch.Tensor
-    energy: float
 
 
 class Truncated(NamedTuple):
@@ -119,7 +100,7 @@ def truncate(
     if like is not None:
         A_RI, B_OR = _turned(A_RI, B_OR, like.double())
     factors = Factors(A_RI.float(), B_OR.float())
-    kept = _squares(S_K).cumsum(0)
+    kept = S_K.square().cumsum(0)
     end = len(S_K) if carry_rank is None else min(len(S_K), rank + carry_rank)
     if carry_energy:
         # How many directions leave more than the share: one more leaves less.
@@ -127,10 +108,10 @@ def truncate(
     carry = None
     if end > rank:
         carry = Factors(A_KI[rank:end].float(), B_OK[:, rank:end].float())
-    carried = _squares(S_K[rank:end]).sum().item()
+    carried = S_K[rank:end].square().sum().item()
     # Where nothing is left, the difference to the energy would be rounding.
-    beyond = max(energy - _squares(S_K).sum().item(), 0.0)
-    dropped = _squares(S_K[max(end, rank) :]).sum().item() + (beyond if beyond > 1e-12 * energy else 0.0)
+    beyond = max(energy - S_K.square().sum().item(), 0.0)
+    dropped = S_K[max(end, rank) :].square().sum().item() + (beyond if beyond > 1e-12 * energy else 0.0)
     return Truncated(factors, carry, energy, carried, dropped)
 
 
@@ -146,34 +127,22 @@ def decompose(terms: Sequence[Term], count: int | None) -> Decomposition:
     # Against the factors' norms and not the largest singular value: where terms cancel, that one is noise itself.
     noise = torch.finfo(torch.float64).eps * max(len(B_OS), A_SI.shape[1]) * R_MS.norm() * R_NS.norm()
     kept = int(S_K.gt(noise).sum())
-    return Decomposition(Q_OM @ U_MK[:, :kept], S_K[:kept], V_KN[:kept] @ Q_IN.T, _squares(S_K[:kept]).sum().item())
+    return Decomposition(Q_OM @ U_MK[:, :kept], S_K[:kept], V_KN[:kept] @ Q_IN.T, S_K[:kept].square().sum().item())
 
 
 def are_many(terms: Sequence[Term], count: int | None) -> bool:
     """Whether the `count` leading directions of so many columns are looked for by subspace iteration, in fp32."""
-    return count is not None and sum(factors.rank for _, factors in terms) > max(_FEW, 2 * (count + _MORE))
+    return count is not None and sum(factors.rank for _, factors in terms) > max(_FEW, 2 * (count + MORE))
 
 
 def _times(terms: Sequence[Term], X_IK: torch.Tensor) -> torch.Tensor:
     """The sum times X, a term at a time."""
-    total = None
-    for coefficient, (A_RI, B_OR) in terms:
-        total = _added(total, coefficient, B_OR, A_RI @ X_IK)
-    return total
+    return multiply(((coefficient, A_RI, B_OR.T) for coefficient, (A_RI, B_OR) in terms), X_IK)
 
 
 def _transposed_times(terms: Sequence[Term], Y_OK: torch.Tensor) -> torch.Tensor:
     """The transposed sum times Y."""
-    total = None
-    for coefficient, (A_RI, B_OR) in terms:
-        total = _added(total, coefficient, A_RI.T, B_OR.T @ Y_OK)
-    return total
-
-
-def _added(total: torch.Tensor | None, coefficient: float, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    if total is None:
-        return coefficient * (left @ right)
-    return total.addmm_(left, right, alpha=coefficient)
+    return multiply(((coefficient, B_OR.T, A_RI) for coefficient, (A_RI, B_OR) in terms), Y_OK)
 
 
 class Stack(NamedTuple):
@@ -242,18 +211,18 @@ def _side_by_side(terms: Sequence[Term], largest: float, room: torch.Tensor) -> 
     if columns * (width + rows) > len(room):
         room = torch.empty(columns * (width + rows))
     A_SI = room[: columns * width].view(columns, width)
-    B_OS = room[columns * width :][: columns * rows].view(rows, columns)
+    B_SO = room[columns * width :][: columns * rows].view(columns, rows)
     start = 0
     for group in _groups(terms):
         (rank, _), _ = group[0].factors.shapes
         end = start + rank * len(group)
         stack = _read_stack(group, A_SI[start:end].unflatten(0, (-1, rank)))
-        B_OS[:, start:end].unflatten(1, (-1, rank)).copy_(stack.B_GOR.permute(1, 0, 2))
+        B_SO[start:end].unflatten(0, (-1, rank)).copy_(stack.B_GOR.mT)
         if any(coefficient != largest for coefficient in stack.coefficients):
             weights_G = torch.tensor(stack.coefficients, dtype=torch.float64) / largest
             stack.A_GRI.mul_(weights_G.float()[:, None, None])
         start = end
-    return Factors(A_SI, B_OS)
+    return Factors(A_SI, B_SO.T)
 
 
 def _groups(terms: Sequence[Term]) -> Iterator[list[Term]]:
@@ -287,37 +256,6 @@ def _read_stack(group: Sequence[Term], A_GRI: torch.Tensor | None = None) -> Sta
     return Stack(coefficients, A_GRI, B_GOR)
 
 
-def subspace(right: Multiply, left: Multiply, width: int, dtype: torch.dtype, count: int) -> Decomposition:
-    """`decompose` of a matrix M that is known by what it does, by subspace iteration (arXiv 0909.4061, one power).
-
-    What the iteration misses is in the energy: exactly what it finds, and of the rest an estimate (arXiv 2010.09649).
-
-    Args:
-        right: X_IK → M X.
-        left: Y_OK → M^T Y.
-        width: I.
-        dtype: to compute in.
-        count: how many directions are wanted.
-    """
-    generator = torch.Generator().manual_seed(0)
-    tried = min(count + _MORE, width)
-    random_IK = torch.randn(width, tried + _PROBES, generator=generator, dtype=dtype)
-    start_IK, probes_IK = random_IK[:, :tried], random_IK[:, tried:]
-    P_IK, _ = torch.linalg.qr(left(torch.linalg.qr(right(start_IK))[0]))
-    probes_IK = probes_IK - P_IK @ (P_IK.T @ probes_IK)
-    found_O = right(torch.cat([P_IK, probes_IK], dim=1)).double()
-    M_OK, missed_OK = found_O[:, : P_IK.shape[1]], found_O[:, P_IK.shape[1] :]
-    U_OK, S_K, V_KK = torch.linalg.svd(M_OK, full_matrices=False)
-    noise = torch.finfo(dtype).eps * max(len(U_OK), width) ** 0.5 * S_K[:1].sum()
-    kept = int(S_K.gt(noise).sum())
-    missed = _squares(missed_OK).sum().item() / _PROBES
-    found = _squares(S_K).sum().item()
-    if missed < (torch.finfo(dtype).eps * max(len(U_OK), width)) ** 2 * found:
-        missed = 0.0
-    V_KI = V_KK[:kept] @ P_IK.T.double()
-    return Decomposition(U_OK[:, :kept], S_K[:kept], V_KI, _squares(S_K[:kept]).sum().item() + missed)
-
-
 def inner(left: Sequence[Term], right: Sequence[Term]) -> float:
     """Σ over all entries of the product of two sums: <B A, D C> = Σ (B^T D) ∘ (A C^T), in fp64."""
     if not left or not right:
@@ -337,7 +275,7 @@ class Probes:
     """
 
     def __init__(self, width: int) -> None:
-        self._probes_IK = torch.randn(width, _PROBES, generator=torch.Generator().manual_seed(0))
+        self._probes_IK = torch.randn(width, PROBES, generator=torch.Generator().manual_seed(0))
         self._found_OK: torch.Tensor | None = None
 
     def add(self, terms: Stack) -> None:
@@ -345,13 +283,14 @@ class Probes:
         A_SI, B_OS = terms.columns
         found_GX = (A_SI.float() @ self._probes_IK).view(len(terms.coefficients), -1)
         found_GX *= torch.tensor(terms.coefficients)[:, None]
-        self._found_OK = _added(self._found_OK, 1.0, B_OS.float(), found_GX.view(len(A_SI), -1))
+        factors = B_OS.float(), found_GX.view(len(A_SI), -1)
+        self._found_OK = torch.mm(*factors) if self._found_OK is None else self._found_OK.addmm_(*factors)
 
     def distance(self, result: Term) -> tuple[float, float]:
         """The squared Frobenius norms of the sum, and of the sum less `result`."""
         coefficient, (A_RI, B_OR) = result
         apart_OK = self._found_OK - coefficient * (B_OR.float() @ (A_RI.float() @ self._probes_IK))
-        return tuple(_squares(found.double()).sum().item() / _PROBES for found in (self._found_OK, apart_OK))
+        return tuple(found.double().square().sum().item() / PROBES for found in (self._found_OK, apart_OK))
 
 
 def is_estimated(terms: Sequence[Term]) -> bool:
@@ -393,7 +332,3 @@ def _turned(A_RI: torch.Tensor, B_OR: torch.Tensor, like_RI: torch.Tensor) -> tu
     Q_RR = X_RR @ Y_RR
     length = like_RI.square().sum(dim=1).mean().sqrt() or 1.0
     return length * (Q_RR @ A_RI), B_OR @ Q_RR.T / length
-
-
-def _squares(values: torch.Tensor) -> torch.Tensor:
-    return values.square()

@@ -16,7 +16,8 @@ import torch
 
 from hf_fedlarge.aggregate import Change, product_terms
 from hf_fedlarge.errors import ConfigError
-from hf_fedlarge.products import Term, inner, stack, subspace
+from hf_fedlarge.products import Term, inner, stack
+from hf_fedlarge.subspace import subspace
 from hf_fedlarge.tensors import Factors
 
 _BLOCK_BYTES = 2**26  # of all clients' changes together, in fp64

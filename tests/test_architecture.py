@@ -31,6 +31,7 @@ LEVELS = [
         "attention",
         "gated",
         "passes",
+        "subspace",
     },
     {
         "experience",
@@ -163,13 +164,13 @@ def test_the_library_needs_neither_trainers_nor_scripts(module):
         assert not name.startswith(("hf_fedlarge.trainers", "hf_fedlarge.scripts")), name
 
 
-@pytest.mark.parametrize("module", ["products", "aggregate", "robust", "server_optimizer"])
+@pytest.mark.parametrize("module", ["subspace", "products", "aggregate", "robust", "server_optimizer"])
 def test_aggregation_is_tensor_functions_alone(module):
     allowed = {"torch", "collections", "typing", "__future__", "hf_fedlarge", "math", "statistics", "functools"}
     names = imported(LIBRARY / f"{module}.py")
     assert {name.split(".")[0] for name in names} <= allowed
     ours = {name.split(".")[1] for name in names if name.startswith("hf_fedlarge")}
-    assert ours <= {"errors", "tensors", "products", "aggregate"}
+    assert ours <= {"errors", "tensors", "products", "aggregate", "subspace"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "trainers").glob("*.py")), ids=lambda path: path.name)

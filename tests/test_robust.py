@@ -10,8 +10,8 @@ from problems import federate, loss, make_factors, product
 
 from hf_fedlarge.aggregate import Change
 from hf_fedlarge.errors import ConfigError
-from hf_fedlarge.products import subspace
 from hf_fedlarge.robust import clip_factors, gram, krum, median, squared_norms, trimmed_mean
+from hf_fedlarge.subspace import subspace
 
 reproducible = settings(deadline=None, derandomize=True, max_examples=40)
 

@@ -14,14 +14,14 @@ adapter, and its adapter is evaluated on the clients' held-out examples together
     share of central's gain = (loss of the base − loss of the full model with the adapter) / (the same of central)
 
 A method whose settings this version doesn't know is reported as unknown and left out. MB are what all clients of a run
-moved, the package's download left out. Runs are kept in `--work`; begun again, finished ones are not repeated. So
-two processes can share the work, each with seeds of its own (`--first-seed`), and a third one shows all.
+moved, the package's download left out. With `--json` and `--work` a run that was stopped goes on when begun again: rows
+in the file are not measured again, a federation in `--work` goes on after its last round, and `seconds` are those of
+all pieces together. More seeds or methods may be asked for then; other settings need another file and directory.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import DEMO_MODEL as CHECKPOINT
-from harness import run_on_demo_model
+from harness import Figures, Rows, run_on_demo_model
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
@@ -66,7 +66,7 @@ def main() -> int:
     parser.add_argument("--max-examples", type=int, default=160, help="of a client")
     parser.add_argument("--eval-examples", type=int, default=128, help="held out, of all clients together")
     parser.add_argument("--keep-layers", help="make the package by leaving out layers (a third of the neurons)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, and go on with those in it")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep the package and the runs there")
     options = parser.parse_args()
     if options.rounds * options.steps * COHORT % CLIENTS:
@@ -89,13 +89,40 @@ class Benchmark:
         hide_progress()
         logging.disable_progress_bar()
         self.options, self.work = options, work
+        self.methods, self.unknown = self.known_methods()
+        if not self.methods:
+            sys.exit("None of the methods is known to this version.")
+        self.seeds = range(options.first_seed, options.first_seed + options.seeds)
+        common = ("rounds", "steps", "batch", "max_examples", "eval_examples", "keep_layers")
+        self.rows = Rows(
+            options.json,
+            {name: getattr(options, name) for name in common},
+            [self.key(method, seed) for seed in self.seeds for method in (*self.methods, *REFERENCES)],
+        )
         self.train, self.worker = LAUNCHERS["inprocess"](), Worker()
         self.package = work / "package"
         if not self.package.exists():
             settings = self.settings(0, {})
             make_package(plan_package(CHECKPOINT, settings), settings, self.package)
-        self.rows: list[dict[str, Any]] = []
+            self.rows.save()
         self.base: dict[int, float] = {}  # seed → loss before training
+
+    def known_methods(self) -> tuple[list[str], dict[str, str]]:
+        """Those asked for whose settings this version knows, and what is wrong with the others."""
+        unknown = {}
+        for name in self.options.methods:
+            try:
+                self.settings(0, METHODS[name])
+            except ValidationError as error:
+                unknown[name] = f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
+                print(f"{name}: settings unknown to this version: {unknown[name]}", file=sys.stderr)
+        return [name for name in self.options.methods if name not in unknown], unknown
+
+    @staticmethod
+    def key(method: str, seed: int) -> dict[str, Any]:
+        """What tells a row from the others."""
+        chosen = METHODS.get(method, {})
+        return {"method": method, "chosen": " ".join(f"{name}={value}" for name, value in chosen.items()), "seed": seed}
 
     def settings(self, seed: int, method: dict[str, Any]) -> Any:
         """A federation's settings; pydantic's ValidationError where a key isn't known."""
@@ -134,47 +161,30 @@ class Benchmark:
         }
 
     def run(self) -> dict[str, Any]:
-        """The rows, their means by method, which bars are met, and the settings."""
-        unknown = {}
-        for seed in range(self.options.first_seed, self.options.first_seed + self.options.seeds):
-            home = None
-            for name in self.options.methods:
-                try:
-                    settings = self.settings(seed, METHODS[name])
-                except ValidationError as error:
-                    unknown[name] = f"{error.errors()[0]['loc']}: {error.errors()[0]['msg']}"
-                    print(f"{name}: settings unknown to this version: {unknown[name]}", file=sys.stderr)
-                    continue
-                home = self.work / f"run-{seed}-{name}"
-                self.row(name, seed, home, partial(self.federated, name, home, settings))
-            if home is None:
-                sys.exit("None of the methods is known to this version.")
+        """The rows, their means by method, which bars are met, seconds and the settings."""
+        for seed in self.seeds:
+            homes = {name: self.work / f"run-{seed}-{name}" for name in self.methods}
+            for name, home in homes.items():
+                self.row(name, seed, home, partial(self.federated, name, home, self.settings(seed, METHODS[name])))
+            home = homes[self.methods[-1]]
             self.row("central", seed, home, partial(self.central, seed, home))
             self.row("local-only", seed, home, partial(self.local_only, seed, home))
-        means = self.means()
+        report = self.rows.report()
+        means = self.means(report["rows"])
         self.show(means)
-        return {
-            "rows": self.rows,
-            "mean": means,
-            "unknown": unknown,
-            "bars": bars(means),
-            "settings": {name: str(value) for name, value in vars(self.options).items()},
-        }
+        print(f"{report['seconds'] / 60:.1f} min in all")
+        return report | {"mean": means, "unknown": self.unknown, "bars": bars(means)}
 
-    def row(self, method: str, seed: int, home: Path, measure: Callable[[], dict[str, float]]) -> None:
-        """A row; measured where no earlier run in this `--work` did."""
-        from hf_fedlarge.artifacts import write_json
+    def row(self, method: str, seed: int, home: Path, measure: Callable[[], Figures]) -> None:
+        """A row, with the loss before training and what was gained."""
 
-        kept = self.work / f"row-{seed}-{method}.json"
-        if not kept.exists():
+        def with_gain() -> Figures:
             figures = measure()
             if seed not in self.base:
                 self.base[seed] = self.loss(home, None)
-            base = self.base[seed]
-            row = {"method": method, "seed": seed, "base": base, "gain": base - figures["full"]} | figures
-            write_json(kept, row)
-        self.rows.append(json.loads(kept.read_text()))
-        print(self.rows[-1], file=sys.stderr, flush=True)
+            return {"base": self.base[seed], "gain": self.base[seed] - figures["full"]} | figures
+
+        print(self.rows.row(self.key(method, seed), with_gain), file=sys.stderr, flush=True)
 
     def federated(self, name: str, home: Path, settings: Any) -> dict[str, float]:
         """One federation, in a run directory that has the clients' data."""
@@ -183,9 +193,12 @@ class Benchmark:
         if not (home / "package").exists():
             home.mkdir(parents=True, exist_ok=True)
             shutil.copytree(self.package, home / "package", copy_function=os.link)
-        summary = run_federation(
-            settings, home, self.train, lambda line: print(f"{name}: {line}", flush=True), stop=False
-        )
+
+        def told(line: str) -> None:
+            print(f"{name}: {line}", flush=True)
+            self.rows.save()
+
+        summary = run_federation(settings, home, self.train, told, stop=False)
         package = summary["package_bytes"]
         fetched = {client for entry in summary["rounds"] for client in entry["bytes_by_client"]}
         return {
@@ -197,18 +210,21 @@ class Benchmark:
     def central(self, seed: int, home: Path) -> dict[str, float]:
         """One client with the union of the data and all the steps."""
         union = self.work / f"union-{seed}.jsonl"
-        union.write_text("".join(path.read_text() for path in sorted(home.glob("clients/*/train.jsonl"))))
+        union.write_text("".join(path.read_text() for path in self.data(home)))
         steps = self.options.rounds * self.options.steps * COHORT
         return {"full": self.alone("central", seed, home, union, steps), "mb_down": 0.0, "mb_up": 0.0}
 
     def local_only(self, seed: int, home: Path) -> dict[str, float]:
         """Every client by itself: the same steps in all, and nothing moves."""
         steps = self.options.rounds * self.options.steps * COHORT // CLIENTS
-        losses = [
-            self.alone(f"local-{path.parent.name}", seed, home, path, steps)
-            for path in sorted(home.glob("clients/*/train.jsonl"))
-        ]
+        losses = [self.alone(f"local-{path.parent.name}", seed, home, path, steps) for path in self.data(home)]
         return {"full": statistics.mean(losses), "mb_down": 0.0, "mb_up": 0.0}
+
+    def data(self, home: Path) -> list[Path]:
+        """Every client's examples."""
+        if found := sorted(home.glob("clients/*/train.jsonl")):
+            return found
+        sys.exit(f"{home} is not there any more; give the --work that {self.options.json} was begun with.")
 
     def alone(self, name: str, seed: int, home: Path, data: Path, steps: int) -> float:
         """Train one client from the federation's first adapter; the full model's loss with it."""
@@ -243,14 +259,15 @@ class Benchmark:
         held_out = held_out.select(range(min(self.options.eval_examples, len(held_out))))
         return evaluate(CHECKPOINT, held_out, adapter=adapter, max_length=MAX_LENGTH, verify=False).loss
 
-    def means(self) -> dict[str, dict[str, float]]:
+    @staticmethod
+    def means(rows: list[Figures]) -> dict[str, dict[str, float]]:
         """Method → means over seeds, and the share of central's gain, from the means."""
         means: dict[str, dict[str, float]] = {}
-        for method in dict.fromkeys(row["method"] for row in self.rows):
-            rows = [row for row in self.rows if row["method"] == method]
-            names = [name for name in rows[0] if name not in ("method", "seed")]
-            means[method] = {name: statistics.mean(row[name] for row in rows) for name in names}
-            means[method]["gain_spread"] = statistics.pstdev(row["gain"] for row in rows)
+        for method in dict.fromkeys(row["method"] for row in rows):
+            alike = [row for row in rows if row["method"] == method]
+            names = [name for name in alike[0] if name not in ("method", "chosen", "seed")]
+            means[method] = {name: statistics.mean(row[name] for row in alike) for name in names}
+            means[method]["gain_spread"] = statistics.pstdev(row["gain"] for row in alike)
         for mean in means.values():
             mean["share_of_central"] = mean["gain"] / means["central"]["gain"]
         return means

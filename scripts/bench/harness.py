@@ -1,5 +1,7 @@
 """What the benchmarks share: fresh processes that take turns, peaks of memory, medians, ratios, a table and JSON.
 
+One that takes hours keeps its rows in its JSON file (`Rows`), and goes on where it was stopped.
+
 A benchmark is one program. Called by a user it runs itself again for each side, in turn (A B A B); such a run measures
 one thing and prints its figures as a line of JSON. Read the ratios, not the seconds: on a shared machine both sides
 slow down together.
@@ -15,7 +17,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -85,9 +88,15 @@ def summarize(runs: dict[str, list[Figures]], settings: dict[str, Any]) -> dict[
         }
         report["ratio" if side == "peer" else f"ratio_to_{side}"] = ratio
     report["settings"] = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    report["versions"] = {name: version(name) for name in _LIBRARIES} | {"python": platform.python_version()}
-    report["machine"] = {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()}
-    return report
+    return report | surroundings()
+
+
+def surroundings() -> dict[str, Any]:
+    """The libraries' versions, and the machine."""
+    return {
+        "versions": {name: version(name) for name in _LIBRARIES} | {"python": platform.python_version()},
+        "machine": {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()},
+    }
 
 
 def show(report: dict[str, Any], title: str, file: Path | None) -> None:
@@ -133,8 +142,102 @@ def run_on_demo_model(
 
 
 def write_report(file: Path, report: dict[str, Any]) -> None:
-    """Write what a benchmark found as JSON."""
-    file.write_text(json.dumps(report, indent=2) + "\n")
+    """Write what a benchmark found as JSON; whoever dies at it leaves the file as it was."""
+    waiting = file.with_name(f".{file.name}.waiting")
+    waiting.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(waiting, file)
+
+
+class Rows:
+    """The rows of a benchmark that takes hours: each is in its JSON file once it is measured, and not measured again.
+
+    Begun again with the same file and settings, a benchmark goes on where it was stopped. Its seconds are those of all
+    pieces together, whatever they were spent on; of a piece that was killed, those up to its last `save`.
+
+    Args:
+        file: `--json`; None: nothing is kept.
+        settings: what all rows have in common, as JSON has it.
+        planned: what tells each row from the others, in their order; at least one.
+
+    Raises:
+        SystemExit: the file has rows of other settings.
+    """
+
+    def __init__(self, file: Path | None, settings: dict[str, Any], planned: Sequence[dict[str, Any]]) -> None:
+        self._file, self._settings, self._planned = file, settings, planned
+        known: dict[str, Any] = {"settings": settings, "rows": [], "seconds": 0.0, "under_way": {}}
+        if file is not None and file.exists():
+            known = json.loads(file.read_text())
+        if known.get("settings") != settings:
+            sys.exit(f"{file} has rows of the settings {known.get('settings')}, not of {settings}; name another file.")
+        self._rows: list[Figures] = known["rows"]
+        self._under_way: dict[str, Any] = known["under_way"]  # its key, and the seconds that it has taken
+        self._earlier, self._started = known["seconds"], time.monotonic()
+
+    def row(self, key: dict[str, Any], measure: Callable[[], Figures]) -> Figures:
+        """The row of `key`: the one that was measured before, or `key` with the figures of `measure` and `seconds`.
+
+        The seconds have those of earlier pieces that were stopped at this row.
+        """
+        if found := self._measured(key):
+            return found
+        if self._under_way.get("key") != key:
+            self._under_way = {"key": key, "seconds": 0.0}
+        name = " ".join(str(value) for value in key.values())
+        print(f"row {len(self._rows) + 1}, {name}; {self._outlook()}", file=sys.stderr, flush=True)
+        self._since = time.monotonic()
+        try:
+            figures = measure()
+            self._count()
+            self._rows.append(key | figures | {"seconds": self._under_way["seconds"]})
+            self._under_way = {}
+        finally:
+            self.save()
+        return self._rows[-1]
+
+    def save(self) -> None:
+        """Write what there is. Called now and then within a row, no more time than since then is missed."""
+        if self._under_way:
+            self._count()
+        if self._file is not None:
+            write_report(self._file, self.report())
+
+    def report(self) -> dict[str, Any]:
+        """All rows of these settings, whether the planned ones are there, seconds, settings and what it ran on."""
+        return {
+            "rows": self._rows,
+            "complete": all(self._measured(key) for key in self._planned),
+            "seconds": self._spent(),
+            "under_way": self._under_way,
+            "settings": self._settings,
+        } | surroundings()
+
+    def _count(self) -> None:
+        now = time.monotonic()
+        self._under_way["seconds"] += now - self._since
+        self._since = now
+
+    def _spent(self) -> float:
+        return self._earlier + time.monotonic() - self._started
+
+    def _measured(self, key: dict[str, Any]) -> Figures | None:
+        return next((row for row in self._rows if _alike(row, key) == len(key)), None)
+
+    def _outlook(self) -> str:
+        """Time so far, and what remains if rows take as long as the ones most like them did."""
+        so_far = f"{self._spent() / 60:.0f} min so far"
+        if not self._rows:
+            return so_far
+        left = -self._under_way["seconds"]
+        for key in self._planned:
+            if not self._measured(key):
+                most = max(_alike(row, key) for row in self._rows)
+                left += statistics.mean(row["seconds"] for row in self._rows if _alike(row, key) == most)
+        return f"{so_far}, some {max(left, 0.0) / 60:.0f} min remain"
+
+
+def _alike(row: Figures, key: dict[str, Any]) -> int:
+    return sum(row[name] == value for name, value in key.items())
 
 
 class _Kept:
