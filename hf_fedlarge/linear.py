@@ -22,7 +22,6 @@ from hf_fedlarge.gated import Activation, Gated, differentiate_gate, multiply_ga
 from hf_fedlarge.quantize import FrozenWeight
 
 Pieces = Iterable[tuple[slice, torch.Tensor]]
-Factors = tuple[torch.Tensor, torch.Tensor]
 _KEPT_BYTES = 2**26  # of a buffer for casts, beyond a visit: 1,500 tokens of a 7B model's widest matrix in fp32
 
 
@@ -172,24 +171,21 @@ class FrozenLinear:
         """The dense matrix (I, O) within a visit, in an arena of whole blocks."""
         return self.slot if self._stored_as_IO else self.slot.t()
 
-    def multiply(self, x_NI: torch.Tensor, like: torch.Tensor, added: Factors | None = None) -> torch.Tensor:
+    def multiply(self, x_NI: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """x Wᵀ + bias, (N, O), of an `x_NI` in the products' dtype.
 
         Args:
             x_NI: from `casts`.
             like: what the caller will cast the result to; until then it may lie in a buffer that is used again.
-            added: (N, R) and (R, O), whose product is added.
         """
         bias = None if self.module.bias is None else self.module.bias.to(x_NI.dtype)
         out = self.casts.room((len(x_NI), self.outputs), "product", like)
-        multiply = _to_columns if self._stored_as_IO else _to_rows
-        return multiply(x_NI, self._pieces(self), self.outputs, bias, out, added)
+        return (_to_columns if self._stored_as_IO else _to_rows)(x_NI, self._pieces(self), self.outputs, bias, out)
 
-    def multiply_back(self, g_NO: torch.Tensor, like: torch.Tensor, added: Factors | None = None) -> torch.Tensor:
+    def multiply_back(self, g_NO: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """g W, (N, I), likewise."""
         out = self.casts.room((len(g_NO), self.inputs), "product", like)
-        multiply = _to_rows if self._stored_as_IO else _to_columns
-        return multiply(g_NO, self._pieces(self), self.inputs, None, out, added)
+        return (_to_rows if self._stored_as_IO else _to_columns)(g_NO, self._pieces(self), self.inputs, None, out)
 
     def forward(self, x: torch.Tensor | Gated) -> torch.Tensor:
         """What the layer computes, without its adapter."""
@@ -244,7 +240,9 @@ class _Product(torch.autograd.Function):
         )
         if linear.value_unused:
             return x.new_zeros(()).expand(*x.shape[:-1], linear.outputs)
-        y_NO = linear.multiply(x_NI, x, (u_NR, B.to(casts.dtype).t()) if adapted else None)
+        y_NO = linear.multiply(x_NI, x)
+        if adapted:
+            y_NO.addmm_(u_NR, B.to(casts.dtype).t())
         return y_NO.to(x.dtype).view(*x.shape[:-1], linear.outputs)
 
     @staticmethod
@@ -259,8 +257,9 @@ class _Product(torch.autograd.Function):
         if wants_B:
             grad_B = g_NO.t() @ u_NR
         if wants_x or wants_up:
-            added = None if v_NR is None or ctx.dropped else (v_NR, A.to(casts.dtype))
-            grad_NI = linear.multiply_back(g_NO, grad, added)
+            grad_NI = linear.multiply_back(g_NO, grad)
+            if v_NR is not None and not ctx.dropped:
+                grad_NI.addmm_(v_NR, A.to(casts.dtype))
             if ctx.activation is None:
                 grad_x = grad_NI.to(grad.dtype).view(ctx.shape)
             else:
@@ -276,25 +275,11 @@ class _Product(torch.autograd.Function):
         return grad_x, grad_up, None, grad_dropped, grad_A, grad_B, None
 
 
-# An adapter's product comes first and the large one is added to it: that goes over the result in passing, and the small
-# one's rounding is of small numbers.
-
-
 def _to_rows(
-    x_NQ: torch.Tensor,
-    pieces: Pieces,
-    rows: int,
-    bias_P: torch.Tensor | None,
-    out_NP: torch.Tensor | None,
-    added: Factors | None,
+    x_NQ: torch.Tensor, pieces: Pieces, rows: int, bias_P: torch.Tensor | None, out_NP: torch.Tensor | None
 ) -> torch.Tensor:
-    """x Wᵀ + bias + `added` for a stored matrix W (P, Q); into `out_NP` where it is given."""
-    if added is not None:
-        out_NP = _multiply(*added, bias_P, out_NP)
+    """x Wᵀ + bias for a stored matrix W (P, Q); into `out_NP` where it is given."""
     for at, W_pQ in pieces:
-        if added is not None:
-            out_NP[:, at].addmm_(x_NQ, W_pQ.t())
-            continue
         if len(W_pQ) == rows:
             return _multiply(x_NQ, W_pQ.t(), bias_P, out_NP)
         if out_NP is None:
@@ -304,28 +289,19 @@ def _to_rows(
 
 
 def _to_columns(
-    x_NP: torch.Tensor,
-    pieces: Pieces,
-    columns: int,
-    bias_Q: torch.Tensor | None,
-    out_NQ: torch.Tensor | None,
-    added: Factors | None,
+    x_NP: torch.Tensor, pieces: Pieces, columns: int, bias_Q: torch.Tensor | None, out_NQ: torch.Tensor | None
 ) -> torch.Tensor:
-    """x W + bias + `added` for a stored matrix W (P, Q), likewise. Products of pieces add up in fp32 at least."""
+    """x W + bias for a stored matrix W (P, Q), likewise. Products of pieces add up in fp32 at least."""
     total_NQ = None
     for at, W_pQ in pieces:
         if len(W_pQ) == x_NP.shape[1]:
-            if added is None:
-                return _multiply(x_NP, W_pQ, bias_Q, out_NQ)
-            return _multiply(*added, bias_Q, out_NQ).addmm_(x_NP, W_pQ)
+            return _multiply(x_NP, W_pQ, bias_Q, out_NQ)
         if total_NQ is None:
             total_NQ = _multiply(x_NP[:, at], W_pQ, bias_Q, out_NQ).to(torch.promote_types(x_NP.dtype, torch.float32))
         elif total_NQ.dtype == x_NP.dtype:
             total_NQ.addmm_(x_NP[:, at], W_pQ)
         else:
             total_NQ += x_NP[:, at] @ W_pQ
-    if added is not None:
-        total_NQ += added[0] @ added[1]
     return total_NQ.to(x_NP.dtype)
 
 
