@@ -6,8 +6,8 @@ serialization, so that stock transformers reads them. int8 stores round(127 · r
 embeddings and heads use it because a lookup or a slice of the vocabulary then needs only its own rows.
 
 bitsandbytes is imported here alone. `Linear4bit.forward` is never called: on some processors an evaluation repacks
-its weights and later gradients are wrong. On the CPU its C function dequantizes straight into the caller's buffer;
-allocating a fresh tensor each time, as its Python function does, costs 15 to 20 times as much.
+its weights and later gradients are wrong. On the CPU its C function, or ours (`kernels.py`), dequantizes straight into
+the caller's buffer; a fresh tensor each time, as its Python function makes, costs 15 to 20 times as much.
 """
 
 from __future__ import annotations
