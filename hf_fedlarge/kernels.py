@@ -22,6 +22,7 @@ import subprocess
 import tempfile
 from contextlib import suppress
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -175,7 +176,7 @@ def kernels() -> Kernels | None:
         return None
     try:
         return Kernels(_compiled())
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         _logger.info(
             "Torch's operations take the place of compiled ones, in more time: %s", said[-1] if said else error
@@ -190,31 +191,27 @@ def _compiled() -> ctypes.CDLL:
     flags = [*_FLAGS, "-mprefer-vector-width=512"] if platform.machine() == "x86_64" else _FLAGS
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=10).stdout
     key = hashlib.sha256("\0".join([*flags, version, _processor(), _SOURCE.read_text()]).encode()).hexdigest()[:16]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_fedlarge"
-    kept = home / f"kernels-{key}.so"
-    if kept.exists():
-        with suppress(OSError):  # then it is made again
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hf_fedlarge" / f"kernels-{key}.so"
+    with suppress(OSError):  # it isn't there, or broken
+        if kept.stat().st_uid == os.getuid():  # nobody else's code is run
             return ctypes.CDLL(str(kept))
     with tempfile.TemporaryDirectory(prefix="hf-fedlarge-") as directory:
         made = Path(directory, kept.name)
         command = [compiler, *flags, "-shared", "-fPIC", str(_SOURCE), "-o", str(made), "-lm"]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=_COMPILER_SECONDS)
-        library = ctypes.CDLL(str(made))
-        # A home that can't be written to costs the next process a second.
+        # Where nothing can be kept the next process compiles again. Where nothing may run from here it may from there.
         with suppress(OSError):
-            home.mkdir(parents=True, exist_ok=True)
-            whole = Path(shutil.copy(made, home / f".{kept.name}.{os.getpid()}"))
-            whole.replace(kept)
-    return library
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            Path(shutil.copy(made, kept.with_name(f".{kept.name}.{os.getpid()}"))).replace(kept)
+            return ctypes.CDLL(str(kept))
+        return ctypes.CDLL(str(made))
 
 
 def _processor() -> str:
     """What it is and can do: a home may be shared by machines, and code for one of them stop another."""
     with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "".join(
-            line for line in lines[: lines.index("")] if line.startswith(("model name", "flags", "Features"))
-        )
+        first = takewhile(bool, Path("/proc/cpuinfo").read_text().splitlines())
+        return "".join(line for line in first if line.startswith(("model name", "flags", "Features")))
     return platform.processor()
 
 

@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -238,6 +239,22 @@ def test_they_are_compiled_once(tmp_path):
     before = kept.stat().st_mtime_ns
     assert in_process(tmp_path)[0] == "compiled"
     assert [path.stat().st_mtime_ns for path in libraries(tmp_path)] == [before]
+
+
+@needs_gcc
+def test_nobody_elses_library_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    module._compiled()
+    [kept] = libraries(tmp_path)
+    theirs = b"what another user put there"
+    kept.unlink()  # the one that is loaded can't be written to
+    kept.write_bytes(theirs)
+    opened = []
+    real = module.ctypes.CDLL
+    monkeypatch.setattr(module.ctypes, "CDLL", lambda path: opened.append(Path(path).read_bytes()) or real(path))
+    monkeypatch.setattr(module.os, "getuid", lambda: kept.stat().st_uid + 1)
+    assert hasattr(module._compiled(), "rms_norm")
+    assert theirs not in opened
 
 
 @needs_gcc
