@@ -5,8 +5,8 @@ calls these functions through ctypes, as it does bitsandbytes'. GCC compiles the
 first needed, within a second, and they are kept in the cache. Where there is no GCC torch's operations do the same work
 in more time; `HF_FEDLARGE_KERNELS=off` asks for that.
 
-Numbers are those of torch's operations in fp32, rounded once, but for the last bits of e^x and of sums. So runs that are to
-end with the same bytes have to have them all, or none.
+Numbers are those of torch's operations in fp32, rounded once, but for the last bits of e^x and of sums. So processes
+whose runs are to end with the same bytes have them all, or none.
 
 Shapes: N tokens, D hidden, F neurons, V values of the vocabulary, R rows, C columns.
 """
