@@ -37,9 +37,9 @@ from hf_fedlarge.update import MAX_SMALL_BYTES, Asked, Expected, update_bytes
 DEFAULT_MAX_LENGTH = 1024  # of SFTConfig
 
 
-Down = Literal["changed", "offered", "whole"]
-"""What goes down of adapters: what changed since a client was last asked; what changed since the round before, to
-clients that surely have its adapter; or all of it."""
+Down = Literal["changed", "offered"]
+"""What goes down of adapters: what changed since a client was last asked; or what changed since the round before to
+clients that surely have its adapter, and all of it to others."""
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ class Jobs:
         tier = self.tier_of(client, number)
         asked = [entry["round"] for entry in journal.find("asked", client=client) if entry["round"] < number]
         had = [past for past in asked if self.tier_of(client, past) is tier]  # another tier's are of no use
-        whole = down == "whole" or (down == "offered" and not self.is_offered(journal, client, number))
+        whole = down == "offered" and not self.is_offered(journal, client, number)
         return self.download_bytes(client, number, had[-1] if had else None, whole)
 
     def has_previous(self, journal: Journal, client: str, number: int) -> bool:

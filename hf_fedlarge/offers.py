@@ -24,11 +24,10 @@ class Offers:
     Args:
         store: where orders and adapters go.
         packages: another store, for packages; None: they lie with the orders.
-        changes: whether clients can come back to the store for a whole adapter, so that what changed can be offered.
     """
 
-    def __init__(self, store: Store, packages: Store | None = None, *, changes: bool = True) -> None:
-        self._store, self._package_store, self._with_changes = store, packages or store, changes
+    def __init__(self, store: Store, packages: Store | None = None) -> None:
+        self._store, self._package_store = store, packages or store
         self._packages: dict[Path, str] = {}
         self._forgotten: set[Path] = set()
 
@@ -54,7 +53,7 @@ class Offers:
         )
 
     def _change(self, jobs: Jobs, tier: Tier, clients: list[str], server: RoundServer) -> Change | None:
-        holders = [client for client in clients if self._holds(jobs, client, server)]
+        holders = [client for client in clients if jobs.is_offered(server.journal, client, server.number)]
         if not holders:
             return None
         directory, changed = jobs.changes(tier, server.number)
@@ -63,9 +62,6 @@ class Offers:
         since = read_manifest(jobs.adapter(tier, server.number - 1), AdapterManifest).digest
         return Change(since=since, files=changed, clients=holders)
 
-    def _holds(self, jobs: Jobs, client: str, server: RoundServer) -> bool:
-        return self._with_changes and jobs.is_offered(server.journal, client, server.number)
-
     def hear(self, jobs: Jobs, server: RoundServer, order: Order, client: str) -> None:
         """Count the whole adapter for a client that says it fetched that in place of what changed, once.
 
@@ -73,7 +69,7 @@ class Offers:
             ArtifactError: it says it in another form.
             StoreError: the store can't be read.
         """
-        if not self._holds(jobs, client, server):
+        if not jobs.is_offered(server.journal, client, server.number):
             return
         if read_document(self._store, f"{inbox(order.round, client, order.attempt)}/{WHOLE}", FailureDocument):
             server.told(order, client, "down", "adapter", jobs.whole_bytes(client, order.round))

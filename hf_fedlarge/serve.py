@@ -117,9 +117,8 @@ class StoreClients:
         key: PrivateKey | None = None,
     ) -> None:
         self.store, self._report, self.poll, self._patience, self._key = store, report, poll, patience, key
-        # A message can't be come back to by a client for whom what changed was of no use.
-        self.down: Down = "offered" if packages is None else "whole"
-        self._offers = Offers(store, packages, changes=packages is None)
+        self.down: Down = "offered"
+        self._offers = Offers(store, packages)
         self._said: set[str] = set()
         self._told: set[tuple[int, int, str]] = set()
 

@@ -55,16 +55,21 @@ class Server:
 
     def ask(self):
         """Until nobody is waited for."""
-        asked = lambda client: self.round.asked(client, 1)  # noqa: E731
+
+        def asked(client):
+            size = self.jobs.missing_bytes(self.journal, client, self.order.round, self.clients.down)
+            self.round.asked(client, size)
+
         for client, problem in self.clients.answers(self.jobs, self.round, self.order, asked):
             if problem is None:
                 self.round.receive(self.order, client, self.round.work / client)
             else:
                 self.round.fail(self.order, client, problem)
 
-    def close(self):
+    def close(self, **how):
         def aggregate(updates, late, adapter):
-            settings = {"round_number": self.order.round, "older": [self.adapter(n - 1) for n in set(late.values())]}
+            older = [self.adapter(n - 1) for n in set(late.values())]
+            settings = how | {"round_number": self.order.round, "older": older}
             previous = self.adapter(self.order.round - 1)
             aggregate_updates([*updates, *late], self.home / "package", adapter, previous=previous, **settings)
 

@@ -32,7 +32,7 @@ from grid_double import GridDouble, Node
 from secured import SecureServer, make_secure_home
 from served import CLIENTS, Server, make_home
 
-from hf_fedlarge.adapters import read_factors
+from hf_fedlarge.adapters import ADAPTER_WEIGHTS, read_factors
 from hf_fedlarge.artifacts import (
     MANIFEST_NAME,
     SERVER_FILES,
@@ -46,15 +46,27 @@ from hf_fedlarge.artifacts import (
 from hf_fedlarge.cli import main
 from hf_fedlarge.clients import write_check_ins
 from hf_fedlarge.collect import aggregate_updates
-from hf_fedlarge.config import AggregationSettings, load_federation
+from hf_fedlarge.config import AggregationSettings, Codec, load_federation
 from hf_fedlarge.flower import client as client_app
 from hf_fedlarge.flower.letters import put_in
 from hf_fedlarge.flower.mailbox import GRACE_SECONDS, Mailbox
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import allow, new_key, read_key
-from hf_fedlarge.orders import CHECK_INS, FAILED, ORDER, CheckInDocument, OrderDocument, Work, as_bytes, inbox
+from hf_fedlarge.orders import (
+    CHECK_INS,
+    FAILED,
+    ORDER,
+    WHOLE,
+    CheckInDocument,
+    OrderDocument,
+    Work,
+    as_bytes,
+    inbox,
+)
 from hf_fedlarge.plan import CheckIn
-from hf_fedlarge.store import Store
+from hf_fedlarge.report import traffic
+from hf_fedlarge.store import Store, object_path
+from hf_fedlarge.traffic import changed_bytes
 
 TRACED = shutil.which("strace") is not None
 
@@ -641,6 +653,80 @@ def test_a_client_is_told_with_the_next_order_what_became_of_its_update(home, co
     for name, node in cohort.nodes.items():
         verdicts = [path for path in trains(node)[1].content["files"] if path.startswith("verdicts/")]
         assert verdicts == [f"verdicts/0001/{name}/1.json"]
+
+
+def second_round(home, cohort, spoil=lambda: None):
+    """In which B alone is another than before, and `spoil` was done in between; what messages brought to ben."""
+    codec = Codec(name="int8")
+    server = cohort.serve(deadline_seconds=60, aggregator="fedavg", codec="int8")
+    for number in (1, 2):
+        for name in CLIENTS:
+            cohort.made[name] = cohort.path / f"{name}-{number}"
+            how = {"codec": codec, "frozen": "A", "adapter": server.adapter(number - 1), "round_number": number}
+            make_update(cohort.made[name], home / "package", name, seed=number, **how)
+        server.open(number)
+        server.ask()
+        if number == 1:
+            server.close(aggregator="fedavg", codec=codec)
+            spoil()
+    assert accepted(server) == list(CLIENTS)
+    messages = [message.content["files"] for message in trains(ben(cohort)) if message.metadata.group_id == "2"]
+    return server, [{path: array.data for path, array in files.items()} for files in messages]
+
+
+def ben(cohort):
+    return cohort.nodes["ben"]
+
+
+def weights_of(adapter):
+    return object_path(read_manifest(adapter, AdapterManifest).files[ADAPTER_WEIGHTS].sha256)
+
+
+def test_who_was_in_the_round_before_is_sent_what_changed_and_the_journal_counts_that(home, cohort):
+    server, [files] = second_round(home, cohort)
+    before, now = server.adapter(0), server.adapter(1)
+    assert weights_of(now) not in files
+    [work] = OrderDocument.model_validate_json(files[ORDER]).work
+    assert work.change.clients == ["ben"]
+    brought = sum(len(raw) for path, raw in files.items() if path.startswith(("objects/", "artifacts/")))
+    counted = traffic(server.journal, 2)["bytes_by_client"]["ben"]["down"]
+    assert counted == changed_bytes(now, before) < 0.7 * changed_bytes(now, None)
+    config = read_manifest(now, AdapterManifest).files["adapter_config.json"].size  # goes along, though it is the same
+    assert brought == counted + config
+    assert {weights_of(job.adapter) for job in cohort.trained if job.round == 2} == {weights_of(now)}
+
+
+def test_who_cannot_use_what_changed_is_sent_the_whole_adapter_once_and_it_is_counted(home, cohort, capsys):
+    def lose():
+        shutil.rmtree(cohort.path / "cache-ben" / "clients")
+
+    server, [partial, whole] = second_round(home, cohort, lose)
+    now = server.adapter(1)
+    assert weights_of(now) in whole.keys() - partial.keys()
+    assert capsys.readouterr().out.count("round 2: fetching the whole adapter: ") == 1
+    down = traffic(server.journal, 2)["bytes_by_client"]
+    assert down["ben"]["down"] == changed_bytes(now, None)
+    assert down["ann"]["down"] == changed_bytes(now, server.adapter(0))
+    assert sorted(job.client for job in cohort.trained if job.round == 2) == list(CLIENTS)
+
+
+def test_who_asks_for_the_whole_adapter_without_end_is_refused(home, cohort):
+    def insist():
+        node, honest = ben(cohort), ben(cohort).answer
+
+        def answer(message):
+            reply = honest(message)
+            if message.metadata.message_type != "train":
+                return reply
+            return Message(put_in({f"{inbox(2, 'ben', 1)}/{WHOLE}": b'{"reason": "gone"}'}), reply_to=message)
+
+        node.answer = answer
+
+    with pytest.raises(AssertionError, match="ben"):
+        second_round(home, cohort, insist)
+    [failed] = list(Journal(cohort.path / "run" / "journal.jsonl").find("failed"))
+    assert "its message lacks fedlarge.json, which it was asked for" in failed["reason"]
+    assert len(trains(ben(cohort))) == 3
 
 
 def test_signatures_are_asked_for_as_anywhere(home, cohort):

@@ -323,14 +323,3 @@ def test_an_order_without_changes_is_read_as_before(rounds):
     rounds.server.clients.publish(rounds.server.jobs, rounds.server.round, rounds.server.order, ["ann"])
     assert "change" not in json.loads(rounds.store.read(ORDER, 10**6))["work"][0]
     assert read_document(rounds.store, ORDER, OrderDocument).work[0].change is None
-
-
-def test_messages_carry_whole_adapters_and_that_is_counted(home, rounds, tmp_path):
-    rounds.run(1, ["ann"])
-    server = Server(home, tmp_path / "run", rounds.store, packages=Store(f"memory://{uuid.uuid4().hex}"))
-    assert server.clients.down == "whole"
-    server.open(2)
-    document = server.clients.publish(server.jobs, server.round, server.order, ["ann"])
-    assert document.work[0].change is None
-    whole = changed_bytes(server.adapter(1), None)
-    assert server.jobs.missing_bytes(server.journal, "ann", 2, server.clients.down) == whole

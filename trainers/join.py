@@ -94,7 +94,8 @@ def join(
         eval_data: its held-out examples; None: a tenth of `data`.
         cache: where packages and unfinished work are kept; None: `DEFAULT_CACHE`.
         once: leave after one round that this client was asked in.
-        step: leave after one order, be it for a stage of a round; whoever calls looks to its deadline.
+        step: leave after one order, be it for a stage of a round; whoever calls looks to its deadline, and comes back
+            with the whole adapter where this leaves nothing but `orders.WHOLE`.
         poll: seconds between two looks into the store.
         patience: seconds after which it ends where no new order is there.
         report: told of each step in a line.
@@ -127,9 +128,9 @@ def join(
     with _alone(cache / "clients", client):
         ear = Ear(store, client, cache, server_key, report)
         member = _Member(
-            store, package_store, ear, check_in, data, eval_data, cache, report, train or in_process(), key, keys
+            store, package_store, ear, check_in, data, eval_data, cache, report, train or in_process(), key, keys, step
         )
-        member.take_part(once, step, poll, patience)
+        member.take_part(once, poll, patience)
 
 
 @contextmanager
@@ -150,6 +151,10 @@ def _alone(home: Path, client: str) -> Iterator[None]:
         lock.release()
 
 
+class _WholeWanted(Exception):  # noqa: N818 - nothing is wrong
+    """What changed in an adapter is of no use, and whoever brought the order has to be told before all of it comes."""
+
+
 class _Member:
     """One client, and what it does when it is asked."""
 
@@ -166,7 +171,9 @@ class _Member:
         train: Train,
         key: Path | None,
         keys: Path | None,
+        step: bool,
     ) -> None:
+        self._step = step
         self._key, self._package_store, self._ear = key, package_store, ear
         self._must_be_secure = keys is not None
         self._secure = SecureMember(store, ear.order, check_in.client, key, keys, report)
@@ -174,7 +181,7 @@ class _Member:
         self._data, self._eval_data, self._cache, self._report, self._train = data, eval_data, cache, report, train
         self._answered: tuple[str, int, int, str] | None = None
 
-    def take_part(self, once: bool, step: bool, poll: float, patience: float) -> None:
+    def take_part(self, once: bool, poll: float, patience: float) -> None:
         """Answer orders until the federation is over; a store that can't be reached is tried again."""
         checked_in, last, since = False, None, time.monotonic()
         while time.monotonic() - since <= patience:
@@ -189,12 +196,12 @@ class _Member:
                 if order is not None and order.state == "over":
                     self._report(f"the federation is over after round {order.round}")
                     return
-                is_open = order is not None and (order.state == "open" if step else order.is_open)
+                is_open = order is not None and (order.state == "open" if self._step else order.is_open)
                 work = order.work_of(self._client) if is_open else None
                 if work is not None and order.step != self._answered:
                     self._answer(order, work)
                     self._answered, since = order.step, time.monotonic()
-                    if step or (once and order.is_last_stage):
+                    if self._step or (once and order.is_last_stage):
                         return
                     continue
                 if once and self._answered and (order is None or not order.goes_on(self._answered)):
@@ -225,6 +232,8 @@ class _Member:
                 self._secure.answer(order, work, update)
                 self._forget(home, order.round)
                 return
+        except _WholeWanted:
+            return
         except StoreError:
             raise
         except FedLargeError as error:
@@ -292,6 +301,8 @@ class _Member:
                 self._report(f"round {order.round}: fetching the whole adapter: {error}")
                 # Said before it is fetched, so that it is counted.
                 write_document(self._store, f"{place}/{WHOLE}", failure(str(error)))
+                if self._step:
+                    raise _WholeWanted from error
 
         self._store.get(work.adapter, adapter, AdapterManifest, **bounds, local=make if change else None)
 

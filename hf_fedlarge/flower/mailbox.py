@@ -8,7 +8,8 @@
 
 An order is signed anew for each client, for it names that one alone.
 A stage of secure aggregation is a message of its own. A message is sent again where the node that had it is gone and
-the client is there again, be it as another node; what a client has finished it sends without training again. An answer
+the client is there again, be it as another node; what a client has finished it sends without training again. Who was in
+the round before is sent what changed in the adapter, and all of it if it answers that this is of no use. An answer
 belongs to the message that it answers (`reply_to`), whatever it says, and is taken only for the place that the message
 was about: late ones, foreign ones and second ones have no message that is waited for. The answers themselves are
 believed as little as those of any store.
@@ -42,7 +43,9 @@ from hf_fedlarge.orders import (
     ORDER,
     ROSTER,
     VERDICTS,
+    WHOLE,
     OrderDocument,
+    Work,
     as_bytes,
     boxes_name,
     failure,
@@ -71,6 +74,14 @@ def _number(name: str) -> int:
     return int(name.removesuffix(".json"))
 
 
+def _for_one(work: Work, client: str, whole: bool) -> Work:
+    """What a work asks of one client, and names no other."""
+    change = work.change
+    if change is not None:
+        change = change.model_copy(update={"clients": [client]}) if client in change.clients and not whole else None
+    return work.model_copy(update={"clients": [client], "change": change})
+
+
 @dataclass(frozen=True)
 class _Node:
     """A SuperNode since it was last started; `name` is what the SuperLink's operator registered it as, if anything."""
@@ -84,7 +95,8 @@ class _Node:
 class _Letter:
     """A message that is not answered yet; without a client it asks the node who it is.
 
-    `answer` is the file at `place` that will complete the answer.
+    `answer` is the file at `place` that will complete the answer; with `partial` it brings what changed in an adapter,
+    and may be answered with `WHOLE` alone.
     """
 
     node: _Node
@@ -94,6 +106,7 @@ class _Letter:
     client: str | None = None
     place: str = ""
     answer: str = ""
+    partial: bool = False
 
 
 class Mailbox(Store):
@@ -172,21 +185,24 @@ class Mailbox(Store):
             self._letters = {id: one for id, one in self._letters.items() if (one.place, one.answer) in wanted}
         sent = {(letter.place, letter.node) for letter in self._letters.values()}
         for work in order.work:
-            adapter: dict[str, bytes] | None = None
+            contents: dict[bool, dict[str, bytes]] = {}
             for client in work.clients:
                 node, place = self._clients.get(client), places[client]
-                if node is None or (place, node) in sent or {FAILED, order.answer_name} & set(super().names(place)):
+                there = set(super().names(place))
+                if node is None or (place, node) in sent or {FAILED, order.answer_name} & there:
                     continue
-                # What a stage after the first is about is in the client's cache.
-                adapter = adapter or ({} if order.is_later_stage else self._adapter(work.adapter))
-                own = order.model_copy(update={"work": [work.model_copy(update={"clients": [client]})]})
-                files = {ORDER: as_bytes(signed(own, self._key))} | adapter | self._told(order, client)
+                own = _for_one(work, client, whole=order.is_later_stage or WHOLE in there)
+                partial = own.change is not None
+                if partial not in contents:  # what a stage after the first is about is in the client's cache
+                    contents[partial] = {} if order.is_later_stage else self._adapter(own)
+                said = as_bytes(signed(order.model_copy(update={"work": [own]}), self._key))
+                files = {ORDER: said} | contents[partial] | self._told(order, client)
                 if order.late == "buffer" or order.closes_at is None:
                     expires = time.time() + _LONG
                 else:
                     expires = order.closes_at + GRACE_SECONDS
                 allowed = re.compile(f"{re.escape(place)}/{_FILE}")
-                letter = _Letter(node, expires, allowed, work.update_bytes, client, place, order.answer_name)
+                letter = _Letter(node, expires, allowed, work.update_bytes, client, place, order.answer_name, partial)
                 self._send(letter, put_in(files), MessageType.TRAIN, str(order.round))
 
     def say_goodbye(self, seconds: float, poll: float) -> None:
@@ -231,12 +247,13 @@ class Mailbox(Store):
         found = {path: self.read(path, MAX_ORDER_BYTES) for path in paths}
         return {path: raw for path, raw in found.items() if raw is not None}
 
-    def _adapter(self, digest: str) -> dict[str, bytes]:
-        """An adapter's files as a client's store has to have them, without those that only the server needs."""
-        raw = self.read(artifact_path(digest), AdapterManifest.max_bytes)
-        files = AdapterManifest.model_validate_json(raw).files
+    def _adapter(self, work: Work) -> dict[str, bytes]:
+        """An adapter's files as a client's store has to have them, without those that only the server needs, and of
+        those of which the work has what changed that."""
+        raw = self.read(artifact_path(work.adapter), AdapterManifest.max_bytes)
+        files = AdapterManifest.model_validate_json(raw).files | (work.change.files if work.change else {})
         entries = {object_path(entry.sha256): entry.size for name, entry in files.items() if name not in SERVER_FILES}
-        return {artifact_path(digest): raw} | {path: self.read(path, size) for path, size in entries.items()}
+        return {artifact_path(work.adapter): raw} | {path: self.read(path, size) for path, size in entries.items()}
 
     def _send(self, letter: _Letter, content: RecordDict, kind: str, group: str = "") -> None:
         ttl = letter.expires - time.time()
@@ -280,6 +297,8 @@ class Mailbox(Store):
         files = take_out(reply.content, letter.allowed, letter.most_bytes)
         if letter.client is None:
             self._welcome(letter.node, files)
+        elif letter.partial and files.keys() == {f"{letter.place}/{WHOLE}"}:
+            pass  # then the order is sent again, with the whole adapter
         elif files and not {f"{letter.place}/{name}" for name in (FAILED, letter.answer)} & files.keys():
             raise ArtifactError(f"its message lacks {letter.answer}, which it was asked for.")
         elif not files and letter.place:
