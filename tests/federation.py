@@ -15,6 +15,7 @@ from hf_fedlarge.architectures import describe
 from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, UpdateManifest, read_manifest
 from hf_fedlarge.config import Codec, LoraSettings, load_federation
 from hf_fedlarge.data import from_rows, write_jsonl
+from hf_fedlarge.jobs import Train
 from hf_fedlarge.keys import read_key
 from hf_fedlarge.package import package_architecture, package_config
 from hf_fedlarge.rounds import run_federation
@@ -114,8 +115,11 @@ def plug_in(model: PreTrainedModel, directory: Path) -> PeftModel:
         return PeftModel.from_pretrained(model, directory)
 
 
-def run_teams(home: Path, rounds: int = 2) -> None:
-    """A federation's file in `home`, for simulated clients and for real ones, and its run with simulated ones."""
+def run_teams(home: Path, rounds: int = 2, train: Train | None = None) -> None:
+    """A federation's file in `home`, for simulated clients and for real ones, and its run with simulated ones.
+
+    They train in this process, or as `train` says.
+    """
     make_checkpoint(home / "checkpoint", layers=2, tokenizer=True)
     rows = [{"text": f"{TEAMS[index % 3]} {index}", "team": TEAMS[index % 3]} for index in range(18)]
     write_jsonl(from_rows(rows), home / "data.jsonl")
@@ -132,7 +136,8 @@ def run_teams(home: Path, rounds: int = 2) -> None:
         "training": {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "disable_tqdm": True},
     }
     (home / "federation.yaml").write_text(yaml.safe_dump(federation))
-    run_federation(load_federation(home / "federation.yaml"), home / "run", LAUNCHERS["inprocess"](), stop=False)
+    train = train or LAUNCHERS["inprocess"]()
+    run_federation(load_federation(home / "federation.yaml"), home / "run", train, stop=False)
 
 
 def adapter_digests(run: Path) -> list[str]:
@@ -141,7 +146,7 @@ def adapter_digests(run: Path) -> list[str]:
 
 
 def events(run: Path, *names: str) -> list[dict[str, Any]]:
-    """What a journal that is being written says so far."""
+    """What a journal that is being written says so far: these events, or all."""
     path = run / "journal.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [entry for entry in map(json.loads, lines) if entry["event"] in names]
+    return [entry for entry in map(json.loads, lines) if not names or entry["event"] in names]

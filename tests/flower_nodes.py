@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from flower_processes import Flower
@@ -17,6 +20,10 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree, push_objects
 from flwr.supernode.fleet_http_connection import http_request_response
+
+from hf_fedlarge.artifacts import MANIFEST_NAME
+from hf_fedlarge.flower.letters import put_in
+from hf_fedlarge.orders import CHECK_INS, ORDER, CheckInDocument, OrderDocument, as_bytes, inbox
 
 
 class Line:
@@ -58,3 +65,53 @@ def connected(processes: Flower, lock: threading.Lock | None = None) -> Iterator
     address, ca = f"127.0.0.1:{processes.port}", (processes.tls / "ca.pem").read_bytes()
     with http_request_response(address, False, ca) as calls:
         yield Line(calls, lock)
+
+
+class Prepared:
+    """Nodes that answer with what lies in HOME/NAME/ROUND; where its manifest names no adapter it says the order's.
+
+    Attributes:
+        orders: round and client of each order that came, oldest first.
+    """
+
+    def __init__(self, processes: Flower, home: Path, names: Iterable[str]) -> None:
+        self.processes, self.home, self.over = processes, home, threading.Event()
+        self.orders: list[tuple[int, str]] = []
+        self.threads = [threading.Thread(target=self._take_part, args=(name,)) for name in names]
+
+    def start(self) -> None:
+        """Have them connect."""
+        for thread in self.threads:
+            thread.start()
+
+    def _take_part(self, name: str) -> None:
+        with connected(self.processes) as line:
+            while not self.over.wait(0.5):
+                try:
+                    if (found := line.next()) is not None:
+                        message, content = found
+                        line.prepared(message, self._answer(name, message, content))()
+                except Exception:  # the run is over, or the SuperLink was killed; a SuperNode goes on as well
+                    traceback.print_exc()
+
+    def _answer(self, name: str, message: Message, content: RecordDict) -> RecordDict:
+        if message.metadata.message_type == "query":
+            return put_in({f"{CHECK_INS}/{name}.json": as_bytes(CheckInDocument(client=name, examples=6))})
+        order = OrderDocument.model_validate_json(content["files"][ORDER].data)
+        if order.state != "open":
+            return RecordDict()
+        self.orders.append((order.round, name))
+        files = {path.name: path.read_bytes() for path in (self.home / name / str(order.round)).iterdir()}
+        said = json.loads(files[MANIFEST_NAME])
+        said["adapter"] = said.get("adapter") or order.work[0].adapter
+        files[MANIFEST_NAME] = json.dumps(said).encode()
+        place = inbox(order.round, name, order.attempt)
+        return put_in({f"{place}/{file}": raw for file, raw in files.items()})
+
+    def end(self) -> None:
+        """Have them leave."""
+        self.over.set()
+        for thread in self.threads:
+            if thread.ident is not None:
+                thread.join(30)
+                assert not thread.is_alive()

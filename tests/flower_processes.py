@@ -3,6 +3,7 @@
 import ipaddress
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,33 +19,30 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
-BIN = Path(sys.executable).parent
-CADDYFILE = """\
-{{
-    admin off
-    auto_https off
-    persist_config off
-}}
-https://127.0.0.1:{gate} {{
-    bind 127.0.0.1
-    tls {tls}/server.pem {tls}/server.key
-    handle /v1/fleet/* {{
-        request_body {{
-            max_size 64MB
-        }}
-        reverse_proxy https://127.0.0.1:{superlink} {{
-            transport http {{
-                tls_trust_pool file {tls}/ca.pem
-            }}
-        }}
-    }}
-    respond 403
+BIN, ROOT = Path(sys.executable).parent, Path(__file__).parents[1]
+# What nginx has around the part for a server: one process, and all that it writes in its own place.
+NGINX_CONF = """\
+daemon off;
+master_process off;
+pid {home}/nginx.pid;
+error_log stderr;
+events {{}}
+http {{
+    access_log off;
+    client_body_temp_path {home}/nginx-body;
+    proxy_temp_path {home}/nginx-proxy;
+    fastcgi_temp_path {home}/nginx-other;
+    scgi_temp_path {home}/nginx-other;
+    uwsgi_temp_path {home}/nginx-other;
+{server}
 }}
 """
+# Debian's nginx lies where only root looks for programs.
+NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin")
 
 
 def make_certificates(home: Path) -> Path:
-    """`ca.pem`, and `server.pem` with `server.key` for 127.0.0.1."""
+    """`ca.pem`, and `server.pem` with `server.key` for federation.example and 127.0.0.1."""
     home.mkdir()
     keys = {name: ec.generate_private_key(ec.SECP384R1()) for name in ("ca", "server")}
     issuer = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"test {home.name}")])
@@ -58,8 +56,8 @@ def make_certificates(home: Path) -> Path:
         built = built.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(days=1))
         built = built.add_extension(x509.BasicConstraints(name == "ca", None), critical=True)
         if name == "server":
-            address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-            built = built.add_extension(x509.SubjectAlternativeName([address]), critical=False)
+            names = [x509.DNSName("federation.example"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+            built = built.add_extension(x509.SubjectAlternativeName(names), critical=False)
         (home / f"{name}.pem").write_bytes(built.sign(keys["ca"], hashes.SHA384()).public_bytes(Encoding.PEM))
         private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         (home / f"{name}.key").write_bytes(private)
@@ -146,11 +144,31 @@ class Flower:
         self.start("superlink", "flower-superlink", *words)
         self.until(lambda: self._listens(self.port))
 
-    def gate(self) -> None:
+    def gate(self, proxy: str) -> None:
         """Start a proxy that passes on what nodes need and nothing else, and wait until it listens."""
-        (self.home / "Caddyfile").write_text(CADDYFILE.format(gate=self.gate_port, superlink=self.port, tls=self.tls))
-        self.start("gate", "caddy", "run", "--config", self.home / "Caddyfile", "--adapter", "caddyfile")
+        config, text = self.home / f"{proxy}.conf", self._documented(proxy)
+        if proxy == "caddy":
+            config.write_text(text)
+            self.start("gate", "caddy", "run", "--config", config, "--adapter", "caddyfile")
+        else:
+            config.write_text(NGINX_CONF.format(home=self.home, server=text))
+            self.start("gate", NGINX, "-c", config)
         self.until(lambda: self._listens(self.gate_port))
+
+    def _documented(self, proxy: str) -> str:
+        """What docs/deployment.md has for a proxy, with the test's files and ports in place of a machine's."""
+        blocks = (ROOT / "docs" / "deployment.md").read_text().split("```")[1::2]
+        sign = {"caddy": "reverse_proxy", "nginx": "proxy_pass"}[proxy]
+        [text] = [block for block in blocks if sign in block]
+        for theirs, ours in {
+            "/srv/": f"{self.tls}/",
+            "127.0.0.1:8000": f"127.0.0.1:{self.port}",
+            "https://federation.example {": f"https://127.0.0.1:{self.gate_port} {{\n    bind 127.0.0.1",
+            "auto_https off": "auto_https off\n    persist_config off",
+            "listen 443 ssl": f"listen 127.0.0.1:{self.gate_port} ssl",
+        }.items():
+            text = text.replace(theirs, ours)
+        return text
 
     def worker(self, name: str) -> Path:
         """Start a client's resident worker; returns its directory."""

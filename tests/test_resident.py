@@ -27,11 +27,12 @@ from hf_fedlarge.flower import client as client_app
 from hf_fedlarge.flower import resident
 from hf_fedlarge.flower.letters import put_in
 from hf_fedlarge.flower.work import NodeSettings
-from hf_fedlarge.keys import new_key
+from hf_fedlarge.keys import allow, new_key, read_key
 from hf_fedlarge.orders import ORDER, OrderDocument, TrainingOrder, Work, as_bytes
 from hf_fedlarge.store import Store, artifact_path, object_path
 from hf_fedlarge.trainers import worker as worker_module
 from hf_fedlarge.trainers.launch import in_process
+from hf_fedlarge.voice import signed
 
 HOW = {name: value for name, value in TRAINING.items() if name != "seed"}
 LONG = HOW | {"max_steps": 100_000}
@@ -171,9 +172,13 @@ def test_files_are_named_to_the_worker_as_they_are_from_here(home, tmp_path, dir
     (here / "held-out.jsonl").write_bytes((home / "data.jsonl").read_bytes())
     (here / "packages").symlink_to(home / "packages")
     new_key(here / "ann.pem", "ann")
+    allow(here / "server.json", new_key(here / "server.pem", "server"))
     monkeypatch.chdir(here)
     named = {"data": "mine.jsonl", "eval_data": "held-out.jsonl", "key": "ann.pem", "store": "packages"}
-    found = answer(home, "cache", order_of(home), worker=str(directory), **named)
+    order = order_of(home)
+    said = signed(OrderDocument.model_validate_json(order[ORDER]), read_key(here / "server.pem"))
+    order |= {ORDER: as_bytes(said)}
+    found = answer(home, "cache", order, worker=str(directory), **named, server_key="server.json")
     assert {"fedlarge.json", "signature.json"} <= found.keys()
     assert list((here / "cache").glob("clients/*/ann/0001/update"))
     assert "no worker" not in capsys.readouterr().out
@@ -189,6 +194,8 @@ def test_what_names_no_file_stays_as_it_is():
     )
     settings = NodeSettings(client="ann", data="owner/name")
     assert resident._from_the_root(settings, work) == {}
+    known = settings.model_copy(update={"server_key": "0" * 64})
+    assert resident._from_the_root(known, work) == {}
     mine = settings.model_copy(update={"cache": "~/cache", "keys": "/srv/keys.json"})
     assert resident._from_the_root(mine, work) == {"cache": str(Path.home() / "cache"), "keys": "/srv/keys.json"}
 

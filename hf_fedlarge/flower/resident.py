@@ -88,10 +88,9 @@ def ask(directory: Path, settings: NodeSettings, work: Work, report: Callable[[s
 def _from_the_root(settings: NodeSettings, work: Work) -> dict[str, str]:
     """The settings that name files here, and where packages are if that is a directory."""
     found = {name: getattr(settings, name) for name in ("cache", "key", "keys")}
-    # What isn't there is a data set's name, or will be missed.
-    found |= {
-        name: value for name in ("data", "eval_data") if (value := getattr(settings, name)) and Path(value).exists()
-    }
+    # What isn't there is a data set's name, or a key's digits, or will be missed.
+    maybe = {name: getattr(settings, name) for name in ("data", "eval_data", "server_key")}
+    found |= {name: value for name, value in maybe.items() if value and Path(value).exists()}
     packages = settings.store or work.package_store
     if packages and "://" not in packages:
         found["store"] = packages
