@@ -244,13 +244,12 @@ def fit_package(
         progress: called with the layers that are done.
     """
     full = plan.architecture
-    paths = [path for path in (full.attention_output, full.feed_forward and full.feed_forward.output) if path]
-    outputs = {f"{full.blocks}.{layer}.{path}.weight" for layer in fit_plan.widths for path in paths}
+    fitted = {name for layer in fit_plan.widths for name in full.linear_weights(layer)}
     stored_as = {}
     for name, codec in plan.codecs.items():
         block = full.layer_of(name)
         stored_as[name if block is None else full.in_layer(name, plan.kept[block])] = codec
-    for name in outputs:  # rounded after they were fitted
+    for name in fitted:  # rounded when they are
         del stored_as[name]
     teacher = Walk(stream_checkpoint(plan.checkpoint), sequences[0])
     student = Walk(stream_checkpoint(plan.checkpoint, dtype=torch.bfloat16, stored_as=stored_as), sequences[0])

@@ -2,12 +2,12 @@
 
 The full model and the small one are walked side by side. The small one, which doesn't exist yet, is the full one with
 its weights as they will be stored and the dropped layers left out. In the place of dropped layers comes a linear
-surrogate (`surrogate`); the output matrices of the others, which may lose neurons, are fitted anew (`neurons`). Each
-fit is made on what the fits before it give, so it also corrects what they left. Both models are streamed from the
-checkpoint, so it may be larger than memory; results and the hidden states are written down after every block, and a fit
-that was interrupted goes on from there.
+surrogate (`surrogate`); the output matrices of the others, which may lose neurons, are fitted anew (`neurons`), and all
+their matrices are rounded so that errors make up for one another (`gptq`). Each fit is made on what the fits before it
+give, so it also corrects what they left. Both models are streamed from the checkpoint, so it may be larger than memory;
+results and the hidden states are written down after every block, and a fit that was interrupted goes on from there.
 
-Shapes: N tokens, S of a sequence, D hidden, F neurons, K that stay.
+Shapes: N tokens, S of a sequence, D hidden, F neurons, K that stay, I inputs and O outputs of a matrix.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ from torch import nn
 
 from hf_fedlarge.architectures import Architecture
 from hf_fedlarge.entries import SurrogateEntry
+from hf_fedlarge.gptq import add_inputs, compensated
 from hf_fedlarge.neurons import NeuronFit
+from hf_fedlarge.quantize import DenseWeight, FrozenWeight
 from hf_fedlarge.rounding import dense, round_trip
 from hf_fedlarge.surrogate import RIDGE, Regression, store_surrogate
 from hf_fedlarge.tensors import SafetensorsWriter
 from hf_fedlarge.walk import Walk
 
-_TOGETHER = 16  # sequences in a step
+_TOGETHER = 8  # sequences in a step
+_TINY = torch.finfo(torch.float32).tiny
 _PROBE = 0.05  # the share of a change in a feed-forward layer's output that may be lost where it is just added
 Progress = Callable[[int], None]
 
@@ -44,15 +47,15 @@ class FitPlan:
         kept: global numbers of the layers that stay; the first layer is among them where any surrogate is wanted.
         surrogate_codec: how surrogates are stored: `nf4`, `int8` or `dense` (bf16); None: nothing stands for dropped
             layers.
-        widths: layer → how many of its neurons stay, for the kept layers whose output matrices are fitted anew.
-        output_codec: how those are stored.
+        widths: layer → how many of its neurons stay, for the kept layers whose matrices are fitted.
+        matrix_codec: how those are stored; in `nf4` errors make up for one another.
         surrogate_ridge, surrogate_rank: see `surrogate.store_surrogate`.
     """
 
     kept: tuple[int, ...]
     surrogate_codec: str | None
     widths: Mapping[int, int]
-    output_codec: str = "nf4"
+    matrix_codec: str = "nf4"
     surrogate_ridge: float = RIDGE
     surrogate_rank: int | None = None
 
@@ -64,13 +67,13 @@ class Fitted:
     Attributes:
         surrogates: what stands for dropped layers; their stored tensors are among `tensors`.
         neurons: layer → numbers of the neurons that stay (K,), sorted, where some go.
-        outputs: the full model's parameter name → the output matrix (D, K) that was fitted anew, bf16.
+        matrices: the full model's parameter name → the matrix (O, I) as it is to be stored, bf16.
         tensors: the surrogates' stored tensors by name.
     """
 
     surrogates: list[SurrogateEntry] = field(default_factory=list)
     neurons: dict[int, torch.Tensor] = field(default_factory=dict)
-    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    matrices: dict[str, torch.Tensor] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -90,8 +93,8 @@ def fit(
 
     Args:
         teacher: the full model.
-        student: the full model with its weights as the package will store them; output matrices that are fitted anew
-            not rounded yet.
+        student: the full model with its weights as the package will store them; matrices that are fitted not rounded
+            yet.
         architecture: of the full model.
         plan: what to fit.
         sequences: calibration tokens, each (1, S), all of one length.
@@ -144,57 +147,99 @@ def _fit_block(
     after: list[torch.Tensor],
     states: list[torch.Tensor],
 ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """The states after a block whose output matrices are fitted anew, and what was fitted.
+    """The states after a block whose matrices are fitted, and what was fitted.
 
     `truth` and `after` are the full model's states before and after it, `states` the small one's before it.
     """
-    block, everything = student.block(layer), architecture.neuron_count
-    attention, feed_forward = architecture.attention_output, architecture.feed_forward.output
-    result = {}
+    block, attention, feed_forward = student.block(layer), architecture.attention_output, architecture.feed_forward
+    others = {attention, *feed_forward.inputs, feed_forward.output}
+    first = [path for path in architecture.linears if path not in others]
+    found: dict[str, FrozenWeight] = {}
+    kept_K: torch.Tensor | None = None
 
-    def refit(path: str, count: int, wanted: Iterable[torch.Tensor]) -> Callable[..., torch.Tensor]:
-        output = block.get_submodule(path)
-        sums, W_FD = _sums(student, layer, path, states, wanted)
+    def forget() -> None:
+        """Solving and rounding take most of a fit's memory, and need no block."""
         for walk in (teacher, student):
-            walk.forget()  # solving takes most of a fit's memory, and needs no block
-        kept_K, V_KD = sums.solve(W_FD, count)
-        kept_K, V_DK = kept_K.cpu(), V_KD.T.to("cpu", torch.bfloat16).contiguous()
-        _, weight = round_trip(path, plan.output_codec, V_DK)
-        stored_DK = dense(weight, states[0].dtype).to(states[0].device)
-        result[f"{architecture.blocks}.{layer}.{path}.weight"] = V_DK
-        if count < everything and path == feed_forward:
-            result["neurons"] = kept_K.to(torch.int32)
-        return lambda _, args, value: nn.functional.linear(args[0][..., kept_K], stored_DK, output.bias)
+            walk.forget()
 
-    with ExitStack() as refitted:
+    def store(path: str, values_OI: torch.Tensor, gram_II: torch.Tensor) -> FrozenWeight:
+        if plan.matrix_codec == "nf4":
+            values_OI = compensated(values_OI, gram_II)
+        _, found[path] = round_trip(path, plan.matrix_codec, values_OI.to("cpu", torch.bfloat16).contiguous())
+        return found[path]
+
+    def reround(paths: Sequence[str]) -> dict[str, FrozenWeight]:
+        matrices, grams = _inputs(student, layer, paths, states)
+        forget()
+        return {path: store(path, matrices.pop(path), grams[path]) for path in paths}
+
+    def refit(path: str, count: int, wanted: Iterable[torch.Tensor]) -> dict[str, FrozenWeight]:
+        nonlocal kept_K
+        sums = _sums(student, layer, path, states, wanted)
+        forget()
+        neurons, (stay_K, V_KD, gram_KK) = sums.neurons, sums.solve(count)
+        del sums
+        weight = store(path, V_KD.T, gram_KK)
+        if count < neurons:
+            kept_K = stay_K.cpu()
+            values_OI = torch.zeros(V_KD.shape[1], neurons, dtype=torch.bfloat16)
+            values_OI[:, kept_K] = dense(weight, torch.bfloat16)
+            weight = DenseWeight(values_OI)
+        return {path: weight}
+
+    with ExitStack() as fitted:
+        fitted.enter_context(student.storing(layer, reround(first)))
         if attention:
             # With a silent feed-forward layer a block gives the states between the two.
-            with _hooked(teacher.block(layer), feed_forward, _silence), _hooked(block, feed_forward, _silence):
+            silent = feed_forward.output
+            with _hooked(teacher.block(layer), silent, _silence), _hooked(block, silent, _silence):
                 between = (teacher.step(layer, hidden) for hidden in truth)
                 given = refit(attention, student.dense(layer, attention).shape[0], between)
-            refitted.enter_context(_hooked(block, attention, given))
-        given = refit(feed_forward, plan.widths[layer], after)
-        refitted.enter_context(_hooked(block, feed_forward, given))
-        return [student.step(layer, hidden) for hidden in states], result
+            fitted.enter_context(student.storing(layer, given))
+        fitted.enter_context(student.storing(layer, reround(feed_forward.inputs)))
+        fitted.enter_context(student.storing(layer, refit(feed_forward.output, plan.widths[layer], after)))
+        states = [student.step(layer, hidden) for hidden in states]
+    result = {}
+    for path, weight in found.items():
+        # Rounded once more for the package, scales move by a thousandth.
+        values_OI = dense(weight, torch.bfloat16)
+        is_narrowed = kept_K is not None and path in feed_forward.inputs
+        result[f"{architecture.blocks}.{layer}.{path}.weight"] = values_OI[kept_K] if is_narrowed else values_OI
+    return states, result if kept_K is None else result | {"neurons": kept_K.to(torch.int32)}
+
+
+def _inputs(
+    student: Walk, layer: int, paths: Sequence[str], states: list[torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Some of a block's matrices (O, I) and the second moments of their inputs (I, I), by their paths."""
+    grams: dict[str, torch.Tensor] = {}
+    shares: dict[str, str] = {}  # path → the first that is given the same
+    for hidden in states:
+        given = student.inputs(layer, paths, hidden)
+        shares = shares or {path: next(one for one in given if given[one] is x) for path, x in given.items()}
+        for path in dict.fromkeys(shares.values()):
+            x_NI = given[path].flatten(0, -2)
+            gram_II = grams.setdefault(path, torch.zeros(x_NI.shape[-1], x_NI.shape[-1], device=x_NI.device))
+            add_inputs(gram_II, x_NI, 1 / x_NI.float().square().sum(dim=1, keepdim=True).clamp_min_(_TINY))
+    return {path: student.dense(layer, path).T for path in paths}, {path: grams[shares[path]] for path in paths}
 
 
 def _sums(
     student: Walk, layer: int, path: str, states: list[torch.Tensor], wanted: Iterable[torch.Tensor]
-) -> tuple[NeuronFit, torch.Tensor]:
-    """What an output matrix is fitted to, that the block, given `states`, comes closer to `wanted`; and it, (F, D)."""
+) -> NeuronFit:
+    """What an output matrix is fitted to, that the block, given `states`, comes closer to `wanted`."""
     block = student.block(layer)
-    W_FD = student.dense(layer, path)
     share = _share_added(student, layer, path, states[0])
-    sums = NeuronFit(*W_FD.shape, W_FD.device)
+    sums = NeuronFit(student.dense(layer, path))
     for hidden, target in zip(states, wanted, strict=True):
         seen: list[torch.Tensor] = []
         with _hooked(block, path, lambda _, args, value: seen.append(args[0])):  # noqa: B023 (called at once)
             given = student.step(layer, hidden)
         y_ND = target.flatten(0, 1).float()
         e_ND = (y_ND - given.flatten(0, 1).float()) / share if share else torch.zeros_like(y_ND)
-        w_N1 = 1 / y_ND.square().sum(dim=1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
-        sums.add(seen[0].reshape(-1, len(W_FD)), e_ND, w_N1)
-    return sums, W_FD
+        w_N1 = 1 / y_ND.square().sum(dim=1, keepdim=True).clamp_min_(_TINY)
+        sums.add(seen[0].flatten(0, -2), e_ND, w_N1)
+    return sums
 
 
 def _share_added(student: Walk, layer: int, path: str, hidden: torch.Tensor) -> float:
@@ -271,7 +316,7 @@ class _Journal:
             else:
                 if "neurons" in found:
                     fitted.neurons[layer] = found.pop("neurons").long()
-                fitted.outputs.update(found)
+                fitted.matrices.update(found)
         return fitted
 
     def _save(self, tensors: dict[str, list[torch.Tensor]], path: Path, metadata: dict[str, str]) -> None:

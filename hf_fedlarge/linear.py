@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from hf_fedlarge.gated import Activation, Gated, differentiate_gate, multiply_gate
-from hf_fedlarge.quantize import FrozenWeight
+from hf_fedlarge.quantize import DenseWeight, FrozenWeight
 
 Pieces = Iterable[tuple[slice, torch.Tensor]]
 _KEPT_BYTES = 2**26  # of a buffer for casts, beyond a visit: 1,500 tokens of a 7B model's widest matrix in fp32
@@ -141,6 +141,14 @@ class FrozenLinear:
     def inputs(self) -> int:
         """I."""
         return self.count // self.outputs
+
+    def as_stored(self, weight: FrozenWeight) -> FrozenWeight:
+        """Another matrix (O, I) as this layer has its own."""
+        if not self._stored_as_IO:
+            return weight
+        values_OI = torch.empty(weight.shape, dtype=torch.bfloat16)
+        weight.read_rows(0, len(values_OI), values_OI)
+        return DenseWeight(values_OI.T.contiguous())
 
     def place(
         self, slot: torch.Tensor | None, nothing: torch.Tensor, casts: Casts, pieces: Callable[..., Pieces]

@@ -29,14 +29,16 @@ class NeuronFit:
     """Sums over calibration tokens, in fp32: A = Σ wₙ aₙᵀ aₙ and C = Σ wₙ aₙᵀ eₙ.
 
     Args:
+        W_FD: the output matrix as it is, which is used up.
+
+    Attributes:
         neurons: F.
-        width: D.
-        device: where the rows are.
     """
 
-    def __init__(self, neurons: int, width: int, device: torch.device) -> None:
-        self._aa_FF = torch.zeros(neurons, neurons, device=device)
-        self._ae_FD = torch.zeros(neurons, width, device=device)
+    def __init__(self, W_FD: torch.Tensor) -> None:
+        self._W_FD, self.neurons = W_FD.float(), len(W_FD)
+        self._aa_FF = torch.zeros(self.neurons, self.neurons, device=W_FD.device)
+        self._ae_FD = torch.zeros(W_FD.shape, device=W_FD.device)
 
     def add(self, a_NF: torch.Tensor, e_ND: torch.Tensor, w_N1: torch.Tensor) -> None:
         """Take in the neurons' values, what their output should gain, and how much each token counts."""
@@ -46,24 +48,23 @@ class NeuronFit:
             self._aa_FF.addmm_(weighted_FN, a)
             self._ae_FD.addmm_(weighted_FN, e.float())
 
-    def solve(self, W_FD: torch.Tensor, count: int, ridge: float = RIDGE) -> tuple[torch.Tensor, torch.Tensor]:
+    def solve(self, count: int, ridge: float = RIDGE) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The neurons that stay and their output matrix; the sums are used up.
 
         V minimizes Σₙ wₙ ‖eₙ + aₙ W − aₙ[kept] V‖² + Σⱼ λⱼ ‖Vⱼ − Wⱼ‖², with λⱼ = `ridge` · Σₙ wₙ aₙⱼ².
 
         Args:
-            W_FD: the output matrix as it is.
             count: K.
             ridge: see above.
 
         Returns:
-            Numbers of the neurons that stay, sorted (K,), and V (K, D) in fp32.
+            Numbers of the neurons that stay, sorted (K,), V (K, D), and Σₙ wₙ aₙᵀ aₙ of those neurons (K, K), in fp32.
         """
         # In units of each neuron's own size all λ are alike, and fp32 is enough.
         size_F1 = self._aa_FF.diagonal().sqrt()[:, None]
         size_F1 = size_F1.clamp_min(_SMALLEST * size_F1.max()).clamp_min(torch.finfo(torch.float32).tiny)
         gram_FF, wanted_FD = self._aa_FF.div_(size_F1).div_(size_F1.T), self._ae_FD.div_(size_F1)
-        W_FD = W_FD.float() * size_F1
+        W_FD = self._W_FD.mul_(size_F1)
         kept_K = torch.arange(len(W_FD), device=W_FD.device)
         if count < len(W_FD):
             inverse_FF = gram_FF.clone()
@@ -79,7 +80,9 @@ class NeuronFit:
         wanted_KD -= gram_KK @ W_FD[kept_K]
         gram_KK.diagonal().add_(ridge)
         gain_KD = torch.cholesky_solve(wanted_KD, torch.linalg.cholesky(gram_KK))
-        return kept_K, (W_FD[kept_K] + gain_KD) / size_F1[kept_K]
+        gram_KK.diagonal().sub_(ridge)
+        size_K1 = size_F1[kept_K]
+        return kept_K, (W_FD[kept_K] + gain_KD) / size_K1, gram_KK.mul_(size_K1).mul_(size_K1.T)
 
 
 def _survivors(inverse_FF: torch.Tensor, W_FD: torch.Tensor, count: int) -> torch.Tensor:

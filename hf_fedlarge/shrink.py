@@ -337,8 +337,8 @@ def _rows(
     """Some rows of a parameter as they are stored in the package, but not encoded yet."""
     source, module = plan.sources[name], name.rpartition(".")[0]
     block = architecture.layer_of(name)
-    if block is not None and (full_name := architecture.in_layer(name, plan.kept[block])) in fitted.outputs:
-        return fitted.outputs[full_name][start:stop]
+    if block is not None and (full_name := architecture.in_layer(name, plan.kept[block])) in fitted.matrices:
+        return fitted.matrices[full_name][start:stop]
     if (kept := architecture.neurons_out(module)) is not None:
         whole = reader.read(source)
         return (whole.T if architecture.is_transposed(name) else whole)[kept[start:stop]]

@@ -9,8 +9,9 @@ Shapes: B sequences of S tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from hf_fedlarge.loss import StreamedHead
 from hf_fedlarge.memory import give_back_freed_memory
+from hf_fedlarge.quantize import FrozenWeight
 
 
 class Walk:
@@ -92,6 +94,42 @@ class Walk:
         return output[0] if self._returns_tuple else output
 
     @torch.no_grad()
+    def inputs(self, number: int, paths: Sequence[str], hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What modules inside block `number` are given, by their paths; the block goes no further than that."""
+        found: dict[str, torch.Tensor] = {}
+
+        def given(path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+            found[path] = args[0]
+            if len(found) == len(paths):
+                raise _ReachedError(hidden)
+
+        modules = [(path, self._blocks[number].get_submodule(path)) for path in paths]
+        hooks = [module.register_forward_pre_hook(partial(given, path)) for path, module in modules]
+        try:
+            with suppress(_ReachedError):
+                self.step(number, hidden)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    @contextmanager
+    def storing(self, number: int, matrices: Mapping[str, FrozenWeight]) -> Iterator[None]:
+        """Within it, block `number` has other matrices (O, I) at some paths."""
+        block, linear_of = self._blocks[number], self._model.engine.linear_of
+        linears = {path: linear_of[block.get_submodule(path)] for path in matrices}
+        own = {path: linear.weight for path, linear in linears.items()}
+        try:
+            for path, linear in linears.items():
+                linear.weight = linear.as_stored(matrices[path])
+            self._hold()
+            yield
+        finally:
+            for path, linear in linears.items():
+                linear.weight = own[path]
+            self._hold()
+
+    @torch.no_grad()
     def loss(self, hidden: torch.Tensor, ids: torch.Tensor) -> float:
         """Mean next-token loss of `ids` (1, S) for the last block's output (1, S, D), in nats."""
         with self._forwards(self._blocks, self._gives(lambda _: hidden)):
@@ -111,10 +149,13 @@ class Walk:
 
     def forget(self) -> None:
         """Take from this process the model's pages and its dense block, and from the allocator what it keeps."""
-        # A block is stepped through many times in a row, and asked for its matrices: it is held whole.
-        self._model.engine.hold(whole_blocks=True)
+        self._hold()
         self._model.mapped.forget()
         give_back_freed_memory()
+
+    def _hold(self) -> None:
+        """Hold blocks whole, but none yet: one is stepped through many times in a row, and asked for its matrices."""
+        self._model.engine.hold(whole_blocks=True)
 
     @property
     def head(self) -> StreamedHead:
@@ -145,7 +186,7 @@ class Walk:
 
 
 class _ReachedError(Exception):
-    """Ends a forward pass at the first block, whose input it carries."""
+    """Ends a forward pass where an input is known; carries that of the first block."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         super().__init__()

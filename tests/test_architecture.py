@@ -43,6 +43,7 @@ LEVELS = [
         "products",
         "progress",
         "rounding",
+        "gptq",
         "server_optimizer",
         "codec",
         "secagg",

@@ -23,11 +23,11 @@ def weights(seed=2):
 
 
 def solved(a, e, W, count, ridge=1e-6, w=None):
-    sums = NeuronFit(*W.shape, a.device)
+    sums = NeuronFit(W.clone())
     w = weights() if w is None else w
     for part in (slice(0, 150), slice(150, N)):
         sums.add(a[part], e[part], w[part])
-    return sums.solve(W, count, ridge)
+    return sums.solve(count, ridge)[:2]
 
 
 def test_with_nothing_to_gain_and_all_neurons_the_matrix_stays():
@@ -85,3 +85,12 @@ def test_the_fit_is_no_worse_than_leaving_the_others_as_they_are():
     kept, _ = solved(mixed, torch.zeros(N, D), W, 48)
     chances = [torch.randperm(F, generator=torch.Generator().manual_seed(seed))[:48] for seed in range(10)]
     assert least(kept) < 0.7 * min(map(least, chances))
+
+
+def test_second_moments_are_those_of_the_neurons_that_stay():
+    sums, a, w = NeuronFit(matrix()), values(), weights()
+    sums.add(a, torch.zeros(N, D), w)
+    kept, _, gram = sums.solve(40)
+    expected = (a[:, kept] * w).T @ a[:, kept]
+    size = expected.diagonal().sqrt()
+    torch.testing.assert_close(gram / size / size[:, None], expected / size / size[:, None], rtol=1e-4, atol=1e-5)
