@@ -220,7 +220,7 @@ def _inputs(
         for path in dict.fromkeys(shares.values()):
             x_NI = given[path].flatten(0, -2)
             gram_II = grams.setdefault(path, torch.zeros(x_NI.shape[-1], x_NI.shape[-1], device=x_NI.device))
-            add_inputs(gram_II, x_NI, 1 / x_NI.float().square().sum(dim=1, keepdim=True).clamp_min_(_TINY))
+            add_inputs(gram_II, x_NI, _weights(x_NI.float()))
     return {path: student.dense(layer, path).T for path in paths}, {path: grams[shares[path]] for path in paths}
 
 
@@ -237,9 +237,13 @@ def _sums(
             given = student.step(layer, hidden)
         y_ND = target.flatten(0, 1).float()
         e_ND = (y_ND - given.flatten(0, 1).float()) / share if share else torch.zeros_like(y_ND)
-        w_N1 = 1 / y_ND.square().sum(dim=1, keepdim=True).clamp_min_(_TINY)
-        sums.add(seen[0].flatten(0, -2), e_ND, w_N1)
+        sums.add(seen[0].flatten(0, -2), e_ND, _weights(y_ND))
     return sums
+
+
+def _weights(x_ND: torch.Tensor) -> torch.Tensor:
+    """How much each token counts, (N, 1): a few have states a hundred times as large as the others."""
+    return 1 / x_ND.square().sum(dim=1, keepdim=True).clamp_min_(_TINY)
 
 
 def _share_added(student: Walk, layer: int, path: str, hidden: torch.Tensor) -> float:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from hf_fedlarge.gated import Activation, Gated, differentiate_gate, multiply_gate
-from hf_fedlarge.quantize import DenseWeight, FrozenWeight
+from hf_fedlarge.quantize import FrozenWeight
 
 Pieces = Iterable[tuple[slice, torch.Tensor]]
 _KEPT_BYTES = 2**26  # of a buffer for casts, beyond a visit: 1,500 tokens of a 7B model's widest matrix in fp32
@@ -117,12 +117,15 @@ class FrozenLinear:
         module: the `nn.Linear` or `Conv1D`; its `forward` becomes the product here.
         weight: the stored form, (O, I), or (I, O) for what a `Conv1D` stores dense.
         transposed: whether the layer has it the other way round than it is stored.
+
+    Attributes:
+        stored_as_IO: whether the stored form is (I, O).
     """
 
     def __init__(self, module: nn.Module, weight: FrozenWeight, transposed: bool) -> None:
         self.module, self.weight, self.transposed = module, weight, transposed
         # A Conv1D's own weight is (I, O), which is what `transposed` turns (O, I) into.
-        self._stored_as_IO = not isinstance(module, nn.Linear) and not transposed
+        self.stored_as_IO = not isinstance(module, nn.Linear) and not transposed
         self.adapter: Adapter | None = None
         self.value_unused = False
         module.forward, module.takes_gated = self.forward, True
@@ -135,20 +138,12 @@ class FrozenLinear:
     @property
     def outputs(self) -> int:
         """O."""
-        return self.weight.shape[1] if self._stored_as_IO else self.weight.shape[0]
+        return self.weight.shape[1] if self.stored_as_IO else self.weight.shape[0]
 
     @property
     def inputs(self) -> int:
         """I."""
         return self.count // self.outputs
-
-    def as_stored(self, weight: FrozenWeight) -> FrozenWeight:
-        """Another matrix (O, I) as this layer has its own."""
-        if not self._stored_as_IO:
-            return weight
-        values_OI = torch.empty(weight.shape, dtype=torch.bfloat16)
-        weight.read_rows(0, len(values_OI), values_OI)
-        return DenseWeight(values_OI.T.contiguous())
 
     def place(
         self, slot: torch.Tensor | None, nothing: torch.Tensor, casts: Casts, pieces: Callable[..., Pieces]
@@ -177,7 +172,7 @@ class FrozenLinear:
 
     def dense(self) -> torch.Tensor:
         """The dense matrix (I, O) within a visit, in an arena of whole blocks."""
-        return self.slot if self._stored_as_IO else self.slot.t()
+        return self.slot if self.stored_as_IO else self.slot.t()
 
     def multiply(self, x_NI: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """x Wᵀ + bias, (N, O), of an `x_NI` in the products' dtype.
@@ -188,12 +183,12 @@ class FrozenLinear:
         """
         bias = None if self.module.bias is None else self.module.bias.to(x_NI.dtype)
         out = self.casts.room((len(x_NI), self.outputs), "product", like)
-        return (_to_columns if self._stored_as_IO else _to_rows)(x_NI, self._pieces(self), self.outputs, bias, out)
+        return (_to_columns if self.stored_as_IO else _to_rows)(x_NI, self._pieces(self), self.outputs, bias, out)
 
     def multiply_back(self, g_NO: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """g W, (N, I), likewise."""
         out = self.casts.room((len(g_NO), self.inputs), "product", like)
-        return (_to_rows if self._stored_as_IO else _to_columns)(g_NO, self._pieces(self), self.inputs, None, out)
+        return (_to_rows if self.stored_as_IO else _to_columns)(g_NO, self._pieces(self), self.inputs, None, out)
 
     def forward(self, x: torch.Tensor | Gated) -> torch.Tensor:
         """What the layer computes, without its adapter."""

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from hf_fedlarge.loss import StreamedHead
 from hf_fedlarge.memory import give_back_freed_memory
-from hf_fedlarge.quantize import FrozenWeight
+from hf_fedlarge.quantize import DenseWeight, FrozenWeight
+from hf_fedlarge.rounding import dense
 
 
 class Walk:
@@ -121,7 +122,9 @@ class Walk:
         own = {path: linear.weight for path, linear in linears.items()}
         try:
             for path, linear in linears.items():
-                linear.weight = linear.as_stored(matrices[path])
+                linear.weight = weight = matrices[path]
+                if linear.stored_as_IO:
+                    linear.weight = DenseWeight(dense(weight, torch.bfloat16).T.contiguous())
             self._hold()
             yield
         finally:
