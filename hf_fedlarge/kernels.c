@@ -4,28 +4,11 @@
    tensors are contiguous. A bf16 value is its 16 bits, its arithmetic that of fp32; every row or piece is one thread's,
    so results don't depend on their number. Loops are for the compiler to vectorize: no branches, no libm. */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "bf16.h"
 
-typedef uint16_t bf16;
+#include <math.h>
 
 #define PIECE 1024 /* values that a thread takes at a time; a multiple of every vector's length */
-
-static inline float from_bf16(bf16 value) {
-    const uint32_t bits = (uint32_t)value << 16;
-    float wide;
-    memcpy(&wide, &bits, sizeof wide);
-    return wide;
-}
-
-/* To the nearest, ties to even; NaN stays one. */
-static inline bf16 to_bf16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
-}
 
 static inline float from_fp32(float value) { return value; }
 static inline float to_fp32(float value) { return value; }

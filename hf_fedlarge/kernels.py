@@ -1,14 +1,15 @@
-"""Elementwise work of a step on a CPU, each in one pass over memory: `kernels.c`, compiled where it runs.
+"""What C does of a step on a CPU: elementwise work in one pass over memory, and the gradient of attention.
 
 What torch computes in several operations goes through memory several times, and wakes its threads for each. Python
-calls these functions through ctypes, as it does bitsandbytes'. GCC compiles them for this very processor when they are
-first needed, within a second, and they are kept in the cache. Where there is no GCC torch's operations do the same work
-in more time; `HF_FEDLARGE_KERNELS=off` asks for that.
+calls these functions, of `kernels.c` and `attention.c`, through ctypes, as it does bitsandbytes'. GCC compiles them for
+this very processor when they are first needed, within seconds, and they are kept in the cache. Where there is no GCC
+torch's operations do the same work in more time; `HF_FEDLARGE_KERNELS=off` asks for that.
 
 Numbers are those of torch's operations in fp32, rounded once, but for the last bits of e^x and of sums. So processes
 whose runs are to end with the same bytes have them all, or none.
 
-Shapes: N tokens, D hidden, F neurons, V values of the vocabulary, R rows, C columns.
+Shapes: N tokens, D hidden, F neurons, V values of the vocabulary, R rows, C columns; B sequences, T tokens, H heads, G
+heads of keys and values, E values a head.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ import shutil
 import subprocess
 import tempfile
 from contextlib import suppress
-from functools import cache
+from functools import cache, cached_property
 from itertools import takewhile
 from pathlib import Path
 
 import torch
 
-_SOURCE = Path(__file__).with_suffix(".c")
+_SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "attention.c", "bf16.h")]
 # None that lets the compiler change a result: a product and a sum stay two roundings, and NaN stays NaN.
 _FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp"]
 _COMPILER_SECONDS = 120
@@ -42,6 +43,8 @@ _ARGUMENTS = {
     "softmax_slice": "ppfpppplli",
     "int8_rows": "ppplli",
     "nf4": "ppppppllfi",
+    "attention_gradient": "pppppppppplllllfi",
+    "attention_bytes": "ll",
 }
 COMPUTED = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # what results may be in, and what C calls it
 
@@ -49,7 +52,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Kernels:
-    """The functions of `kernels.c`. Tensors are contiguous, on the CPU, and bf16 where nothing else is said."""
+    """The functions of the C files. Tensors are contiguous, on the CPU, and bf16 where nothing else is said."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -154,12 +157,51 @@ class Kernels:
         sizes = first, out.numel() // 64, offset, _threads(out)
         self._call("nf4", "", packed, codes, outer, code, table, out, *sizes)
 
-    def _call(self, name: str, kind: str, *arguments: torch.Tensor | float) -> None:
+    @cached_property
+    def has_attention_gradient(self) -> bool:
+        """Whether the processor has AMX, which it is written for, and the system lets this process use it."""
+        return hasattr(self._library, "may_use_tiles") and bool(self._library.may_use_tiles())
+
+    def attention_gradient(
+        self,
+        q_BTHE: torch.Tensor,
+        k_BTGE: torch.Tensor,
+        v_BTGE: torch.Tensor,
+        out_BTHE: torch.Tensor,
+        grad_BTHE: torch.Tensor,
+        lse_BTH: torch.Tensor,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The gradients of queries, keys and values of causal attention; E is even, H a multiple of G.
+
+        What is multiplied is bf16, as everywhere, and sums are fp32 (FlashAttention-2: arXiv 2307.08691).
+
+        Args:
+            q_BTHE: queries.
+            k_BTGE: keys.
+            v_BTGE: values.
+            out_BTHE: softmax(scale · q kᵀ, causal) v.
+            grad_BTHE: its gradient.
+            lse_BTH: fp32, the logarithms of the softmax' sums.
+            scale: of the scores.
+        """
+        batch, tokens, heads, size = q_BTHE.shape
+        groups = k_BTGE.shape[2]
+        threads = min(torch.get_num_threads(), batch * groups)
+        work = torch.empty(threads * self._call("attention_bytes", "", tokens, size), dtype=torch.uint8)
+        given = q_BTHE, k_BTGE, v_BTGE, out_BTHE, grad_BTHE, lse_BTH
+        found = torch.empty_like(q_BTHE), torch.empty_like(k_BTGE), torch.empty_like(v_BTGE)
+        sizes = batch, tokens, heads, groups, size
+        self._call("attention_gradient", "", *given, *found, work, *sizes, scale, threads)
+        return found
+
+    def _call(self, name: str, kind: str, *arguments: torch.Tensor | float) -> int | None:
         # An attribute of the library, so that it is looked up and described once.
         function = getattr(self._library, name + kind)
         if function.argtypes is None:
-            function.argtypes, function.restype = [_C_TYPES[letter] for letter in _ARGUMENTS[name]], None
-        function(*(value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments))
+            function.argtypes = [_C_TYPES[letter] for letter in _ARGUMENTS[name]]
+            function.restype = ctypes.c_int64 if name == "attention_bytes" else None
+        return function(*(value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments))
 
 
 def kernels_for(*tensors: torch.Tensor) -> Kernels | None:
@@ -187,7 +229,7 @@ def kernels() -> Kernels | None:
 
 def _compiled() -> ctypes.CDLL:
     flags = [*_FLAGS, "-mprefer-vector-width=512"] if platform.machine() == "x86_64" else _FLAGS
-    key = hashlib.sha256("\0".join([*flags, _processor(), _SOURCE.read_text()]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join([*flags, _processor(), *map(Path.read_text, _SOURCES)]).encode()).hexdigest()[:16]
     kept = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hf_fedlarge" / f"kernels-{key}.so"
     with suppress(OSError):  # it isn't there, or broken
         if kept.stat().st_uid == os.getuid():  # nobody else's code is run
@@ -197,7 +239,8 @@ def _compiled() -> ctypes.CDLL:
         raise OSError("GCC was not found")
     with tempfile.TemporaryDirectory(prefix="hf-fedlarge-") as directory:
         made = Path(directory, kept.name)
-        command = [compiler, *flags, "-shared", "-fPIC", str(_SOURCE), "-o", str(made), "-lm"]
+        sources = [str(path) for path in _SOURCES if path.suffix == ".c"]
+        command = [compiler, *flags, "-shared", "-fPIC", *sources, "-o", str(made), "-lm"]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=_COMPILER_SECONDS)
         # Where nothing can be kept the next process compiles again. Where nothing may run from here it may from there.
         with suppress(OSError):

@@ -183,3 +183,9 @@ def test_modules_stay_small():
     for folder in (LIBRARY, ROOT / "trainers", ROOT / "scripts"):
         for path in folder.rglob("*.py"):
             assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_every_module_is_on_the_list():
+    listed = {line.split()[0] for line in (ROOT / "docs" / "modules.md").read_text().splitlines() if line.strip()}
+    paths = [*LIBRARY.glob("*.py"), *(LIBRARY / "flower").glob("*.py"), *(ROOT / "trainers").glob("*.py")]
+    assert {path.name for path in paths} - {"__init__.py"} <= listed

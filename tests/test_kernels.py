@@ -187,6 +187,38 @@ def test_int8_rows(dtype, in_torch):
     assert torch.equal(ours, theirs)
 
 
+# Less than a block, whole blocks, a strip and more; heads alone and shared; sizes that are no multiple of a block.
+@needs_gcc
+@pytest.mark.parametrize("threads", [1, 3], indirect=True)
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "groups", "size"),
+    [(1, 1, 1, 1, 2), (2, 31, 4, 2, 64), (1, 64, 3, 3, 80), (3, 130, 6, 2, 16), (1, 300, 2, 1, 128)],
+)
+def test_the_gradient_of_attention(threads, batch, tokens, heads, groups, size):
+    if not kernels().has_attention_gradient:
+        pytest.skip("this processor has no AMX, or the system doesn't let us use it")
+    q, k, v = (some(batch, tokens, count, size, seed=seed) for seed, count in enumerate((heads, groups, groups)))
+    grad, scale = some(batch, tokens, heads, size, seed=3), 1.5 / size**0.5
+    exact = [x.double().transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    keys, values = (x.repeat_interleave(heads // groups, 1) for x in exact[1:])
+    scores = (scale * exact[0] @ keys.mT).masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -torch.inf)
+    out = (scores.softmax(-1) @ values).transpose(1, 2)
+    wanted = torch.autograd.grad(out, exact, grad.double())
+    value, lse = out.bfloat16().contiguous(), scores.logsumexp(-1).float().transpose(1, 2).contiguous()
+    left, right = some(64, 256, seed=5), some(256, 64, seed=6)
+    product = left @ right
+    found = kernels().attention_gradient(q, k, v, value, grad, lse, scale)
+    assert torch.equal(left @ right, product)  # which oneDNN computes with the same registers
+    for gradient, truth in zip(found, wanted, strict=True):
+        lost = gradient.double() - truth.transpose(1, 2)
+        # One token attends to itself, however its query and key are: of their gradients nothing is left but rounding.
+        assert lost.norm() < ULP * truth.norm().clamp_min(1 if tokens == 1 else 0)
+    for gradient, again in zip(found, kernels().attention_gradient(q, k, v, value, grad, lse, scale), strict=True):
+        assert torch.equal(gradient, again)
+    grad[-1, tokens // 2, 0, 0] = torch.nan
+    assert kernels().attention_gradient(q, k, v, value, grad, lse, scale)[0][-1, tokens // 2, 0].isnan().all()
+
+
 def test_other_tensors_are_left_to_torch():
     x = some(4, 6)
     assert kernels_for(x.float()) is None
