@@ -4,12 +4,11 @@
    hf_fedlarge/kernels.py says what is computed. T tokens, H heads, G heads of keys and values, E values a head; all are
    contiguous. A head of keys is one thread's, so results don't depend on the number of threads. */
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__) && defined(__x86_64__)
 #include "bf16.h"
 
 #include <immintrin.h>
 #include <math.h>
-#include <omp.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -22,7 +21,7 @@ typedef uint32_t pair __attribute__((aligned(2), may_alias));
 
 /* Linux gives a process these registers when it asks. */
 int may_use_tiles(void) {
-    const int request_permission = 0x1023, tile_data = 18;
+    const long request_permission = 0x1023, tile_data = 18;
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 
@@ -42,9 +41,14 @@ static inline float power_of_two(float x) {
     return sum * power;
 }
 
+/* What is in memory is written before what follows, and read after it: GCC 12 doesn't know that the instructions for these
+   registers read and write it. */
+static inline void settle(void) { __asm__ volatile("" ::: "memory"); }
+
 /* c (rows, columns) = or += a (rows, inner) b (inner, columns), sizes multiples of BLOCK. */
 static void multiply(int adds, float *c, int64_t c_width, const bf16 *a, int64_t a_width, const uint32_t *b,
                      int64_t b_width, int64_t rows, int64_t columns, int64_t inner) {
+    settle();
     for (int64_t row = 0; row < rows; row += BLOCK)
         for (int64_t column = 0; column < columns; column += BLOCK) {
             float *upper = c + row * c_width + column, *lower = upper + 16 * c_width;
@@ -74,6 +78,7 @@ static void multiply(int adds, float *c, int64_t c_width, const bf16 *a, int64_t
             _tile_stored(2, lower, 4 * c_width);
             _tile_stored(3, lower + 16, 4 * c_width);
         }
+    settle();
 }
 
 /* x (T, E), its rows `step` apart, as a right factor (T, E). */
@@ -197,18 +202,17 @@ typedef struct {
     uint8_t rows[16];
 } tiles;
 
-/* Others use these registers, too, and may rely on how they have set them: what comes back is for `leave`. */
-static tiles enter(void) {
-    tiles theirs, ours = {.palette = 1};
+/* Others use these registers, too, and may rely on how they have set them: `theirs` is for `leave`. */
+static void enter(tiles *theirs) {
+    tiles ours = {.palette = 1};
     for (int tile = 0; tile < 8; tile++) ours.row_bytes[tile] = 64, ours.rows[tile] = 16;
-    _tile_storeconfig(&theirs);
-    _tile_loadconfig(&ours);
-    return theirs;
+    __asm__ volatile("sttilecfg %0" : "=m"(*theirs));
+    __asm__ volatile("ldtilecfg %0" ::"m"(ours));
 }
 
-static void leave(tiles theirs) {
-    if (theirs.palette)
-        _tile_loadconfig(&theirs);
+static void leave(const tiles *theirs) {
+    if (theirs->palette)
+        __asm__ volatile("ldtilecfg %0" ::"m"(*theirs));
     else
         _tile_release();
 }
@@ -218,19 +222,26 @@ static void gather(const bf16 *x, int64_t step, int64_t T, int64_t E, bf16 *out,
     for (int64_t t = 0; t < T; t++) memcpy(out + t * width, x + t * step, E * sizeof *x);
 }
 
-/* All heads' (B, T, H, E); keys and values have G heads. `work` is `attention_bytes` for each thread. */
+/* All heads' (B, T, H, E); keys and values have G heads. `work` is `attention_bytes` for each thread that will have
+   something to do. The others are there because OpenMP would end them, and start them again for whoever wants them. */
 void attention_gradient(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *out, const bf16 *grad,
                         const float *lse, bf16 *dq, bf16 *dk, bf16 *dv, uint8_t *work, int64_t B, int64_t T, int64_t H,
                         int64_t G, int64_t E, float scale, int threads) {
     const int64_t bytes = attention_bytes(T, E), step = G * E;
+    int64_t places = 0;
 #pragma omp parallel num_threads(threads)
     {
-        const tiles theirs = enter();
+        int64_t place = -1;
+        tiles theirs;
+        enter(&theirs);
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < B * G; task++) {
             const int64_t b = task / G, g = task % G, shared = b * T * step + g * E;
+            if (place < 0)
+#pragma omp atomic capture
+                place = places++;
             workplace w;
-            lay_out(&w, memset(work + omp_get_thread_num() * bytes, 0, bytes), T, E);
+            lay_out(&w, memset(work + place * bytes, 0, bytes), T, E);
             gather(k + shared, step, T, E, w.k, w.wide);
             gather(v + shared, step, T, E, w.v, w.wide);
             pack_turned(k + shared, step, T, E, w.q_turned, w.across); /* on its way */
@@ -249,7 +260,7 @@ void attention_gradient(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 
                     dv[shared + t * step + e] = nearest_bf16(w.dv[t * w.wide + e]);
                 }
         }
-        leave(theirs);
+        leave(&theirs);
     }
 }
 #endif

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from hf_fedlarge.kernels import kernels_for
 from hf_fedlarge.processor import product_dtype
@@ -47,6 +48,7 @@ class _CausalAttention(torch.autograd.Function):
         return out_BTHE
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_BTHE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         *given, out_BTHE, lse_BHT = ctx.saved_tensors
         as_made = [x.contiguous() for x in (*(x.transpose(1, 2) for x in given), out_BTHE, grad_BTHE)]

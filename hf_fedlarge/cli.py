@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    one = command("shrink", _shrink, "Make a package: drop layers, store the rest in 4 bits.")
+    one = command("shrink", _shrink, "Make a package: leave out neurons or layers, fit the rest in 4 bits.")
     one.add_argument("checkpoint", help="a Hugging Face directory, or a Hub id")
     one.add_argument("-o", "--output", type=Path, required=True, help="the package directory to make")
     one.add_argument("--revision", help="the Hub revision")
@@ -318,7 +318,7 @@ def _join(options: argparse.Namespace) -> None:
     from hf_fedlarge.trainers.join import join
 
     hide_bars()
-    names = ("eval_data", "cache", "once", "poll", "patience", "key", "keys", "server_key")
+    names = ("eval_data", "cache", "once", "poll", "patience", "key", "keys", "server_key", "memory_budget")
     given = {name: getattr(options, name) for name in names}
     join(options.store, options.client, options.data, report=_report, **given)
 

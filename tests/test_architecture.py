@@ -5,6 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from hf_fedlarge.config import (
+    DataConfig,
+    FederationConfig,
+    LoraSettings,
+    PrivacySettings,
+    SecureSettings,
+    TierSettings,
+)
+
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "hf_fedlarge"
 
@@ -189,3 +198,9 @@ def test_every_module_is_on_the_list():
     listed = {line.split()[0] for line in (ROOT / "docs" / "modules.md").read_text().splitlines() if line.strip()}
     paths = [*LIBRARY.glob("*.py"), *(LIBRARY / "flower").glob("*.py"), *(ROOT / "trainers").glob("*.py")]
     assert {path.name for path in paths} - {"__init__.py"} <= listed
+
+
+def test_every_setting_is_in_the_reference():
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    models = (FederationConfig, DataConfig, LoraSettings, TierSettings, PrivacySettings, SecureSettings)
+    assert [name for model in models for name in model.model_fields if f"`{name}`" not in text] == []

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from hf_fedlarge import attention
 from hf_fedlarge.attention import causal_attention
 
 
@@ -16,11 +17,14 @@ def some(heads, groups, dtype, tokens=37):
     ]
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("tokens", [1, 37])
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("groups", [1, 2, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_value_and_gradients_are_those_of_exact_attention(dtype, groups, scale, tokens):
+def test_value_and_gradients_are_those_of_exact_attention(dtype, groups, scale, tokens, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(attention, "kernels_for", lambda *_: None)
     ours, exact = some(6, groups, dtype, tokens), some(6, groups, dtype, tokens)
     exact = [x.detach().double().requires_grad_() for x in exact]
     grad = torch.randn(2, tokens, 6, 16).to(dtype)
@@ -41,3 +45,10 @@ def test_what_is_kept_is_what_came_and_went():
     saved = causal_attention(q, k, v, None).grad_fn.saved_tensors
     assert [x.dtype for x in saved] == [torch.bfloat16] * 4 + [torch.float32]
     assert [x.data_ptr() for x in saved[:3]] == [x.data_ptr() for x in (q, k, v)]
+
+
+def test_a_gradient_of_the_gradient_is_refused():
+    q, k, v = some(4, 2, torch.bfloat16)
+    (gradient,) = torch.autograd.grad(causal_attention(q, k, v, None).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

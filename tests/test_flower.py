@@ -838,10 +838,10 @@ def test_a_place_that_the_server_did_not_name_is_not_looked_at(cohort):
     assert b"is not signed; expected" in failure.data
 
 
-def test_a_client_can_read_packages_elsewhere_than_the_server_says(home, cohort):
+def test_a_node_s_own_settings_count_its_memory_and_where_it_reads_packages(home, cohort):
     mirror = Store(str(cohort.path / "mirror"))
     mirror.put(home / "package")
-    cohort.nodes["ann"].answer = cohort.answering("ann", store=mirror.url)
+    cohort.nodes["ann"].answer = cohort.answering("ann", **{"store": mirror.url, "memory-budget": "600MB"})
     server = cohort.serve(deadline_seconds=60, clients={"ann": 10})
     write_check_ins(server.run, [CheckIn("ann", 10)])
     server.open()
@@ -851,6 +851,7 @@ def test_a_client_can_read_packages_elsewhere_than_the_server_says(home, cohort)
     server.clients._offers._packages[home / "package"] = put_already
     server.ask()
     assert accepted(server) == ["ann"]
+    assert cohort.trained[0].training["memory_budget"] == "600MB"
 
 
 # The app that users begin with

@@ -53,6 +53,9 @@ def test_the_wheel_holds_the_library_and_nothing_at_the_top(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"hf_fedlarge"}
     for name in (
+        "hf_fedlarge/attention.c",
+        "hf_fedlarge/bf16.h",
+        "hf_fedlarge/kernels.c",
         "hf_fedlarge/flower/server.py",
         "hf_fedlarge/trainers/client.py",
         "hf_fedlarge/scripts/shrink.py",

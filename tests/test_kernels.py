@@ -219,6 +219,34 @@ def test_the_gradient_of_attention(threads, batch, tokens, heads, groups, size):
     assert kernels().attention_gradient(q, k, v, value, grad, lse, scale)[0][-1, tokens // 2, 0].isnan().all()
 
 
+TILES = """
+#include <immintrin.h>
+#include <string.h>
+static unsigned char set[64] = {1};  /* as another library may: one tile of 3 rows of 8 bytes */
+void set_tiles(void) { set[16] = 8, set[48] = 3; __asm__ volatile("ldtilecfg %0" ::"m"(set)); }
+int as_set(void) {
+    unsigned char now[64];
+    __asm__ volatile("sttilecfg %0" : "=m"(now));
+    return memcmp(now, set, 64) == 0;
+}
+"""
+
+
+@needs_gcc
+@pytest.mark.parametrize("threads", [1], indirect=True)
+def test_who_else_uses_the_matrix_registers_finds_them_as_they_were(threads, tmp_path):
+    if not kernels().has_attention_gradient:
+        pytest.skip("this processor has no AMX, or the system doesn't let us use it")
+    (tmp_path / "tiles.c").write_text(TILES)
+    command = ["gcc", "-O2", "-march=native", "-shared", "-fPIC", "tiles.c", "-o", "tiles.so"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    others = module.ctypes.CDLL(str(tmp_path / "tiles.so"))
+    x, lse = some(1, 40, 2, 32), torch.zeros(1, 40, 2)
+    others.set_tiles()
+    kernels().attention_gradient(x, x, x, x, x, lse, 1.0)
+    assert others.as_set()
+
+
 def test_other_tensors_are_left_to_torch():
     x = some(4, 6)
     assert kernels_for(x.float()) is None

@@ -670,6 +670,17 @@ def test_a_client_does_what_an_order_says_and_sends_its_update(home, store, publ
     assert "the federation is over" in member.said[-1]
 
 
+def test_a_client_s_memory_is_its_own_to_say(home, store, published, member):
+    published(training=TrainingOrder(max_steps=3))
+    with pytest.raises(ConfigError, match="The budget 'much' can't be read"):
+        member(memory_budget="much")
+    member(memory_budget="600MB")
+    [job] = member.jobs
+    assert job.training["memory_budget"] == "600MB"
+    check_in = read_document(store, f"{CHECK_INS}/ann.json", CheckInDocument)
+    assert check_in.memory_bytes == 600_000_000
+
+
 def test_a_client_whose_update_was_refused_learns_why(home, store, member, tmp_path):
     def train(job):
         make_update(job.output, job.package, "ann", adapter=job.adapter, examples=1000)

@@ -84,6 +84,7 @@ def join(
     packages: str | None = None,
     keys: Path | None = None,
     server_key: str | None = None,
+    memory_budget: str | None = None,
 ) -> None:
     """Take part in a federation until it is over. A client that was killed goes on when it is started again.
 
@@ -106,15 +107,16 @@ def join(
             sent then; None: the server is believed whose they are, and whether there is secure aggregation.
         server_key: the server's public key, in 64 hexadecimal digits, or the path of a list of its keys, of which one
             has to have signed what the server says; None: whoever can write the store is believed.
+        memory_budget: what training may take of memory of its own (`2GiB`); None: little, and more time.
 
     Raises:
-        ConfigError: a name that can't be a client's, or a key or list that is none.
+        ConfigError: a name that can't be a client's, a budget that is none, or a key or list that is none.
         DataError: the examples can't be read.
         ArtifactError: the order can't be read, holds what no order may, is not the server's, or is an old one.
         OutputError: another process of this client is at work, or `cache` can't be written.
         StoreError: there was no new order for as long as `patience`.
     """
-    check_in = describe_client(client, data)
+    check_in = describe_client(client, data, memory_budget)
     if eval_data is not None:
         load_examples(eval_data)
     if key is not None:
@@ -128,7 +130,19 @@ def join(
     with _alone(cache / "clients", client):
         ear = Ear(store, client, cache, server_key, report)
         member = _Member(
-            store, package_store, ear, check_in, data, eval_data, cache, report, train or in_process(), key, keys, step
+            store,
+            package_store,
+            ear,
+            check_in,
+            data,
+            eval_data,
+            cache,
+            report,
+            train or in_process(),
+            key,
+            keys,
+            step,
+            {"memory_budget": memory_budget} if memory_budget else {},
         )
         member.take_part(once, poll, patience)
 
@@ -172,8 +186,9 @@ class _Member:
         key: Path | None,
         keys: Path | None,
         step: bool,
+        own_training: dict[str, Any],
     ) -> None:
-        self._step = step
+        self._step, self._own_training = step, own_training
         self._key, self._package_store, self._ear = key, package_store, ear
         self._must_be_secure = keys is not None
         self._secure = SecureMember(store, ear.order, check_in.client, key, keys, report)
@@ -276,7 +291,7 @@ class _Member:
             data=Path(self._data),
             eval_data=Path(self._eval_data) if self._eval_data else None,
             output=update,
-            training=training_of(self._client, order.round, order.seed, _arguments(order)),
+            training=training_of(self._client, order.round, order.seed, _arguments(order)) | self._own_training,
             proximal=order.proximal,
             eval_examples=order.eval_examples,
             codec=order.codec,

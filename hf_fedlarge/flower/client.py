@@ -57,7 +57,7 @@ class TooLate(BaseException):
 def check_in(message: Message, context: Context) -> Message:
     """Say who this is, with how many examples and how much memory."""
     settings = _settings(context)
-    said = describe_client(settings.client, settings.data)
+    said = describe_client(settings.client, settings.data, settings.memory_budget)
     return Message(put_in({f"{CHECK_INS}/{settings.client}.json": as_bytes(said)}), reply_to=message)
 
 

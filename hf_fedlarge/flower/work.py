@@ -32,6 +32,7 @@ class NodeSettings(Record):
     server_key: str | None = None
     store: str | None = None
     worker: str | None = None
+    memory_budget: str | None = None
 
 
 def take_part(
@@ -64,6 +65,7 @@ def take_part(
         keys=Path(settings.keys) if settings.keys else None,
         packages=settings.store or work.package_store,
         server_key=settings.server_key,
+        memory_budget=settings.memory_budget,
         step=True,
         report=report,
         train=train,
