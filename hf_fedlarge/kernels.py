@@ -46,6 +46,7 @@ _ARGUMENTS = {
     "attention_gradient": "pppppppppplllllfi",
     "attention_bytes": "ll",
 }
+_RESULTS = {"attention_bytes": ctypes.c_int64}  # of the others, nothing
 COMPUTED = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # what results may be in, and what C calls it
 
 _logger = logging.getLogger(__name__)
@@ -201,7 +202,7 @@ class Kernels:
         function = getattr(self._library, name + kind)
         if function.argtypes is None:
             function.argtypes = [_C_TYPES[letter] for letter in _ARGUMENTS[name]]
-            function.restype = ctypes.c_int64 if name == "attention_bytes" else None
+            function.restype = _RESULTS.get(name)
         return function(*(value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments))
 
 
