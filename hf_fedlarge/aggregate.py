@@ -164,7 +164,9 @@ def averaged(
     trained: Trained = "both",
     probes: Probes | None = None,
 ) -> Factors:
-    """parent + Σ share · (client − base) of A and of B, each by itself; in fp64, each client read once.
+    """parent + Σ share · (client − base) of A and of B, each by itself, in fp64, each client read once.
+
+    Of very many, some at a time are summed in fp32.
 
     A factor that wasn't trained comes back as it is, bit for bit.
 
@@ -178,8 +180,10 @@ def averaged(
     first = parent or Factors(*changes[0].factors)
     frozen = None if trained == "both" else "BA".index(trained)
     totals = [torch.zeros_like(factor, dtype=torch.float64) for factor in first]
-    for stack in stacks(merged(_deviations(changes, parent))):
-        weights_G = torch.tensor(stack.coefficients, dtype=torch.float64)
+    terms = merged(_deviations(changes, parent))
+    dtype = torch.float32 if is_estimated(terms) else torch.float64
+    for stack in stacks(terms):
+        weights_G = torch.tensor(stack.coefficients, dtype=dtype)
         for index, (total, factors) in enumerate(zip(totals, (stack.A_GRI, stack.B_GOR), strict=True)):
             if index != frozen:
                 _add_mean(total, weights_G, factors)
@@ -193,9 +197,13 @@ def averaged(
 
 
 def _add_mean(total: torch.Tensor, weights_G: torch.Tensor, factors: torch.Tensor) -> None:
-    """Add the weighted sum over the first dimension."""
-    for sums, part in zip(total.view(-1).split(_PART), factors.flatten(1).split(_PART, dim=1), strict=True):
-        sums.addmv_(part.T.double(), weights_G)
+    """Add the weighted sum over the first dimension, computed in the weights' dtype."""
+    sums, values_GX = total.view(-1), factors.flatten(1)
+    if weights_G.dtype == values_GX.dtype:
+        sums += weights_G @ values_GX
+        return
+    for part, values in zip(sums.split(_PART), values_GX.split(_PART, dim=1), strict=True):
+        part.addmv_(values.T.double(), weights_G)
 
 
 def trained_in(aggregator: str | None, round_number: int) -> Trained:

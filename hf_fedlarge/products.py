@@ -157,13 +157,6 @@ class Stack(NamedTuple):
     A_GRI: torch.Tensor
     B_GOR: torch.Tensor
 
-    @property
-    def columns(self) -> Factors:
-        """A_SI and B_OS of the terms side by side, without coefficients."""
-        if len(self.coefficients) == 1:
-            return Factors(self.A_GRI[0], self.B_GOR[0])
-        return Factors(self.A_GRI.flatten(0, 1), self.B_GOR.permute(1, 0, 2).flatten(1))
-
 
 def stacks(terms: Sequence[Term]) -> Iterator[Stack]:
     """The terms in their order, each read once; stored ones some at a time.
@@ -280,11 +273,11 @@ class Probes:
 
     def add(self, terms: Stack) -> None:
         """Add terms to the sum."""
-        A_SI, B_OS = terms.columns
-        found_GX = (A_SI.float() @ self._probes_IK).view(len(terms.coefficients), -1)
-        found_GX *= torch.tensor(terms.coefficients)[:, None]
-        factors = B_OS.float(), found_GX.view(len(A_SI), -1)
-        self._found_OK = torch.mm(*factors) if self._found_OK is None else self._found_OK.addmm_(*factors)
+        found_GRX = (terms.A_GRI.flatten(0, 1).float() @ self._probes_IK).view(*terms.A_GRI.shape[:2], -1)
+        found_GRX *= torch.tensor(terms.coefficients)[:, None, None]
+        if self._found_OK is None:
+            self._found_OK = torch.zeros(terms.B_GOR.shape[1], PROBES)
+        self._found_OK.addbmm_(terms.B_GOR.float(), found_GRX)
 
     def distance(self, result: Term) -> tuple[float, float]:
         """The squared Frobenius norms of the sum, and of the sum less `result`."""
