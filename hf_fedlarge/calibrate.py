@@ -37,10 +37,12 @@ from hf_fedlarge.fit import FitPlan, Fitted, fit, last_states
 from hf_fedlarge.heal import Healed, Truth, heal
 from hf_fedlarge.layers import parse_layers
 from hf_fedlarge.package import load_package, load_tokenizer, stream_checkpoint
+from hf_fedlarge.quantize import BLOCK
 from hf_fedlarge.shrink import CORRECTIONS_NAME, ShrinkPlan, plan_shrink, shrink, write_tensors
 from hf_fedlarge.stdlib_corpus import standard_library_prose
 from hf_fedlarge.tensors import checkpoint_digest
 from hf_fedlarge.walk import Walk
+from hf_fedlarge.widths import choose_widths
 
 TOKENS = 32_768
 LENGTH = 128
@@ -85,7 +87,7 @@ def plan_package(
     progress: Progress | None = None,
     sequences: Sequence[torch.Tensor] = (),
 ) -> ShrinkPlan:
-    """`shrink.plan_shrink`, with the layers chosen by what they do on calibration text if that is asked for.
+    """`shrink.plan_shrink`, with layers and their widths chosen by what they do on calibration text, as asked for.
 
     Args:
         checkpoint: the full model's directory.
@@ -96,20 +98,45 @@ def plan_package(
     Raises:
         FedLargeError: as `plan_shrink`, or the calibration text can't be used.
     """
+    plan, wanted = _even_plan(checkpoint, settings)
+    keep_layers = wanted["keep_layers"]
+    listed = isinstance(parse_layers(keep_layers, plan.layers), list)
+    by_layer = settings.layer_choice != "uniform" and plan.dropped and not listed
+    by_width = settings.width_choice != "uniform" and max(plan.widths.values(), default=0) > BLOCK
+    if not by_layer and not by_width:
+        return replace(plan, sequences=sequences)
+    sequences = sequences or calibration_text(checkpoint, settings)
+    known: dict[str, Any] = {"sequences": sequences}
+    if by_layer:
+        choice = choose(checkpoint, sequences, settings.layer_choice, len(plan.kept), progress)
+        wanted |= {"keep_layers": choice.kept}
+        known |= {"scores": tuple(choice.scores), "scored": choice.cost}
+    if by_width:
+        kept = wanted["keep_layers"] if by_layer else plan.kept
+        (mean,) = set(plan.widths.values())
+        wanted |= {"keep_neurons": choose_widths(checkpoint, kept, sequences, mean, progress)}
+    return replace(plan_shrink(checkpoint, **wanted), **known)
+
+
+def check_plan(checkpoint: Path, settings: PackageSettings) -> None:
+    """Refuse what `plan_package` would refuse, but for the calibration text; nothing is computed.
+
+    Raises:
+        FedLargeError: as `plan_package`.
+    """
+    _even_plan(checkpoint, settings)
+
+
+def _even_plan(checkpoint: Path, settings: PackageSettings) -> tuple[ShrinkPlan, dict[str, Any]]:
+    """The plan with layers evenly spread and all of one width, and what `plan_shrink` was given for it."""
     keep_layers, keep_neurons = settings.kept
     wanted = {"keep_layers": keep_layers, "keep_neurons": keep_neurons, "embeddings": settings.embeddings}
-    plan = replace(plan_shrink(checkpoint, **wanted), sequences=sequences)
+    plan = plan_shrink(checkpoint, **wanted)
     if settings.surrogate != "none" and plan.kept[0] != 0:
         raise ConfigError(
             "A surrogate stands behind a kept layer, but layer 0 is dropped: keep it, or use no surrogate."
         )
-    listed = isinstance(parse_layers(keep_layers, plan.layers), list)
-    if settings.layer_choice == "uniform" or listed or not plan.dropped:
-        return plan
-    sequences = sequences or calibration_text(checkpoint, settings)
-    choice = choose(checkpoint, sequences, settings.layer_choice, len(plan.kept), progress)
-    plan = plan_shrink(checkpoint, **wanted | {"keep_layers": choice.kept})
-    return replace(plan, sequences=sequences, scores=tuple(choice.scores), scored=choice.cost)
+    return plan, wanted
 
 
 def calibration_text(checkpoint: Path, settings: PackageSettings) -> list[torch.Tensor]:

@@ -200,9 +200,11 @@ def _healed(manifest: PackageManifest) -> str:
 
 def _neurons(manifest: PackageManifest) -> str:
     counts = sorted({entry.neurons for entry in manifest.layers if entry.neurons is not None})
+    whole = [entry.layer for entry in manifest.layers if entry.neurons is None and entry.block is not None]
     if not counts:
         return "all"
-    return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    some = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{some}; all in {format_ranges(whole)}" if whole else some
 
 
 def _adapter_facts(manifest: AdapterManifest, run: Summary) -> list[tuple[str, Any]]:

@@ -24,6 +24,7 @@ from hf_fedlarge.options import (
     add_overwrite,
     add_push,
     add_serving,
+    add_shrinking,
     chosen_aggregation,
 )
 from hf_fedlarge.progress import hide_bars, progress_bar
@@ -70,29 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         return added
 
     one = command("shrink", _shrink, "Make a package: leave out neurons or layers, fit the rest in 4 bits.")
-    one.add_argument("checkpoint", help="a Hugging Face directory, or a Hub id")
-    one.add_argument("-o", "--output", type=Path, required=True, help="the package directory to make")
-    one.add_argument("--revision", help="the Hub revision")
-    one.add_argument("--base-id", help="what to call the base model, where CHECKPOINT is a local copy of it")
-    one.add_argument("--keep-layers", help="a count, a fraction, or numbers such as 0-9,12 (all)")
-    neurons = "of the feed-forward layer of every kept layer (2/3, or 1 with --keep-layers)"
-    one.add_argument("--keep-neurons", type=float, metavar="SHARE", help=neurons)
-    one.add_argument(
-        "--layer-choice",
-        choices=("uniform", "influence", "loss", "gradient"),
-        default="uniform",
-        help="which layers stay: evenly spread, or by what they do on calibration text (uniform)",
-    )
-    one.add_argument(
-        "--surrogate", choices=("linear", "none"), default="linear", help="what stands for dropped layers (linear)"
-    )
-    one.add_argument("--surrogate-codec", choices=("nf4", "int8", "bf16"), default="nf4", help="its storage (nf4)")
-    one.add_argument("--surrogate-rank", type=int, metavar="R", help="make it two thin matrices (one of full rank)")
-    one.add_argument("--calibration", metavar="DATA", help="public text to fit on (Python's documentation)")
-    one.add_argument("--heal-steps", type=int, default=0, metavar="N", help="of distillation on that text (0)")
-    one.add_argument("--heal-rank", type=int, default=8, metavar="R", help="of the corrections it makes (8)")
-    one.add_argument("--embeddings", choices=("int8", "nf4", "bf16"), default="int8", help="embedding and head (int8)")
-    one.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    add_shrinking(one)
     add_overwrite(one)
 
     commands.add_parser("train", help="Train adapters on a package with a client's data (train --help).")
@@ -173,7 +152,8 @@ def _shrink(options: argparse.Namespace) -> None:
         check_output(options.output, options.overwrite)
     checkpoint, revision = resolve_checkpoint(options.checkpoint, options.revision)
     settings = checked(PackageSettings, {name: getattr(options, name) for name in PackageSettings.model_fields})
-    plan = plan_package(checkpoint, settings)
+    with progress_bar("choosing", None, " layers") as choosing:
+        plan = plan_package(checkpoint, settings, choosing)
     print(plan.describe())
     if options.dry_run:
         return

@@ -14,7 +14,6 @@ from hf_fedlarge.records import Record, checked, first_problem
 
 Embeddings = Literal["int8", "nf4", "bf16"]
 SurrogateCodec = Literal["nf4", "int8", "bf16"]
-LayerChoice = Literal["uniform", "influence", "loss", "gradient"]
 CodecName = Literal["fp32", "bf16", "int8", "nf4", "topk"]
 TopkShare = Annotated[float, Field(gt=0, le=1)]
 ClientName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
@@ -90,16 +89,17 @@ class PackageSettings(Record):
     """How a checkpoint becomes a package.
 
     `keep_layers` is a count, a fraction or layer numbers, `layer_choice` how that many are chosen: evenly, or by what
-    they do on calibration text. `keep_neurons` is the share of its neurons that the feed-forward layer of each kept one
-    keeps. Where only one of the two is given the other is 1; where none is, all layers stay with two thirds of theirs.
-    `surrogate` stands for dropped layers; `surrogate_rank` is its rank (None: full). It and the kept ones' matrices are
-    fitted on `calibration`, public text filled up with Python's documentation (None: that alone); `heal_steps` of
-    distillation on it make corrections of the rank `heal_rank` for all matrices (`heal.py`).
+    they do on calibration text. `keep_neurons` is the share of their neurons that those keep in the mean: more where
+    they are missed more, or the same everywhere (`width_choice`). If only one of the two is given the other is 1; if
+    none is, all layers stay with two thirds. `surrogate`, of rank `surrogate_rank`, stands for dropped layers.
+    Fits are made on `calibration`, public text filled up with Python's documentation (None: that alone), and
+    corrections of rank `heal_rank` by `heal_steps` on it (`heal.py`).
     """
 
     keep_layers: str | int | float | list[int] | None = None
     keep_neurons: float | None = None
-    layer_choice: LayerChoice = "uniform"
+    layer_choice: Literal["uniform", "influence", "loss", "gradient"] = "uniform"
+    width_choice: Literal["error", "uniform"] = "error"
     surrogate: Literal["linear", "none"] = "linear"
     surrogate_codec: SurrogateCodec = "nf4"
     surrogate_rank: Annotated[int, Field(ge=1)] | None = None

@@ -13,8 +13,8 @@ Shapes: N tokens, S of a sequence, D hidden, F neurons, K that stay, I inputs an
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,9 @@ from hf_fedlarge.quantize import DenseWeight, FrozenWeight
 from hf_fedlarge.rounding import dense, round_trip
 from hf_fedlarge.surrogate import RIDGE, Regression, store_surrogate
 from hf_fedlarge.tensors import SafetensorsWriter
-from hf_fedlarge.walk import Walk
+from hf_fedlarge.walk import Walk, hooked, token_weights
 
 _TOGETHER = 8  # sequences in a step
-_TINY = torch.finfo(torch.float32).tiny
 _PROBE = 0.05  # the share of a change in a feed-forward layer's output that may be lost where it is just added
 Progress = Callable[[int], None]
 
@@ -192,7 +191,7 @@ def _fit_block(
         if attention:
             # With a silent feed-forward layer a block gives the states between the two.
             silent = feed_forward.output
-            with _hooked(teacher.block(layer), silent, _silence), _hooked(block, silent, _silence):
+            with hooked(teacher.block(layer), silent, _silence), hooked(block, silent, _silence):
                 between = (teacher.step(layer, hidden) for hidden in truth)
                 given = refit(attention, student.dense(layer, attention).shape[0], between)
             fitted.enter_context(student.storing(layer, given))
@@ -220,7 +219,7 @@ def _inputs(
         for path in dict.fromkeys(shares.values()):
             x_NI = given[path].flatten(0, -2)
             gram_II = grams.setdefault(path, torch.zeros(x_NI.shape[-1], x_NI.shape[-1], device=x_NI.device))
-            add_inputs(gram_II, x_NI, _weights(x_NI.float()))
+            add_inputs(gram_II, x_NI, token_weights(x_NI.float()))
     return {path: student.dense(layer, path).T for path in paths}, {path: grams[shares[path]] for path in paths}
 
 
@@ -228,22 +227,14 @@ def _sums(
     student: Walk, layer: int, path: str, states: list[torch.Tensor], wanted: Iterable[torch.Tensor]
 ) -> NeuronFit:
     """What an output matrix is fitted to, that the block, given `states`, comes closer to `wanted`."""
-    block = student.block(layer)
     share = _share_added(student, layer, path, states[0])
     sums = NeuronFit(student.dense(layer, path))
     for hidden, target in zip(states, wanted, strict=True):
-        seen: list[torch.Tensor] = []
-        with _hooked(block, path, lambda _, args, value: seen.append(args[0])):  # noqa: B023 (called at once)
-            given = student.step(layer, hidden)
+        a, given = student.step_with_input(layer, path, hidden)
         y_ND = target.flatten(0, 1).float()
         e_ND = (y_ND - given.flatten(0, 1).float()) / share if share else torch.zeros_like(y_ND)
-        sums.add(seen[0].flatten(0, -2), e_ND, _weights(y_ND))
+        sums.add(a.flatten(0, -2), e_ND, token_weights(y_ND))
     return sums
-
-
-def _weights(x_ND: torch.Tensor) -> torch.Tensor:
-    """How much each token counts, (N, 1): a few have states a hundred times as large as the others."""
-    return 1 / x_ND.square().sum(dim=1, keepdim=True).clamp_min_(_TINY)
 
 
 def _share_added(student: Walk, layer: int, path: str, hidden: torch.Tensor) -> float:
@@ -251,7 +242,7 @@ def _share_added(student: Walk, layer: int, path: str, hidden: torch.Tensor) -> 
     plain = student.step(layer, hidden).float()
     generator = torch.Generator().manual_seed(0)
     push = torch.randn(plain.shape[-1], generator=generator).to(plain.device) * plain.square().mean().sqrt()
-    with _hooked(student.block(layer), path, lambda _, args, value: value + push.to(value.dtype)):
+    with hooked(student.block(layer), path, lambda _, args, value: value + push.to(value.dtype)):
         moved = student.step(layer, hidden).float() - plain
     share = float((moved @ push).mean() / (push @ push))
     lost = (moved - share * push).square().sum() / moved.square().sum()
@@ -260,16 +251,6 @@ def _share_added(student: Walk, layer: int, path: str, hidden: torch.Tensor) -> 
 
 def _silence(_: nn.Module, args: Any, value: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(value)
-
-
-@contextmanager
-def _hooked(block: nn.Module, path: str, hook: Callable[..., Any]) -> Iterator[None]:
-    """Within it, `hook` sees and may change what the module at `path` gives."""
-    handle = block.get_submodule(path).register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 class _Journal:

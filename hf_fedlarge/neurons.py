@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import torch
 
+from hf_fedlarge.quantize import BLOCK
+
 RIDGE = 0.5
 _SMALLEST = 1e-9
 _ROWS = 1024  # at a time
@@ -40,13 +42,30 @@ class NeuronFit:
         self._aa_FF = torch.zeros(self.neurons, self.neurons, device=W_FD.device)
         self._ae_FD = torch.zeros(W_FD.shape, device=W_FD.device)
 
-    def add(self, a_NF: torch.Tensor, e_ND: torch.Tensor, w_N1: torch.Tensor) -> None:
-        """Take in the neurons' values, what their output should gain, and how much each token counts."""
-        for a, e, w in zip(a_NF.split(_ROWS), e_ND.split(_ROWS), w_N1.split(_ROWS), strict=True):
-            a = a.float()
-            weighted_FN = (a * w).T
+    def add(self, a_NF: torch.Tensor, e_ND: torch.Tensor | None, w_N1: torch.Tensor) -> None:
+        """Take in the neurons' values, what their output should gain (None: nothing), and what each token counts."""
+        for start in range(0, len(a_NF), _ROWS):
+            rows = slice(start, start + _ROWS)
+            a = a_NF[rows].float()
+            weighted_FN = (a * w_N1[rows]).T
             self._aa_FF.addmm_(weighted_FN, a)
-            self._ae_FD.addmm_(weighted_FN, e.float())
+            if e_ND is not None:
+                self._ae_FD.addmm_(weighted_FN, e_ND[rows].float())
+
+    def costs(self, ridge: float = RIDGE) -> list[float]:
+        """What it costs as neurons go until each multiple of 64 is left, down to 64; the sums are used up.
+
+        It is (V − W)ᵀ (A + λ) (V − W) that rises, with V zero for neurons that went and least squares for the others:
+        the error on the text, and the one that values have beyond it that vary each by itself, by `ridge` of their
+        squares.
+
+        Args:
+            ridge: see `solve`.
+        """
+        self._in_own_size()
+        elimination = _Elimination(self._aa_FF, self._W_FD, ridge)
+        counts = range((self.neurons - 1) // BLOCK * BLOCK, 0, -BLOCK)
+        return [elimination.take_out(elimination.left - count) for count in counts]
 
     def solve(self, count: int, ridge: float = RIDGE) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The neurons that stay and their output matrix; the sums are used up.
@@ -60,20 +79,15 @@ class NeuronFit:
         Returns:
             Numbers of the neurons that stay, sorted (K,), V (K, D), and Σₙ wₙ aₙᵀ aₙ of those neurons (K, K), in fp32.
         """
-        # In units of each neuron's own size all λ are alike, and fp32 is enough.
-        size_F1 = self._aa_FF.diagonal().sqrt()[:, None]
-        size_F1 = size_F1.clamp_min(_SMALLEST * size_F1.max()).clamp_min(torch.finfo(torch.float32).tiny)
-        gram_FF, wanted_FD = self._aa_FF.div_(size_F1).div_(size_F1.T), self._ae_FD.div_(size_F1)
-        W_FD = self._W_FD.mul_(size_F1)
+        size_F1 = self._in_own_size()
+        gram_FF, wanted_FD, W_FD = self._aa_FF, self._ae_FD.div_(size_F1), self._W_FD
         kept_K = torch.arange(len(W_FD), device=W_FD.device)
         if count < len(W_FD):
-            inverse_FF = gram_FF.clone()
-            inverse_FF.diagonal().add_(ridge)
-            # In place: another F × F matrix or two would be what most of a fit's memory goes to.
-            torch.linalg.cholesky(inverse_FF, out=inverse_FF)
-            torch.cholesky_inverse(inverse_FF, out=inverse_FF)
-            kept_K = _survivors(inverse_FF, W_FD.clone(), count)
-            del inverse_FF
+            elimination = _Elimination(gram_FF.clone(), W_FD.clone(), ridge)
+            while (excess := elimination.left - count) > 0:
+                elimination.take_out(min(excess, max(32, excess // _ROUND)))
+            kept_K = elimination.alive_F.nonzero().flatten()
+            del elimination
         # What the others gave is the first part of what those that stay should give besides.
         wanted_KD = (gram_FF @ W_FD)[kept_K] + wanted_FD[kept_K]
         gram_KK = gram_FF[kept_K[:, None], kept_K]
@@ -84,20 +98,51 @@ class NeuronFit:
         size_K1 = size_F1[kept_K]
         return kept_K, (W_FD[kept_K] + gain_KD) / size_K1, gram_KK.mul_(size_K1).mul_(size_K1.T)
 
+    def _in_own_size(self) -> torch.Tensor:
+        """Bring the sums' A and W in units of each neuron's own size (F, 1): all λ are alike, and fp32 is enough."""
+        size_F1 = self._aa_FF.diagonal().sqrt()[:, None]
+        size_F1 = size_F1.clamp_min(_SMALLEST * size_F1.max()).clamp_min(torch.finfo(torch.float32).tiny)
+        self._aa_FF.div_(size_F1).div_(size_F1.T)
+        self._W_FD.mul_(size_F1)
+        return size_F1
 
-def _survivors(inverse_FF: torch.Tensor, W_FD: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` neurons that are left when those that are missed least went; changes its arguments.
+
+class _Elimination:
+    """Takes neurons out, those that are missed least first.
 
     Taking out the neurons G costs tr(W_Gᵀ (H⁻¹_GG)⁻¹ W_G) when the others make up for them by −H⁻¹_FG (H⁻¹_GG)⁻¹ W_G.
+
+    Args:
+        gram_FF: H without the ridge; it is used up, as `W_FD` is.
+        W_FD: the output matrix.
+        ridge: see `NeuronFit.solve`.
+
+    Attributes:
+        alive_F: which are there still.
+        left: how many.
     """
-    alive_F = torch.ones(len(W_FD), dtype=torch.bool, device=W_FD.device)
-    while (excess := int(alive_F.sum()) - count) > 0:
+
+    def __init__(self, gram_FF: torch.Tensor, W_FD: torch.Tensor, ridge: float) -> None:
+        gram_FF.diagonal().add_(ridge)
+        # In place: another F × F matrix or two would be what most of a fit's memory goes to.
+        torch.linalg.cholesky(gram_FF, out=gram_FF)
+        torch.cholesky_inverse(gram_FF, out=gram_FF)
+        self._inverse_FF, self._W_FD = gram_FF, W_FD
+        self.alive_F = torch.ones(len(W_FD), dtype=torch.bool, device=W_FD.device)
+        self.left = len(W_FD)
+
+    def take_out(self, count: int) -> float:
+        """Take `count` neurons out; what that costs."""
+        inverse_FF, W_FD = self._inverse_FF, self._W_FD
         cost_F = W_FD.square().sum(dim=1) / inverse_FF.diagonal()
-        cost_F[~alive_F] = torch.inf
-        going_G = cost_F.topk(min(excess, max(32, excess // _ROUND)), largest=False).indices
-        towards_FG = torch.linalg.solve(inverse_FF[going_G[:, None], going_G], inverse_FF[:, going_G], left=False)
-        W_FD -= towards_FG @ W_FD[going_G]
-        inverse_FF.addmm_(towards_FG, inverse_FF[going_G], alpha=-1)
-        alive_F[going_G] = False
+        cost_F[~self.alive_F] = torch.inf
+        going_G = cost_F.topk(count, largest=False).indices
+        inverse_FG, missing_GD = inverse_FF[:, going_G], W_FD[going_G]
+        solver = torch.linalg.lu_factor(inverse_FG[going_G])
+        rise_GD = torch.linalg.lu_solve(*solver, missing_GD)
+        W_FD.addmm_(inverse_FG, rise_GD, alpha=-1)
+        inverse_FF.addmm_(torch.linalg.lu_solve(*solver, inverse_FG, left=False), inverse_FF[going_G], alpha=-1)
+        self.alive_F[going_G] = False
         W_FD[going_G] = 0
-    return alive_F.nonzero().flatten()
+        self.left -= count
+        return float((rise_GD * missing_GD).sum())

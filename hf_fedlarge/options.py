@@ -33,6 +33,41 @@ AGGREGATION: dict[str, tuple[Any, str]] = {
 }
 
 
+def add_shrinking(parser: argparse.ArgumentParser) -> None:
+    """What `shrink` takes."""
+    parser.add_argument("checkpoint", help="a Hugging Face directory, or a Hub id")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the package directory to make")
+    parser.add_argument("--revision", help="the Hub revision")
+    parser.add_argument("--base-id", help="what to call the base model, where CHECKPOINT is a local copy of it")
+    parser.add_argument("--keep-layers", help="a count, a fraction, or numbers such as 0-9,12 (all)")
+    neurons = "of the feed-forward layers of all that are kept (2/3, or 1 with --keep-layers)"
+    parser.add_argument("--keep-neurons", type=float, metavar="SHARE", help=neurons)
+    parser.add_argument(
+        "--layer-choice",
+        choices=("uniform", "influence", "loss", "gradient"),
+        default="uniform",
+        help="which layers stay: evenly spread, or by what they do on calibration text (uniform)",
+    )
+    parser.add_argument(
+        "--width-choice",
+        choices=("error", "uniform"),
+        default="error",
+        help="how many neurons each layer keeps: more where they are missed more on that text, or all the same (error)",
+    )
+    parser.add_argument(
+        "--surrogate", choices=("linear", "none"), default="linear", help="what stands for dropped layers (linear)"
+    )
+    parser.add_argument("--surrogate-codec", choices=("nf4", "int8", "bf16"), default="nf4", help="its storage (nf4)")
+    parser.add_argument("--surrogate-rank", type=int, metavar="R", help="make it two thin matrices (one of full rank)")
+    parser.add_argument("--calibration", metavar="DATA", help="public text to fit on (Python's documentation)")
+    parser.add_argument("--heal-steps", type=int, default=0, metavar="N", help="of distillation on that text (0)")
+    parser.add_argument("--heal-rank", type=int, default=8, metavar="R", help="of the corrections it makes (8)")
+    parser.add_argument(
+        "--embeddings", choices=("int8", "nf4", "bf16"), default="int8", help="embedding and head (int8)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+
+
 def add_aggregation(parser: argparse.ArgumentParser) -> None:
     """An option for each setting."""
     for name, (kind, text) in AGGREGATION.items():

@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 
 
 @contextmanager
-def progress_bar(what: str, total: int, unit: str = "B") -> Iterator[Callable[[int], None]]:
-    """A bar, shown from the first step on; what it yields is called with how much is done."""
+def progress_bar(what: str, total: int | None, unit: str = "B") -> Iterator[Callable[[int], None]]:
+    """A bar, shown from the first step on; what it yields is called with how much is done. `total` may be unknown."""
     from tqdm import tqdm
 
     with ExitStack() as shown:
@@ -16,9 +16,8 @@ def progress_bar(what: str, total: int, unit: str = "B") -> Iterator[Callable[[i
 
         def advance(done: int) -> None:
             nonlocal bar
-            bar = bar or shown.enter_context(
-                tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", disable=None)
-            )
+            if bar is None:
+                bar = shown.enter_context(tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", disable=None))
             bar.update(done - bar.n)
 
         yield advance

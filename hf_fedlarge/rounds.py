@@ -41,7 +41,7 @@ from hf_fedlarge.artifacts import (
     verify_files,
     write_json,
 )
-from hf_fedlarge.calibrate import make_package, plan_package
+from hf_fedlarge.calibrate import check_plan, make_package, plan_package
 from hf_fedlarge.clients import HELD_OUT, SimulatedClients
 from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import FederationConfig
@@ -150,12 +150,13 @@ class _Federation:
     def run_to_end(self) -> dict[str, Any]:
         self._check_settings()
         if not self.package.exists():
-            plan = plan_package(self.checkpoint, self.config)
+            check_plan(self.checkpoint, self.config)
         target_linears(describe(load_config(self.checkpoint)), self.config.lora)
         prepared = self.clients.prepare(self.config, self.run, self._begin)
         if prepared:
             self.report(prepared)
         if not self.package.exists():
+            plan = plan_package(self.checkpoint, self.config)
             self.report(plan.describe())
             base_id = self.config.base_id or (self.config.checkpoint if self.revision else None)
             make_package(plan, self.config, self.package, base_id=base_id, revision=self.revision)

@@ -106,13 +106,14 @@ class ShrinkPlan:
 
     def describe(self) -> str:
         """The plan as a few lines of text."""
-        widths = sorted(set(self.widths.values()))
-        neurons = f"{widths[0]} to {widths[-1]}" if len(widths) > 1 else str(*widths)
+        widths = [self.widths.get(layer, self.architecture.neuron_count) for layer in self.kept]
+        neurons = str(widths[0]) if len(set(widths)) == 1 else f"{min(widths)} to {max(widths)}"
+        listed = "" if len(set(widths)) == 1 else f": {' '.join(map(str, widths))}"
         return (
             f"{self.checkpoint}: keep {len(self.kept)} of {self.layers} layers\n"
             f"  kept     {format_ranges(self.kept)}\n"
             f"  dropped  {format_ranges(self.dropped)}\n"
-            + (f"  neurons  {neurons} in a layer\n" if widths else "")
+            + (f"  neurons  {neurons} in a layer{listed}\n" if self.widths else "")
             + f"  storage  {len(self.codecs)} matrices: "
             + ", ".join(
                 f"{sum(codec == wanted for codec in self.codecs.values())} {wanted}"
@@ -142,7 +143,7 @@ def plan_shrink(
     checkpoint: Path,
     *,
     keep_layers: str | float | list[int] = 0.75,
-    keep_neurons: float = 1.0,
+    keep_neurons: float | Mapping[int, int] = 1.0,
     embeddings: Embeddings = "int8",
 ) -> ShrinkPlan:
     """Decide which layers stay and how each weight is stored, from the checkpoint's configuration and headers.
@@ -150,7 +151,8 @@ def plan_shrink(
     Args:
         checkpoint: a directory with a configuration and safetensors.
         keep_layers: a count, a fraction, or layer numbers (`config.parse_layers`).
-        keep_neurons: the share of its neurons that each kept layer's feed-forward layer keeps, to a multiple of 64.
+        keep_neurons: the share of its neurons that each kept layer's feed-forward layer keeps, to a multiple of 64; or
+            layer → how many it keeps, for all that are kept.
         embeddings: how the token embedding and the head are stored.
 
     Raises:
@@ -167,8 +169,9 @@ def plan_shrink(
     kept = wanted if isinstance(wanted, list) else choose_layers(full.layers, wanted)
     reader = CheckpointReader(checkpoint)
     stored = full.tensor_names(reader.infos, checkpoint)
-    count = _width(full, keep_neurons)
-    widths = dict.fromkeys(kept, count) if count < full.neuron_count else {}
+    widths = keep_neurons if isinstance(keep_neurons, Mapping) else dict.fromkeys(kept, _width(full, keep_neurons))
+    assert set(widths) == set(kept), "widths of other layers"
+    widths = {layer: count for layer, count in widths.items() if count < full.neuron_count}
     small = describe(shrink_config(config, kept))
     small = replace(small, neurons={kept.index(layer): torch.arange(count) for layer, count in widths.items()})
 

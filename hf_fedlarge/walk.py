@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_fedlarge.architectures import Architecture
 from hf_fedlarge.loss import StreamedHead
 from hf_fedlarge.memory import give_back_freed_memory
 from hf_fedlarge.quantize import DenseWeight, FrozenWeight
@@ -60,6 +61,11 @@ class Walk:
     def __len__(self) -> int:
         return len(self._blocks)
 
+    @property
+    def architecture(self) -> Architecture:
+        """The model's."""
+        return self._model.architecture
+
     def block(self, number: int) -> nn.Module:
         """The block `number`."""
         return self._blocks[number]
@@ -93,6 +99,13 @@ class Walk:
         args, kwargs = self._given[block]
         output = block(hidden, *args, **kwargs)
         return output[0] if self._returns_tuple else output
+
+    def step_with_input(self, number: int, path: str, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the module at `path` inside block `number` is given, and the block's output."""
+        found: list[torch.Tensor] = []
+        with hooked(self._blocks[number], path, lambda _, args, value: found.append(args[0])):
+            output = self.step(number, hidden)
+        return found[0], output
 
     @torch.no_grad()
     def inputs(self, number: int, paths: Sequence[str], hidden: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -186,6 +199,21 @@ class Walk:
         finally:
             for block, own in zip(blocks, plain, strict=True):
                 block.forward = own
+
+
+def token_weights(states_ND: torch.Tensor) -> torch.Tensor:
+    """How much each token counts in a fit, (N, 1), fp32: a few have states a hundred times as large as the others."""
+    return 1 / states_ND.square().sum(dim=1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+
+
+@contextmanager
+def hooked(block: nn.Module, path: str, hook: Callable[..., Any]) -> Iterator[None]:
+    """Within it, `hook` sees and may change what the module at `path` gives."""
+    handle = block.get_submodule(path).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class _ReachedError(Exception):

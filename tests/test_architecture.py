@@ -76,7 +76,7 @@ LEVELS = [
     {"update"},
     {"package", "merge", "combine", "traffic"},
     {"lineage"},
-    {"collect", "evaluation", "server", "tiers", "choice"},
+    {"collect", "evaluation", "server", "tiers", "choice", "widths"},
     {"heal"},
     {"calibrate", "transfer", "report", "clients", "relay", "tables", "secure_sum"},
     {"jobs"},

@@ -155,6 +155,9 @@ def test_package_card_tells_of_neurons(tmp_path):
     facts = {row[0]: row[1] for row in rows(card) if len(row) == 2}
     assert facts["neurons kept in their feed-forward layers"] == "512 to 1024"
     assert "AutoModelForCausalLM" not in card
+    layers += [LayerEntry(layer=2, block=None), LayerEntry(layer=3, block=2), LayerEntry(layer=4, block=3)]
+    card = render_card(make_package(tmp_path / "whole", "bf16", layers=layers), "me/small", None)
+    assert ["neurons kept in their feed-forward layers", "512 to 1024; all in 3-4"] in rows(card)
     plain = render_card(make_package(tmp_path / "q", "bf16"), "me/small", None)
     assert ["neurons kept in their feed-forward layers", "all"] in rows(plain)
     assert "AutoModelForCausalLM" in plain

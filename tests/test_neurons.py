@@ -94,3 +94,26 @@ def test_second_moments_are_those_of_the_neurons_that_stay():
     expected = (a[:, kept] * w).T @ a[:, kept]
     size = expected.diagonal().sqrt()
     torch.testing.assert_close(gram / size / size[:, None], expected / size / size[:, None], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [F, F + 40])
+def test_costs_are_how_the_least_error_rises(count):
+    """Against each step done afresh in fp64: the least squares of those that are left, and what goes with them."""
+    a, W, w, ridge = values(count=count), matrix(count=count), weights(), 0.5
+    sums = NeuronFit(W.clone())
+    sums.add(a, torch.zeros(N, D), w)
+    costs = sums.costs(ridge)
+    gram = ((a * w).T @ a).double()
+    gram += ridge * gram.diag().diag()
+    left, fitted, before, expected = torch.arange(count), W.double(), 0.0, []
+    for goal in range((count - 1) // 64 * 64, 0, -64):
+        missed = fitted.square().sum(dim=1) / torch.linalg.inv(gram[left][:, left]).diag()
+        left = left[missed.topk(goal).indices]
+        fitted = torch.linalg.solve(gram[left][:, left], gram[left] @ W.double())
+        change = -W.double()
+        change[left] += fitted
+        error = float((change * (gram @ change)).sum())
+        expected.append(error - before)
+        before = error
+    assert costs == pytest.approx(expected, rel=1e-3)
+    assert len(costs) == (count - 1) // 64

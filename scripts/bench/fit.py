@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--keep-layers")
     parser.add_argument("--keep-neurons", type=float)
     parser.add_argument("--layer-choice", default="uniform")
+    parser.add_argument("--width-choice", default="error")
     parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
     harness.add_common_options(parser)
     parser.set_defaults(pairs=1)
@@ -66,7 +67,10 @@ def measure(options: argparse.Namespace) -> harness.Figures:
 
     checkpoint = options.checkpoint
     settings = PackageSettings(
-        keep_layers=options.keep_layers, keep_neurons=options.keep_neurons, layer_choice=options.layer_choice
+        keep_layers=options.keep_layers,
+        keep_neurons=options.keep_neurons,
+        layer_choice=options.layer_choice,
+        width_choice=options.width_choice,
     )
     with tempfile.TemporaryDirectory() as directory, harness.MemoryPeak() as peak:
         started = time.perf_counter()

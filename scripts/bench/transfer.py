@@ -13,8 +13,9 @@ The reference is LoRA on the full model in bf16. Packages are in NF4 with int8 e
 
 Methods: `none` (layers dropped evenly, nothing in their place), `linear` (surrogates there), `low-rank` (of rank 64),
 `influence`, `loss` and `gradient` (as `linear`, the layers chosen by score), `neurons` (all layers, with as many of
-their neurons as make no more bytes than `linear`). They are fitted on Python's documentation, text of another domain,
-and with `-in-domain` behind the name on docstrings that nobody trains on, filled up with that documentation.
+their neurons as make no more bytes than `linear`), `even-neurons` (as many in every layer). They are fitted on Python's
+documentation, text of another domain, and with `-in-domain` behind the name on docstrings that nobody trains on,
+filled up with that documentation.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ SETTINGS = {
     "gradient": {"layer_choice": "gradient"},
     "low-rank": {"surrogate_rank": 64},
     "neurons": {},
+    "even-neurons": {"width_choice": "uniform"},
 }
 METHODS = [*SETTINGS, *(method + IN_DOMAIN for method in SETTINGS if method != "none")]
 
@@ -130,7 +132,7 @@ class Benchmark:
         directory = self.work / f"package-{keep}-{method}"
         shutil.rmtree(directory, ignore_errors=True)
         kind = method.removesuffix(IN_DOMAIN)
-        kept = {"keep_neurons": self.neurons(keep)} if kind == "neurons" else {"keep_layers": keep}
+        kept = {"keep_neurons": self.neurons(keep)} if kind.endswith("neurons") else {"keep_layers": keep}
         settings = PackageSettings(
             surrogate_codec=self.options.surrogate_codec,
             embeddings=self.options.embeddings,
