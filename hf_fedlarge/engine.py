@@ -301,8 +301,8 @@ class _BlockCall:
     def assemble(self, hidden: torch.Tensor, make: Callable[[int, _Part, torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """What `make` gives for every part of the hidden states, each at its place."""
         first = self.parts[0]
-        if first.group.tokens == hidden.shape[0] * hidden.shape[1]:
-            return make(0, first, first.group.take(hidden)).reshape(hidden.shape)
+        if first.group.is_whole:
+            return first.group.real(make(0, first, first.group.take(hidden))).reshape(hidden.shape)
         output = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
         for place, part in enumerate(self.parts):
             part.group.put(make(place, part, part.group.take(hidden)), output)

@@ -28,6 +28,7 @@ from hf_fedlarge.errors import ArchitectureError
 
 ATTENTION = "hf_fedlarge"
 _MASKS = ("attention_mask", "causal_mask")
+_MULTIPLE = 64  # of tokens
 Masks = list[torch.Tensor | None]  # None: plain causal attention, for which there are better kernels
 
 
@@ -103,30 +104,50 @@ def group_spans(spans: list[Span], tokens: int) -> list[list[Span]]:
 class Group:
     """Sequences that a block computes together, and how to lay its arguments end to end for them.
 
+    Behind sequences of different lengths comes a filler, zeros that attend to themselves, so that T is a multiple of
+    64: for every number of rows that it sees for the first time, oneDNN compiles each of a block's products anew.
+
     Args:
         spans: the sequences, each beginning where the one before it ends.
         batch: B and S.
         device: of the batch.
+
+    Attributes:
+        tokens: T, with the filler.
+        is_whole: whether the sequences are all of the batch.
     """
 
     def __init__(self, spans: list[Span], batch: torch.Size, device: torch.device) -> None:
-        self.spans, self._batch = spans, batch
-        self.tokens = sum(map(len, spans))
-        columns = batch[1]
+        self._batch, columns = batch, batch[1]
+        lengths = [len(span) for span in spans]
+        self._real = sum(lengths)
+        is_batch = len(spans) > 1 and len(set(lengths)) == 1  # which attention computes at once
+        self._filler = 0 if is_batch else -self._real % _MULTIPLE
+        self.tokens = self._real + self._filler
+        self.is_whole = self._real == batch.numel()
         starts = [span.row * columns + span.start for span in spans]
-        ends = [start + len(span) for start, span in zip(starts, spans, strict=True)]
+        ends = [start + length for start, length in zip(starts, lengths, strict=True)]
         assert starts[1:] == ends[:-1], "sequences of a group lie end to end"
         self._places = slice(starts[0], ends[-1])
-        self._columns = torch.cat([torch.arange(span.start, span.stop, device=device) for span in spans])
+        self.spans = [*spans, Span(spans[-1].row, 0, self._filler)] if self._filler else spans
+        columns_of = [torch.arange(span.start, span.stop, device=device) for span in spans]
+        self._columns = torch.cat([*columns_of, torch.zeros(self._filler, dtype=torch.long, device=device)])
         self._cut: dict[int, tuple[torch.Tensor, Masks]] = {}
 
     def take(self, values: torch.Tensor) -> torch.Tensor:
         """(1, T, …) of (B, S, …)."""
-        return values.flatten(0, 1)[self._places][None]
+        real = values.flatten(0, 1)[self._places]
+        if self._filler:
+            real = torch.cat([real, real.new_zeros(self._filler, *real.shape[1:])])
+        return real[None]
+
+    def real(self, values: torch.Tensor) -> torch.Tensor:
+        """(1, T, …) without the filler."""
+        return values[:, : self._real]
 
     def put(self, values: torch.Tensor, into: torch.Tensor) -> None:
         """Write (1, T, …) to its places in (B, S, …)."""
-        into.flatten(0, 1)[self._places] = values[0]
+        into.flatten(0, 1)[self._places] = self.real(values)[0]
 
     def lay(self, arguments: dict[str, Any]) -> tuple[dict[str, Any], Masks] | None:
         """A block's arguments for these sequences, and what is taken out of them: each sequence's attention mask.
@@ -152,7 +173,9 @@ class Group:
     def _masks(self, mask: torch.Tensor) -> Masks:
         # All blocks of a model share a mask or two.
         if id(mask) not in self._cut:
-            self._cut[id(mask)] = mask, [_cut(mask, span, self._batch[1]) for span in self.spans]
+            real = self.spans[:-1] if self._filler else self.spans
+            masks = [_cut(mask, span, self._batch[1]) for span in real]
+            self._cut[id(mask)] = mask, [*masks, None] if self._filler else masks
         return self._cut[id(mask)][1]
 
     def _lay(self, value: Any, name: str, found: list[torch.Tensor]) -> Any:
@@ -186,10 +209,15 @@ class Rows:
     def __init__(self, rows: slice, batch: torch.Size) -> None:
         self.rows, self._batch = rows, batch
         self.tokens = (rows.stop - rows.start) * batch[1]
+        self.is_whole = rows == slice(0, batch[0])
 
     def take(self, values: torch.Tensor) -> torch.Tensor:
         """The rows of (B, …)."""
         return values[self.rows]
+
+    def real(self, values: torch.Tensor) -> torch.Tensor:
+        """All of them."""
+        return values
 
     def put(self, values: torch.Tensor, into: torch.Tensor) -> None:
         """Write the rows to their places in (B, …)."""
@@ -201,8 +229,7 @@ class Rows:
         Raises:
             ArchitectureError: an argument that is neither, such as Bloom's position biases of all heads of all rows.
         """
-        whole = self.rows == slice(0, self._batch[0])
-        return (arguments if whole else {name: self._of(value) for name, value in arguments.items()}), []
+        return (arguments if self.is_whole else {name: self._of(value) for name, value in arguments.items()}), []
 
     @contextmanager
     def attention(self, masks: Masks) -> Iterator[None]:

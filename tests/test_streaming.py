@@ -275,6 +275,21 @@ def test_a_batch_laid_end_to_end_is_the_padded_one(package, truth, family):
     assert distance(gradient, truth(family)[1]) <= 1e-5
 
 
+def test_ragged_batches_make_products_of_few_sizes(package):
+    """For every number of rows that is new to it oneDNN compiles a product anew."""
+    streamed = with_adapter(load_package(package("llama")))
+    rows, tokens = set(), set()
+    blocks = streamed.get_submodule(f"base_model.model.{describe(streamed.config).blocks}")
+    blocks[0].mlp.register_forward_pre_hook(lambda _, args: rows.add(args[0].shape[1]))
+    for seed in range(8):
+        batch = some_batch(seed)
+        tokens.add(int(batch["attention_mask"].sum()))
+        gradient_of(streamed, batch)
+    assert len(tokens) > 4
+    assert {count % 64 for count in rows} == {0}
+    assert max(rows) < max(tokens) + 64
+
+
 def test_most_families_attention_can_be_taken_apart(package):
     apart = {family for family in FAMILIES if load_package(package(family)).engine.takes_apart}
     assert set(FAMILIES) - apart == {"gemma2", "gptj", *({"falcon"} & set(FAMILIES))}
