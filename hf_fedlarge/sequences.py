@@ -2,8 +2,8 @@
 
 A block's matrices and norms treat every token alike; only attention asks which sequence a token is of. So a group of
 sequences goes through a block as one row of tokens, and attention, which this module registers with transformers under
-`ATTENTION`, takes the row apart again. Hardly a product is spent on padding, many short sequences make one large product, and
-attention never crosses from one sequence to the next. Batches that trl packs without padding are the same thing
+`ATTENTION`, takes the row apart again. Hardly a product is spent on padding, many short sequences make one large one,
+and attention never crosses from one sequence to the next. Batches that trl packs without padding are the same thing
 already laid out.
 
 Shapes: B rows and S columns of the batch, T tokens of a group, H heads, D hidden.

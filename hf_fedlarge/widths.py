@@ -25,6 +25,7 @@ from hf_fedlarge.walk import Walk, hooked, token_weights
 
 _TOGETHER = 8  # sequences in a step
 _SEQUENCES = 64  # are enough to compare layers by
+_STEPS = 6  # in which a layer can lose its neurons
 _PUSH = 0.1  # how large an error is tried, of what the matrix gives
 Progress = Callable[[int], None]
 
@@ -36,7 +37,9 @@ def choose_widths(
     mean: int,
     progress: Progress | None = None,
 ) -> dict[int, int]:
-    """How many neurons each of the layers `kept` keeps, multiples of 64 that are `mean` in the mean.
+    """How many neurons each of the layers `kept` keeps: `mean` in the mean, in steps of a sixth of a layer.
+
+    More widths would bring a package no more, and a client a compiled kernel of each product for each width.
 
     Args:
         checkpoint: the full model's directory; its family's neurons can be told apart.
@@ -48,7 +51,8 @@ def choose_widths(
     walk = Walk(stream_checkpoint(checkpoint), sequences[0])
     chosen = torch.cat(list(sequences[:: math.ceil(len(sequences) / _SEQUENCES)]))
     costs = _costs(walk, kept, chosen, progress)
-    return allot(costs, walk.architecture.neuron_count, mean * len(kept))
+    neurons = walk.architecture.neuron_count
+    return allot(costs, neurons, mean * len(kept), math.ceil(neurons / _STEPS / BLOCK) * BLOCK)
 
 
 def _costs(walk: Walk, kept: Sequence[int], ids: torch.Tensor, progress: Progress | None) -> dict[int, list[float]]:
@@ -93,24 +97,27 @@ def _gain(walk: Walk, layer: int, path: str, hidden: torch.Tensor) -> float:
     return float(moved.square().sum() / pushes[0].square().sum())
 
 
-def allot(costs: Mapping[int, Sequence[float]], neurons: int, total: int) -> dict[int, int]:
-    """Take the steps that cost least a neuron until `total` are left, or fewer than 64 less; every layer keeps 64.
+def allot(costs: Mapping[int, Sequence[float]], neurons: int, total: int, step: int) -> dict[int, int]:
+    """Take the steps that cost least a neuron until `total` are left, or fewer than `step` less.
 
-    It is the least cost of all where each layer's steps cost more and more.
+    It is the least cost of all where each layer's steps cost more and more. Every layer keeps a step.
 
     Args:
-        costs: layer → what each step costs, in the order in which they can be taken (`NeuronFit.costs`).
+        costs: layer → what it costs until each multiple of 64 is left (`NeuronFit.costs`).
         neurons: of a layer that loses none.
         total: for which there are enough steps.
+        step: what a layer keeps is a multiple of it, or all; a multiple of 64.
     """
-    left = [neurons, *range((neurons - 1) // BLOCK * BLOCK, 0, -BLOCK)]  # after each number of steps
+    left = [neurons, *range((neurons - 1) // step * step, 0, -step)]  # after each number of steps
     taken = dict.fromkeys(costs, 0)
     ready: list[tuple[float, int]] = []
 
     def offer(layer: int) -> None:
-        step = taken[layer]
-        if step < len(costs[layer]):
-            heapq.heappush(ready, (costs[layer][step] / (left[step] - left[step + 1]), layer))
+        if taken[layer] + 1 == len(left):
+            return
+        before, after = left[taken[layer]], left[taken[layer] + 1]
+        first, last = (math.ceil((neurons - count) / BLOCK) for count in (before, after))
+        heapq.heappush(ready, (sum(costs[layer][first:last]) / (before - after), layer))
 
     for layer in costs:
         offer(layer)

@@ -22,15 +22,15 @@ def total_cost(costs, neurons, widths):
     return sum(sum(costs[layer][: (neurons - width + 63) // 64]) for layer, width in widths.items())
 
 
-@pytest.mark.parametrize("neurons", [256, 300])
-def test_no_other_widths_cost_less(neurons):
-    steps = (neurons - 1) // 64
-    draw = torch.rand(3, steps, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [3.0], [0.2]])
+@pytest.mark.parametrize(("neurons", "step"), [(256, 64), (300, 64), (512, 128), (600, 128)])
+def test_no_other_widths_cost_less(neurons, step):
+    count = (neurons - 1) // 64
+    draw = torch.rand(3, count, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [3.0], [0.2]])
     costs = {layer: row.sort().values.tolist() for layer, row in zip((0, 2, 5), draw, strict=True)}
-    left = [neurons, *range(64 * steps, 0, -64)]
-    for total in range(3 * 64, 3 * neurons, 64):
-        widths = allot(costs, neurons, total)
-        assert total - 64 < sum(widths.values()) <= total
+    left = [neurons, *range((neurons - 1) // step * step, 0, -step)]
+    for total in range(3 * step, 3 * neurons, 64):
+        widths = allot(costs, neurons, total, step)
+        assert total - step < sum(widths.values()) <= total
         possible = [
             total_cost(costs, neurons, dict(zip(costs, chosen, strict=True)))
             for chosen in itertools.product(left, repeat=3)
@@ -41,9 +41,10 @@ def test_no_other_widths_cost_less(neurons):
 
 def test_every_layer_keeps_some_and_none_loses_any_where_all_stay():
     costs = {0: [0.0, 0.0, 0.0], 1: [9.0, 9.0, 9.0]}
-    assert allot(costs, 256, 320) == {0: 64, 1: 256}
-    assert allot(costs, 256, 256) == {0: 64, 1: 192}
-    assert allot(costs, 256, 512) == {0: 256, 1: 256}
+    assert allot(costs, 256, 320, 64) == {0: 64, 1: 256}
+    assert allot(costs, 256, 256, 64) == {0: 64, 1: 192}
+    assert allot(costs, 256, 512, 64) == {0: 256, 1: 256}
+    assert allot(costs, 256, 384, 128) == {0: 128, 1: 256}
 
 
 @pytest.fixture
