@@ -52,7 +52,8 @@ def choose_widths(
     chosen = torch.cat(list(sequences[:: math.ceil(len(sequences) / _SEQUENCES)]))
     costs = _costs(walk, kept, chosen, progress)
     neurons = walk.architecture.neuron_count
-    return allot(costs, neurons, mean * len(kept), math.ceil(neurons / _STEPS / BLOCK) * BLOCK)
+    step = min(mean, math.ceil(neurons / _STEPS / BLOCK) * BLOCK)  # every layer keeps one
+    return allot(costs, neurons, mean * len(kept), step)
 
 
 def _costs(walk: Walk, kept: Sequence[int], ids: torch.Tensor, progress: Progress | None) -> dict[int, list[float]]:

@@ -69,6 +69,13 @@ def test_layers_keep_as_many_as_they_are_missed_by(idle):
     assert done == [1, 2, 3, 4]
 
 
+def test_a_share_below_a_sixth_leaves_every_layer_as_many(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_fedlarge.widths._STEPS", 1.5)  # of 256 neurons: 192
+    checkpoint = make_checkpoint(tmp_path / "full", "gpt2", layers=3)
+    assert choose_widths(checkpoint, [0, 1, 2], list(IDS), 64) == dict.fromkeys(range(3), 64)
+    assert choose_widths(checkpoint, [0, 2], list(IDS), 128) == {0: 128, 2: 128}
+
+
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"phi3"}))
 def test_an_error_counts_as_much_as_is_left_of_it_behind_the_block(family, tmp_path):
     """Between a matrix and the block's states there may be a norm, which makes nothing of the matrix' own size."""
