@@ -230,10 +230,10 @@ def _sums(
     share = _share_added(student, layer, path, states[0])
     sums = NeuronFit(student.dense(layer, path))
     for hidden, target in zip(states, wanted, strict=True):
-        a, given = student.step_with_input(layer, path, hidden)
+        a_NF, given = student.step_with_input(layer, path, hidden)
         y_ND = target.flatten(0, 1).float()
-        e_ND = (y_ND - given.flatten(0, 1).float()) / share if share else torch.zeros_like(y_ND)
-        sums.add(a.flatten(0, -2), e_ND, token_weights(y_ND))
+        e_ND = (y_ND - given.flatten(0, 1).float()) / share if share else None
+        sums.add(a_NF.flatten(0, -2), e_ND, token_weights(y_ND))
     return sums
 
 

@@ -273,7 +273,7 @@ class Probes:
 
     def add(self, terms: Stack) -> None:
         """Add terms to the sum."""
-        found_GRX = (terms.A_GRI.flatten(0, 1).float() @ self._probes_IK).view(*terms.A_GRI.shape[:2], -1)
+        found_GRX = terms.A_GRI.float() @ self._probes_IK
         found_GRX *= torch.tensor(terms.coefficients)[:, None, None]
         if self._found_OK is None:
             self._found_OK = torch.zeros(terms.B_GOR.shape[1], PROBES)

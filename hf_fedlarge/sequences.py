@@ -118,7 +118,7 @@ class Group:
     """
 
     def __init__(self, spans: list[Span], batch: torch.Size, device: torch.device) -> None:
-        self._batch, columns = batch, batch[1]
+        self._sequences, self._batch, columns = spans, batch, batch[1]
         lengths = [len(span) for span in spans]
         self._real = sum(lengths)
         is_batch = len(spans) > 1 and len(set(lengths)) == 1  # which attention computes at once
@@ -173,9 +173,8 @@ class Group:
     def _masks(self, mask: torch.Tensor) -> Masks:
         # All blocks of a model share a mask or two.
         if id(mask) not in self._cut:
-            real = self.spans[:-1] if self._filler else self.spans
-            masks = [_cut(mask, span, self._batch[1]) for span in real]
-            self._cut[id(mask)] = mask, [*masks, None] if self._filler else masks
+            masks = [_cut(mask, span, self._batch[1]) for span in self._sequences]
+            self._cut[id(mask)] = mask, [*masks, *[None] * (len(self.spans) - len(masks))]
         return self._cut[id(mask)][1]
 
     def _lay(self, value: Any, name: str, found: list[torch.Tensor]) -> Any:
