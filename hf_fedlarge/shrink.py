@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -106,20 +107,18 @@ class ShrinkPlan:
 
     def describe(self) -> str:
         """The plan as a few lines of text."""
-        widths = [self.widths.get(layer, self.architecture.neuron_count) for layer in self.kept]
-        neurons = str(widths[0]) if len(set(widths)) == 1 else f"{min(widths)} to {max(widths)}"
-        listed = "" if len(set(widths)) == 1 else f": {' '.join(map(str, widths))}"
+        having: dict[int, list[int]] = {}
+        for layer in self.kept:
+            having.setdefault(self.widths.get(layer, self.architecture.neuron_count), []).append(layer)
+        neurons = (f"layer {format_ranges(having[width])}: {width}" for width in sorted(having, reverse=True))
+        count = Counter(self.codecs.values())
         return (
             f"{self.checkpoint}: keep {len(self.kept)} of {self.layers} layers\n"
             f"  kept     {format_ranges(self.kept)}\n"
             f"  dropped  {format_ranges(self.dropped)}\n"
-            + (f"  neurons  {neurons} in a layer{listed}\n" if self.widths else "")
+            + (f"  neurons  {'; '.join(neurons)}\n" if self.widths else "")
             + f"  storage  {len(self.codecs)} matrices: "
-            + ", ".join(
-                f"{sum(codec == wanted for codec in self.codecs.values())} {wanted}"
-                for wanted in ("nf4", "int8", "dense")
-                if wanted in self.codecs.values()
-            )
+            + ", ".join(f"{count[codec]} {codec}" for codec in ("nf4", "int8", "dense") if codec in count)
             + (f"\n  scores   {self.scored}" if self.scores else "")
             + "".join(f"\n  layer {layer:3} scores {score:.4f}" for layer, score in enumerate(self.scores))
             + f"\n  weights  {self.full_bytes / 1e6:.1f} MB → {self.package_bytes / 1e6:.1f} MB"

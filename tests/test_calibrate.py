@@ -92,7 +92,7 @@ def test_what_is_not_said_follows_from_what_is(given, kept, width, checkpoint):
     plan = plan_package(checkpoint, PackageSettings(**given))
     assert len(plan.kept) == kept
     assert plan.widths == ({} if width == 128 else dict.fromkeys(range(5), width))
-    assert ("64 in a layer" in plan.describe()) == (width == 64)
+    assert ("  neurons  layer 0-4: 64\n" in plan.describe()) == (width == 64)
 
 
 def test_a_dropped_first_layer_leaves_no_place_for_a_surrogate(checkpoint):

@@ -117,8 +117,7 @@ def test_a_package_of_such_widths_computes_what_one_with_zeros_for_neurons_that_
     assert set(even.widths.values()) == {128}
     assert plan.package_bytes == even.package_bytes
     assert plan.widths[2] == 64
-    widths = " ".join(str(plan.widths.get(layer, 256)) for layer in range(4))
-    assert f"neurons  64 to 256 in a layer: {widths}\n" in plan.describe()
+    assert "neurons  layer 0: 256; layer 1: 128; layer 2-3: 64\n" in plan.describe()
     make_package(plan, settings, tmp_path / "package")
     entries = read_manifest(tmp_path / "package", PackageManifest).layers
     assert [entry.neurons for entry in entries] == [plan.widths.get(layer) for layer in range(4)]

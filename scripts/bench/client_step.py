@@ -34,6 +34,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from harness import Figures, MemoryPeak, add_common_options, alternate, show, summarize, workplace
 
@@ -59,7 +60,7 @@ def main() -> int:
     parser.add_argument("--micro-batch-size", type=int, default=2)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--labelled-fraction", type=float, default=1.0, help="the last share of every sequence")
-    parser.add_argument("--ragged", action="store_true", help="lengths spread evenly, the mean half the maximum")
+    parser.add_argument("--ragged", action="store_true", help="lengths spread evenly, others in every step")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps a run; the first is not counted")
     parser.add_argument("--memory-budget", help="ours: see `hf-fedlarge train --help`")
     parser.add_argument("--optim", help="ours: the optimizer, as SFTConfig names it")
@@ -121,23 +122,63 @@ def prepare(directory: Path, options: argparse.Namespace) -> Path:
 
 
 def examples(options: argparse.Namespace, vocabulary: int) -> dict[str, list[list[int]]]:
-    """Random token ids and their labels; every optimizer step has sequences of the same lengths, in the same order."""
+    """Random token ids and their labels.
+
+    Ragged ones of a step have one length in each of as many equal parts of the range up to the longest, so that steps
+    have different lengths, as a client's do, and nearly as many tokens: half of what padding would make of them.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)
     count = options.micro_batches * options.micro_batch_size
     longest = options.sequence_length
-    lengths = [longest] * count
+    lengths = [longest] * count * options.steps
     if options.ragged:
-        spread = torch.linspace(longest / (2 * count), longest * (1 - 1 / (2 * count)), count)
-        lengths = spread.round().int()[torch.randperm(count, generator=generator)].tolist()
+        parts = torch.stack([torch.randperm(count, generator=generator) for _ in range(options.steps)]).flatten()
+        within = torch.rand(len(parts), generator=generator)
+        lengths = ((parts + within) * longest / count).ceil().int().clamp(min=2).tolist()
     data: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    for length in lengths * options.steps:
+    for length in lengths:
         ids = torch.randint(3, vocabulary - 1, (length,), generator=generator).tolist()
         unlabelled = round(length * (1 - options.labelled_fraction))
         data["input_ids"].append(ids)
         data["labels"].append([-100] * unlabelled + ids[unlabelled:])
     return data
+
+
+def trainer_arguments(options: argparse.Namespace, directory: str) -> dict[str, Any]:
+    """What both sides' Trainers are told."""
+    import torch
+
+    return {
+        "output_dir": directory,
+        "max_steps": options.steps,
+        "per_device_train_batch_size": options.micro_batch_size,
+        "gradient_accumulation_steps": options.micro_batches,
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+
+
+def streaming_trainer(
+    options: argparse.Namespace, package: Path, arguments: dict[str, Any], common: dict[str, Any]
+) -> Any:
+    """Our Trainer with an adapter on a package."""
+    import torch
+
+    from hf_fedlarge.adapters import attach_lora
+    from hf_fedlarge.config import LoraSettings
+    from hf_fedlarge.package import load_package
+    from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig, StreamingLoraTrainer
+
+    extra = {"memory_budget": options.memory_budget, "optim": options.optim}
+    config = StreamingLoraConfig(**arguments, **{name: value for name, value in extra.items() if value})
+    model = load_package(package, device="cuda" if torch.cuda.is_available() else "cpu")
+    model = attach_lora(model, model.architecture, LoraSettings(rank=RANK, alpha=ALPHA))
+    return StreamingLoraTrainer(model, config, **common)
 
 
 def measure(options: argparse.Namespace) -> Figures:
@@ -156,39 +197,21 @@ def measure(options: argparse.Namespace) -> Figures:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
-    if ours:
-        from hf_fedlarge.adapters import attach_lora
-        from hf_fedlarge.config import LoraSettings
-        from hf_fedlarge.package import load_package
-        from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig, StreamingLoraTrainer
-
     checkpoint, package = options.work / "checkpoint", options.work / "package"
     timer = StepTimer()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     data = Dataset.from_dict(examples(options, AutoConfig.from_pretrained(checkpoint).vocab_size))
     merge_batches = not ours and options.peer == "tuned"
     with tempfile.TemporaryDirectory() as directory, MemoryPeak() as memory:
-        arguments = {
-            "output_dir": directory,
-            "max_steps": options.steps,
-            "per_device_train_batch_size": options.micro_batch_size * (options.micro_batches if merge_batches else 1),
-            "gradient_accumulation_steps": 1 if merge_batches else options.micro_batches,
-            "train_sampling_strategy": "sequential",
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": not torch.cuda.is_available(),
-        }
+        arguments = trainer_arguments(options, directory)
+        if merge_batches:
+            arguments["per_device_train_batch_size"] *= arguments.pop("gradient_accumulation_steps")
         common = {"train_dataset": data, "processing_class": tokenizer, "callbacks": [timer]}
         counters = {}
         if ours:
-            extra = {"memory_budget": options.memory_budget, "optim": options.optim}
-            config = StreamingLoraConfig(**arguments, **{name: value for name, value in extra.items() if value})
-            model = load_package(package, device="cuda" if torch.cuda.is_available() else "cpu")
-            model = attach_lora(model, model.architecture, LoraSettings(rank=RANK, alpha=ALPHA))
-            trainer = StreamingLoraTrainer(model, config, **common)
+            trainer = streaming_trainer(options, package, arguments, common)
             trainer.train()
-            counters = vars(model.engine.counters)
+            counters = vars(trainer.model.get_base_model().engine.counters)
         else:
             quantization = BitsAndBytesConfig(
                 load_in_4bit=True,
