@@ -18,7 +18,16 @@ import time
 from pathlib import Path
 
 import torch
-from harness import Figures, MemoryPeak, add_common_options, alternate, summarize, workplace, write_report
+from harness import (
+    Figures,
+    MemoryPeak,
+    add_common_options,
+    alternate,
+    drop_from_page_cache,
+    summarize,
+    workplace,
+    write_report,
+)
 from rich.console import Console
 from rich.table import Table
 from shapes import SHAPES
@@ -94,8 +103,12 @@ def measure(options: argparse.Namespace) -> Figures:
     if options.side == "ffa":
         updates = sorted(options.work.glob("client???-frozen"))
     one = (updates[0] / "adapter_model.safetensors").stat().st_size
-    for update in updates:  # all sides find the files in the page cache as far as it holds them
-        (update / "adapter_model.safetensors").read_bytes()
+    weights = [update / "adapter_model.safetensors" for update in updates]
+    if options.cold:
+        drop_from_page_cache(weights)
+    else:
+        for file in weights:  # all sides find the files in the page cache as far as it holds them
+            file.read_bytes()
     torch.set_num_threads(options.threads)
     torch.linalg.svd(torch.randn(64, 64))
     with MemoryPeak() as peak, tempfile.TemporaryDirectory(dir=options.work) as output:
@@ -139,6 +152,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--modules", type=int, default=7, help="matrices that `dense` computes; 7 are a block")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cold", action="store_true", help="updates are on the disk and not in the page cache")
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     options = parser.parse_args()
     if options.side:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -146,6 +146,15 @@ def write_report(file: Path, report: dict[str, Any]) -> None:
     waiting = file.with_name(f".{file.name}.waiting")
     waiting.write_text(json.dumps(report, indent=2) + "\n")
     os.replace(waiting, file)
+
+
+def drop_from_page_cache(files: Iterable[Path]) -> None:
+    """Forget the cached pages of these files, but those that other processes map: they are read from the disk next."""
+    os.sync()  # a page that has yet to be written stays
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 class Rows:

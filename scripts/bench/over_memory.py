@@ -45,7 +45,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import Figures, MemoryPeak, add_common_options, show, summarize, workplace
+from harness import (
+    Figures,
+    MemoryPeak,
+    add_common_options,
+    drop_from_page_cache,
+    show,
+    summarize,
+    workplace,
+)
 
 RANK, ALPHA = 8, 16
 _SAMPLE_SECONDS = 0.05
@@ -186,7 +194,7 @@ def run_in_cgroup(side: str, limit: str | None, home: Path, patience: float) -> 
     Just above what it needs to live, a process reads its own code from the disk over and over and is not killed: after
     `patience` seconds it is.
     """
-    left = drop_from_page_cache(home / "package")
+    left = drop_what_is_read(home / "package")
     print(f"{side}: {'no limit' if limit is None else limit} …", file=sys.stderr, flush=True)
     words = [sys.executable, *sys.argv, "--side", side, "--work", str(home)]
     anonymous = 0
@@ -222,19 +230,15 @@ def run_in_cgroup(side: str, limit: str | None, home: Path, patience: float) -> 
     return figures
 
 
-def drop_from_page_cache(package: Path) -> int | None:
-    """Forget the cached pages of the package and of the installed libraries, but those that other processes map.
+def drop_what_is_read(package: Path) -> int | None:
+    """Forget the cached pages of the package and of the installed libraries.
 
     Returns:
         The bytes of the package that are cached nevertheless; None where util-linux's `fincore` is missing.
     """
-    os.sync()  # a page that has yet to be written stays
     weights = list(package.glob("*.safetensors"))
-    for file in [*weights, *Path(sysconfig.get_paths()["platlib"]).rglob("*.*")]:
-        if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
+    libraries = Path(sysconfig.get_paths()["platlib"]).rglob("*.*")
+    drop_from_page_cache([*weights, *(file for file in libraries if file.is_file())])
     if not shutil.which("fincore"):
         return None
     words = ["fincore", "--bytes", "--noheadings", "--output", "RES", *map(str, weights)]
