@@ -91,7 +91,7 @@ def check_that_secrets_can_be_shared() -> None:
     try:
         import Crypto.Protocol.SecretSharing  # noqa: F401
     except ImportError as error:
-        raise ConfigError("secure needs pycryptodome; install it with pip install 'hf-fedlarge[secure]'.") from error
+        raise ConfigError("secure needs pycryptodome; install it with pip install pycryptodome.") from error
 
 
 def split(secret: bytes, threshold: int, count: int) -> list[bytes]:

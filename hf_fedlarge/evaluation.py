@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
@@ -194,12 +195,13 @@ def _batch_losses(
 def encode_example(
     row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int, assistant_only: bool = False
 ) -> dict[str, list[int]]:
-    """`input_ids` and `labels` (−100 where nothing counts) of one example in any of the three forms."""
+    """`input_ids` and `labels` (−100 where nothing counts) of one example in any of the three forms.
+
+    Raises:
+        DataError: it is a chat, and the tokenizer's template is missing or refuses it.
+    """
     if "messages" in row:
-        template = None
-        if assistant_only and not has_generation_markers(tokenizer.chat_template):
-            template = get_training_chat_template(tokenizer)
-        encoded = _chat(tokenizer, row["messages"], chat_template=template, return_assistant_tokens_mask=assistant_only)
+        encoded = _chat(tokenizer, row["messages"], assistant_only)
         ids = encoded["input_ids"]
         counted = encoded["assistant_masks"] if assistant_only else [1] * len(ids)
     elif "prompt" in row:
@@ -254,8 +256,22 @@ def as_record(evaluation: Evaluation) -> dict[str, float]:
     return asdict(evaluation)
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> dict[str, Any]:
-    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+def _chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], assistant_only: bool = False, **options: Any
+) -> dict[str, Any]:
+    if not tokenizer.chat_template:
+        raise DataError(
+            "The examples are chats, but the model's tokenizer has no chat template; take an instruction-tuned model, "
+            "or examples with 'prompt' and 'completion' or 'text' as plain strings."
+        )
+    try:
+        if assistant_only:
+            options["return_assistant_tokens_mask"] = True
+            if not has_generation_markers(tokenizer.chat_template):
+                options["chat_template"] = get_training_chat_template(tokenizer)
+        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    except (TemplateError, ValueError) as error:
+        raise DataError(f"The model's chat template can't be used for an example: {error}") from error
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

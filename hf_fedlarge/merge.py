@@ -153,7 +153,7 @@ def plan_merge(checkpoint: Path, adapter: Path) -> MergePlan:
         ArchitectureError: the model is of a kind that can't be merged.
     """
     manifest = read_manifest(adapter, AdapterManifest)
-    verify_files(adapter, manifest, unneeded=UNPUBLISHED_FILES)
+    verify_files(adapter, manifest, published=True, unneeded=UNPUBLISHED_FILES)
     architecture = describe(load_config(checkpoint))
     reader = CheckpointReader(checkpoint)
     names = architecture.tensor_names(reader.infos, checkpoint)

@@ -95,7 +95,7 @@ def spent(settings: PrivacySettings, draws: list[Draw]) -> PrivacyEntry:
         import dp_accounting
         from dp_accounting.rdp import RdpAccountant
     except ImportError as error:
-        raise ConfigError("privacy needs dp-accounting; install it with pip install 'hf-fedlarge[privacy]'.") from error
+        raise ConfigError("privacy needs dp-accounting; install it with pip install dp-accounting.") from error
 
     sigma = settings.noise_multiplier / 2  # the sum moves by two clips
     least = 0.0

@@ -14,7 +14,7 @@ is allowed there, the server goes on with it, and the old one is revoked. No key
 whoever stole it could say that, too.
 
     hf-fedlarge keys allow server.json "ed25519 server 437a66…"     hf-fedlarge join … --server-key server.json
-    hf-fedlarge keys revoke server.json server FINGERPRINT          # of the old one
+    hf-fedlarge keys revoke server.json server --key FINGERPRINT    # the old one
 
 Without a key a server is who may write the store.
 """

@@ -23,7 +23,7 @@ from hf_fedlarge.cli import main
 from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import Codec
 from hf_fedlarge.data import load_examples
-from hf_fedlarge.errors import ArtifactError, ConfigError, OutputError
+from hf_fedlarge.errors import ArtifactError, ConfigError, DataError, OutputError
 from hf_fedlarge.evaluation import encode_example, evaluate
 from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.merge import merge
@@ -379,6 +379,24 @@ def test_evaluation_counts_the_tokens_that_trl_trains_on(home, tmp_path, assista
     theirs = SFTTrainer._prepare_dataset(trainer, data, tokenizer, config, False, None, "train")[0]
     assert ours["input_ids"] == theirs["input_ids"]
     assert ours["labels"] == theirs["labels"]
+
+
+@pytest.mark.parametrize("assistant_only", [False, True])
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        (None, "has no chat template; take an instruction-tuned model"),
+        ("{{ raise_exception('no such role') }}", "can't be used for an example"),
+    ],
+)
+def test_chats_without_a_template_that_takes_them_are_one_sentence(home, template, sentence, assistant_only):
+    tokenizer = load_tokenizer(home / "package")
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=sentence):
+        encode_example({"messages": LONG}, tokenizer, 100, assistant_only)
+    if not assistant_only:
+        with pytest.raises(DataError, match=sentence):
+            encode_example({"prompt": LONG[:1], "completion": LONG[1:]}, tokenizer, 100)
 
 
 @pytest.mark.parametrize(

@@ -262,6 +262,18 @@ def test_a_hub_snapshot_of_links_becomes_files(llama):
     assert all(path.is_file() and not path.is_symlink() for path in output.iterdir())
 
 
+def test_an_adapter_comes_from_the_hub_with_a_card_and_as_links(llama):
+    checkpoint, adapter, output = llama
+    plain = merge(checkpoint, adapter, checkpoint.parent / "plain")
+    blobs = checkpoint.parent / "blobs"
+    blobs.mkdir()
+    for path in list(adapter.iterdir()):
+        path.rename(blobs / path.name)
+        path.symlink_to(blobs / path.name)
+    (adapter / "README.md").write_text("# A card")
+    assert merge(checkpoint, adapter, output).files == plain.files
+
+
 def test_a_merged_checkpoint_is_the_base_of_the_next_federation(llama):
     checkpoint, adapter, output = llama
     merge(checkpoint, adapter, output)

@@ -1,6 +1,6 @@
 """Train LoRA adapters on a package with a client's own data, and write an update.
 
-    accelerate launch trainers/client.py --package PACKAGE --data DATA.jsonl --output UPDATE
+    accelerate launch --cpu trainers/client.py --package PACKAGE --data DATA.jsonl --output UPDATE    # --cpu: no GPU
     accelerate launch -m hf_fedlarge.trainers.client --package PACKAGE --data DATA.jsonl --output UPDATE
     hf-fedlarge train --package PACKAGE --data DATA.jsonl --output UPDATE
 
