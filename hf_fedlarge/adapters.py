@@ -107,6 +107,7 @@ def _fuse(layer: LoraLayer, linear: FrozenLinear, lora: LoraSettings) -> None:
         # peft can switch adapters off or take other ones.
         if args or kwargs or layer.disable_adapters or layer.merged or layer.active_adapters != ["default"]:
             return plain(x.value() if isinstance(x, Gated) else x, *args, **kwargs)
+        linear.adapter.scale = layer.scaling["default"]  # as peft can change it, too
         return linear.forward_with_adapter(x)
 
     layer.forward, layer.takes_gated = forward, True
@@ -362,11 +363,7 @@ def read_state(directory: Path, lora: LoraSettings) -> tuple[LoraSettings, dict[
 
 def tensor_shapes(expected: dict[str, tuple[tuple[int, int], tuple[int, int]]]) -> dict[str, tuple[int, int]]:
     """Names and shapes of the tensors in an adapter's file, from `expected_shapes`."""
-    shapes = {}
-    for module, (a_shape, b_shape) in expected.items():
-        shapes[factor_name(module, "A")] = a_shape
-        shapes[factor_name(module, "B")] = b_shape
-    return shapes
+    return {factor_name(module, "AB"[place]): pair[place] for module, pair in expected.items() for place in (0, 1)}
 
 
 @contextmanager

@@ -253,9 +253,9 @@ def describe(config: PretrainedConfig) -> Architecture:
     if len(stacks) != 1:
         raise refuse(f"it has {len(stacks)} stacks of {layers} decoder blocks instead of one")
     blocks = model.get_submodule(stacks[0])
-    layouts = {tuple((path, module.weight.shape) for path, module in _linears(block).items()) for block in blocks}
+    layouts = {tuple((path, value.shape) for path, value in block.named_parameters()) for block in blocks}
     if len(layouts) != 1:
-        raise refuse("its decoder blocks differ in their matrices")
+        raise refuse("its decoder blocks differ in their parameters")
     linears = _linears(blocks[0])
     for path, parameter in blocks[0].named_parameters():
         if parameter.dim() > 1 and path.removesuffix(".weight") not in linears:
@@ -266,6 +266,10 @@ def describe(config: PretrainedConfig) -> Architecture:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
         raise refuse("its embedding or its head is of an unusual kind")
+    known = (f"{model.base_model_prefix}.", f"{paths[id(head)]}.")
+    for path, _ in model.named_parameters():
+        if not path.startswith(known):
+            raise refuse(f"its parameter {path} stands between its blocks and its head")
     tied = bool(config.tie_word_embeddings)
     skipped = f"{paths[id(head)]}.weight" if tied else None
     return Architecture(

@@ -56,7 +56,7 @@ def plan_activations(
 
     Args:
         lengths: of its sequences, in tokens.
-        blocks: how many decoder blocks there are.
+        blocks: how many decoder blocks' inputs are held.
         micro_batch_size: sequences computed at a time at least, without a budget; None: all.
         available: bytes that activations may take; None: no budget was set, and little is held.
         token_bytes: what one block's graph holds for a token.
@@ -78,8 +78,9 @@ def plan_activations(
     if rest < working_bytes * longest:
         needed = working_bytes * longest + boundary_bytes * total * (blocks + 2)
         raise ConfigError(
-            f"The memory budget leaves {max(available, 0) / 1e6:.0f} MB for activations, but a step of {total} tokens "
-            f"takes {needed / 1e6:.0f} MB: raise --memory_budget, or lower --max_length or the batch."
+            f"The memory budget leaves {max(available, 0) / 1e6:.0f} MB for activations, but a batch of {total} tokens "
+            f"takes {needed / 1e6:.0f} MB: raise --memory_budget, or lower --max_length or the batch (for evaluation "
+            "--per_device_eval_batch_size)."
         )
     # One group in work; what is left after it is kept, so a group takes no more than a third.
     group = min(total, max(longest, FULL_RATE_TOKENS, int(rest / 3 / working_bytes)))

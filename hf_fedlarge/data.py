@@ -15,6 +15,7 @@ Left out: compressed files, several files at once, and `tools` columns of chats.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -113,6 +114,14 @@ def from_rows(rows: list[dict[str, Any]]) -> Dataset:
 def concatenate(parts: Sequence[Dataset]) -> Dataset:
     """All examples of the parts, in order."""
     return datasets.concatenate_datasets(list(parts))
+
+
+def digest_of(dataset: Dataset) -> str:
+    """SHA-256 of all rows in their order, as JSON; values that JSON hasn't as Python writes them."""
+    found = hashlib.sha256()
+    for row in dataset:
+        found.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
+    return found.hexdigest()
 
 
 def write_jsonl(dataset: Dataset, path: Path) -> None:

@@ -161,7 +161,7 @@ class StreamingEngine:
         hidden = arguments.pop(next(iter(signature.parameters)))
         parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
         caches = {key for key, value in arguments.items() if isinstance(value, Cache)}
-        call = _BlockCall(self, self._numbers[block], forward, arguments)
+        call = _BlockCall(self, self._numbers[block], forward, arguments, torch.is_grad_enabled())
         # In evaluation a cache is meant to be filled; in training it is transformers' default, which nobody reads.
         if torch.is_grad_enabled() and (parameters or hidden.requires_grad) and (block.training or not caches):
             # A recomputation would write to the cache a second time.
@@ -210,15 +210,16 @@ class StreamingEngine:
         return [_Part(part, part.lay(call.arguments)) for part in rows]
 
     def _make_plan(self, call: _BlockCall, hidden: torch.Tensor, spans: list[Span]) -> None:
-        if self._token_bytes is None:
+        can_measure = not torch.is_inference_mode_enabled()
+        if self._token_bytes is None and can_measure:
             self._token_bytes = self._measure(call, hidden, spans[0])
         self._held = 0
         self._plan = plan_activations(
             [len(span) for span in spans],
-            len(self.blocks),
+            len(self.blocks) if call.differentiable else 1,  # else no block's input is kept
             self.micro_batch_size,
-            self._available,
-            self._token_bytes,
+            self._available if self._token_bytes is not None else None,
+            self._token_bytes or 0.0,
             hidden[0, 0].nbytes,
             self.arena.cast_bytes,
         )
@@ -278,12 +279,14 @@ class _BlockCall:
     """One call of a block, to be made in forward and made again in backward.
 
     `companions` stand for what the block returns besides the hidden states, None for each: Falcon's attention weights.
+    `differentiable`: gradients may be asked for of a block of this pass, if not of this one.
     """
 
     engine: StreamingEngine
     number: int
     forward: Callable[..., Any]
     arguments: dict[str, Any]
+    differentiable: bool
     parts: list[_Part] = field(default_factory=list)
     passing: Pass | None = None
     companions: tuple[None, ...] | None = None

@@ -20,12 +20,14 @@ import torch
 from torch import nn
 
 from hf_fedlarge.architectures import LogitTransform
+from hf_fedlarge.errors import DataError
 from hf_fedlarge.kernels import COMPUTED, kernels
 from hf_fedlarge.processor import product_dtype
 from hf_fedlarge.quantize import FrozenWeight
 
 _SLICE_BYTES = 2**22  # logits of a slice and what is made of them should fit a CPU's cache
 _POSITIONS = 1024
+_AT_ONCE = 4096  # positions for a pass over the head; each holds its state some five times over meanwhile
 
 
 class StreamedHead:
@@ -68,7 +70,8 @@ class StreamedHead:
         """(start, stop, rows (R, D)) over the vocabulary; the rows are overwritten by the next slice."""
         vocabulary, width = self.weight.shape
         if self._buffer is None:
-            self._buffer = torch.empty(self.rows, width, dtype=self.products, device=self.device)
+            with torch.inference_mode(False):  # else training could not write to it
+                self._buffer = torch.empty(self.rows, width, dtype=self.products, device=self.device)
         for start in range(0, vocabulary, self.rows):
             stop = min(start + self.rows, vocabulary)
             rows_RD = self._buffer[: stop - start]
@@ -200,10 +203,21 @@ def causal_loss(
         hidden_BSD: last hidden states.
         labels_BS: labels aligned with the inputs; shifted by one here, as transformers does.
         items: what to divide the sum by; None: the number of labelled positions.
+
+    Raises:
+        DataError: a label is neither −100 nor a token.
     """
-    targets = labels_BS[:, 1:].to(hidden_BSD.device)
+    targets = labels_BS[:, 1:].to(hidden_BSD.device, torch.int64)
     mask = targets != -100
-    total = head.cross_entropy(hidden_BSD[:, :-1][mask], targets[mask])
+    hidden_ND, labels_N = hidden_BSD[:, :-1][mask], targets[mask]
+    vocabulary = head.weight.shape[0]
+    wrong_N = labels_N[(labels_N < 0) | (labels_N >= vocabulary)]
+    if len(wrong_N):
+        raise DataError(
+            f"There is a label {int(wrong_N[0])}; expected tokens from 0 to {vocabulary - 1}, and -100 where nothing "
+            "counts."
+        )
+    total = sum(map(head.cross_entropy, hidden_ND.split(_AT_ONCE), labels_N.split(_AT_ONCE)))
     if items is None:
         items = mask.sum().clamp(min=1)
     return total / items

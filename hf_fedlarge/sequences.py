@@ -239,12 +239,14 @@ class Rows:
         if isinstance(value, torch.Tensor):
             if value.dim() < 2 or value.shape[0] == 1:
                 return value
-            if value.shape[0] != self._batch[0]:
-                shape = "×".join(map(str, value.shape))
-                raise ArchitectureError(
-                    f"A block takes a {shape} argument that can't be split; set no micro-batch size."
-                )
-            return value[self.rows]
+            # Position biases have heads first, of which there may be as many as rows.
+            if value.shape[0] == self._batch[0] and (value.dim() == 4 or value.shape[1] == self._batch[1]):
+                return value[self.rows]
+            shape = "×".join(map(str, value.shape))
+            raise ArchitectureError(
+                f"A block takes a {shape} argument, by which a batch can't be divided; set "
+                "--gradient_accumulation_steps 1 and no --memory_budget."
+            )
         if isinstance(value, tuple | list):
             return type(value)(self._of(item) for item in value)
         if isinstance(value, dict):

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_fedlarge.architectures import Architecture
 from hf_fedlarge.engine import StreamingEngine
+from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.gated import replace_gates
 from hf_fedlarge.linear import FrozenLinear
 from hf_fedlarge.loss import StreamedHead, causal_loss, freeze_head
@@ -97,7 +98,7 @@ def _stream_embedding(module: nn.Embedding, weight: FrozenWeight, placeholder: t
 
 def _stream_loss(model: PreTrainedModel, head: StreamedHead, engine: StreamingEngine) -> None:
     """With `labels`, make the model's forward leave out padding and stream the loss; it returns no logits."""
-    plain = model.forward
+    plain, embedding = model.forward, model.get_input_embeddings()
 
     @wraps(type(model).forward)
     def forward(
@@ -110,9 +111,17 @@ def _stream_loss(model: PreTrainedModel, head: StreamedHead, engine: StreamingEn
     ) -> Any:
         if labels is None:
             return plain(input_ids, *args, **kwargs)
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            raise ConfigError(
+                f"A loss behind {cache.get_seq_length()} cached tokens is not supported; give all tokens at once, with "
+                "the label -100 where nothing counts."
+            )
         kwargs |= {"use_cache": False}
         row = None
-        if engine.takes_apart and input_ids is not None and not args:
+        # NEFTune's noise (arXiv 2310.05914) depends on the length of a row: then rows stay as they are.
+        is_noisy = self.training and getattr(embedding, "neftune_noise_alpha", None) is not None
+        if engine.takes_apart and input_ids is not None and not args and not is_noisy:
             row = lay_end_to_end(input_ids, labels, kwargs.get("attention_mask"), kwargs.get("position_ids"))
         if row is None:
             outputs = self.base_model(input_ids, *args, **kwargs)

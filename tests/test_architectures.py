@@ -174,10 +174,12 @@ def test_the_logits_transform_is_what_the_model_does(model_type, options):
         ("gemma3", {}, ["gemma3", "multimodal"]),
         ("git", {}, ["git", "multimodal"]),
         ("vit", {}, ["vit", "no causal language model"]),
-        ("lfm2", {"layer_types": ["conv", "full_attention"]}, ["lfm2", "differ in their matrices"]),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, ["lfm2", "differ in their parameters"]),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, ["gpt2", "scale_attn_by_inverse_layer_idx"]),
         ("diffllama", {}, ["diffllama", "lambda_std_dev"]),
         ("minicpm3", {}, ["minicpm3", "scale_depth"]),
+        ("modernbert-decoder", {}, ["modernbert", "differ in their parameters"]),  # layer 0 has no norm
+        ("bert", {"is_decoder": True}, ["bert", "between its blocks and its head"]),
         ("ctrl", {}, ["ctrl", "0 stacks"]),
         ("blt", {}, ["blt", "0 stacks"]),
     ],
@@ -200,7 +202,7 @@ def test_blocks_of_different_widths_are_refused(monkeypatch):
     model = make_model("llama")
     model.model.layers[1].mlp.up_proj = nn.Linear(HIDDEN, 7)
     monkeypatch.setattr(architectures, "empty_model", lambda config, dtype: model)
-    assert "differ in their matrices" in refusal(describe, make_config("llama"))
+    assert "differ in their parameters" in refusal(describe, make_config("llama"))
 
 
 def write_config(directory, **values):

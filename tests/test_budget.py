@@ -9,8 +9,9 @@ from families import make_package
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_fedlarge import engine as engine_module
 from hf_fedlarge.adapters import attach_lora
-from hf_fedlarge.budget import FULL_RATE_TOKENS, parse_bytes, plan_activations
+from hf_fedlarge.budget import FULL_RATE_TOKENS, WORKING, parse_bytes, plan_activations
 from hf_fedlarge.config import LoraSettings
 from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.memory import used_bytes
@@ -101,6 +102,26 @@ def test_a_generous_budget_keeps_every_activation(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_fedlarge.budget.UNASKED_BYTES", 0)
     some_step(other)
     assert everything > 2 * other.engine.counters.activation_bytes
+
+
+def test_an_evaluation_is_not_charged_for_inputs_that_only_training_keeps(tmp_path, monkeypatch):
+    model = adapted(tmp_path)
+    plans = []
+    planned = engine_module.plan_activations
+    monkeypatch.setattr(engine_module, "plan_activations", lambda *a: plans.append(a[1]) or planned(*a))
+    engine = model.engine
+    engine.set_memory_budget(used_bytes(engine.device) + 2**30)
+    ids = torch.randint(4, 260, (64, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model(input_ids=ids, labels=ids)
+    # Room for one sequence at a time and a few states of the whole batch, not for one behind each block.
+    engine._available = int(64 * 32 * 64 * 4 * 4 + WORKING * engine._token_bytes * 32)
+    with torch.no_grad():
+        model(input_ids=ids, labels=ids)
+    assert set(plans) == {1}
+    monkeypatch.setattr(engine_module, "plan_activations", lambda *a: planned(a[0], 24, *a[2:]))
+    with pytest.raises(ConfigError, match="--per_device_eval_batch_size"):
+        model(input_ids=ids, labels=ids)
 
 
 def test_a_budget_too_small_for_a_block_holds_one_matrix_at_a_time(tmp_path, monkeypatch):

@@ -294,6 +294,28 @@ def test_a_checkpoint_of_another_training_is_not_resumed(home, tmp_path, monkeyp
     assert train(home, tmp_path / "update", max_steps=3).digest == expected.digest
 
 
+@pytest.mark.parametrize("name", ["compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"])
+def test_what_needs_logits_is_refused(home, tmp_path, name):
+    model = load_package(home / "package")
+    config = StreamingLoraConfig(output_dir=str(tmp_path / "x"))
+    with pytest.raises(ConfigError, match=f"{name} needs logits"):
+        StreamingLoraTrainer(attach_lora(model, model.architecture, LORA), config, **{name: print})
+
+
+def test_training_on_rows_that_are_gone_is_not_resumed(home, tmp_path, monkeypatch):
+    lines = (home / "train.jsonl").read_text().splitlines(keepends=True)
+    data = {"data": str(tmp_path / "mine.jsonl")}
+    (tmp_path / "mine.jsonl").write_text("".join(lines[:8]))
+    expected = train(home, tmp_path / "expected", data, max_steps=4, save_steps=2)
+    (tmp_path / "mine.jsonl").write_text("".join(lines))
+    cut_in_the_fourth_step(monkeypatch)
+    with pytest.raises(PowerCut):
+        train(home, tmp_path / "update", data, max_steps=4, save_steps=2)
+    monkeypatch.undo()
+    (tmp_path / "mine.jsonl").write_text("".join(lines[:8]))
+    assert train(home, tmp_path / "update", data, max_steps=4, save_steps=2).digest == expected.digest
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -411,6 +433,7 @@ def test_chats_without_a_template_that_takes_them_are_one_sentence(home, templat
         ({"client": "../x"}, "client: String should match pattern"),
         ({"max_length": 4}, "no example|fully masked|DataError|labelled"),
         ({"loss_type": "dft"}, "--loss_type dft can't be used"),
+        ({"memory_budget": "1MB"}, r"train: The memory budget of 1 MB is too small"),
         ({"fp16": "True", "bf16": "False"}, "--fp16 True can't be used"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from families import FAMILIES, PAD, make_dense, make_package
 from peft import LoraConfig, get_peft_model
+from peft.helpers import rescale_adapter_scale
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from hf_fedlarge import engine
@@ -14,9 +15,11 @@ from hf_fedlarge.adapters import attach_lora, expected_shapes, get_factors, peft
 from hf_fedlarge.architectures import describe
 from hf_fedlarge.budget import Plan
 from hf_fedlarge.config import LoraSettings
-from hf_fedlarge.errors import ArchitectureError
+from hf_fedlarge.errors import ArchitectureError, ConfigError, DataError
+from hf_fedlarge.memory import used_bytes
 from hf_fedlarge.package import load_package
 from hf_fedlarge.processor import product_dtype
+from hf_fedlarge.sequences import Rows
 from hf_fedlarge.shrink import plan_shrink, shrink
 from hf_fedlarge.tensors import Factors
 
@@ -556,8 +559,84 @@ def test_arguments_that_mix_sequences_and_heads_are_refused_in_micro_batches_onl
     _, expected = gradient_of(with_adapter(make_dense(tmp_path / "package")), some_batch())
     assert distance(gradient_of(streamed, some_batch())[1], expected) <= 1e-5
     streamed.engine.micro_batch_size = 3
-    with pytest.raises(ArchitectureError, match="can't be split; set no micro-batch size"):
+    with pytest.raises(ArchitectureError, match="can't be divided; set --gradient_accumulation_steps 1"):
         gradient_of(streamed, some_batch())
+
+
+def test_position_biases_of_as_many_heads_as_sequences_are_not_taken_for_sequences():
+    rows = Rows(slice(0, 2), torch.Size((4, 9)))
+    for per_row in (torch.zeros(4, 9, 16), torch.zeros(4, 1, 9, 9), torch.zeros(4, 9)):
+        assert len(rows.lay({"x": per_row})[0]["x"]) == 2
+    with pytest.raises(ArchitectureError, match="takes a 4×1×9 argument"):  # MPT's, 4 heads
+        rows.lay({"position_bias": torch.zeros(4, 1, 9)})
+
+
+# What a loss is of
+
+
+def test_labels_may_be_of_any_integer_type_and_have_to_be_tokens(package, truth):
+    streamed = with_adapter(load_package(package("llama"), dtype=torch.float32))
+    batch = some_batch()
+    assert streamed(**batch | {"labels": batch["labels"].int()}).loss.item() == pytest.approx(truth("llama")[0], 1e-5)
+    for label in (-1, 10**6):
+        wrong = batch["labels"].clone()
+        wrong[0, 2] = label
+        with pytest.raises(DataError, match=f"{label}"):
+            streamed(**batch | {"labels": wrong})
+
+
+def test_a_loss_of_many_positions_is_summed_up_in_parts(package, truth, monkeypatch):
+    monkeypatch.setattr("hf_fedlarge.loss._AT_ONCE", 5)
+    streamed = with_adapter(load_package(package("llama"), dtype=torch.float32))
+    found = gradient_of(streamed, some_batch())
+    assert found[0] == pytest.approx(truth("llama")[0], rel=1e-5)
+    assert distance(found[1], truth("llama")[1]) <= 1e-5
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_loss_behind_cached_tokens_is_refused(package, training):
+    streamed = with_adapter(load_package(package("llama"), dtype=torch.float32)).train(training)
+    ids = torch.arange(5, 14)[None]
+    with torch.no_grad():
+        cache = streamed(input_ids=ids, use_cache=True).past_key_values
+    with pytest.raises(ConfigError, match="behind 9 cached tokens"):
+        streamed(input_ids=ids, labels=ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_first_call_may_be_one_of_inference(package, truth, family):
+    loss, gradient = truth(family)
+    streamed = with_adapter(load_package(package(family), dtype=torch.float32))
+    streamed.engine.set_memory_budget(used_bytes(streamed.engine.device) + 2**30)
+    with torch.inference_mode():
+        assert streamed(**some_batch()).loss.item() == pytest.approx(loss, rel=1e-5)
+    assert distance(gradient_of(streamed, some_batch())[1], gradient) <= 1e-5
+
+
+def test_noise_on_embeddings_is_scaled_by_a_row_s_length(package):
+    streamed = with_adapter(load_package(package("llama"), dtype=torch.float32))
+    embedding = streamed.get_input_embeddings()
+    shapes = []
+    handle = embedding.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape[:2])))
+    plain = streamed(**some_batch()).loss.item()
+    embedding.neftune_noise_alpha = 5.0  # as transformers sets it, with a hook that divides by the second dimension
+    noisy = streamed(**some_batch()).loss.item()
+    handle.remove()
+    assert shapes[0][0] == 1
+    assert shapes[1] == (BATCH, LENGTH)
+    assert noisy == pytest.approx(plain, rel=1e-5)
+
+
+def test_an_adapter_that_peft_scales_for_a_time(package):
+    streamed, plain = with_adapter(load_package(package("llama"), dtype=torch.float32)), make_dense(package("llama"))
+    plain = with_adapter(plain)
+    losses = []
+    for model in (streamed, plain):
+        with torch.no_grad(), rescale_adapter_scale(model, 0.5):
+            losses.append(model(**some_batch()).loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert gradient_of(streamed, some_batch())[0] == pytest.approx(gradient_of(plain, some_batch())[0], rel=1e-5)
+    assert losses[0] != pytest.approx(gradient_of(streamed, some_batch())[0], rel=1e-3)
 
 
 @pytest.mark.gpu

@@ -124,7 +124,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
         read_manifest,
     )
     from hf_fedlarge.config import LoraSettings, first_problem, make_codec
-    from hf_fedlarge.data import load_examples, training_columns
+    from hf_fedlarge.data import digest_of, load_examples, training_columns
     from hf_fedlarge.evaluation import evaluate_model
     from hf_fedlarge.feedback import read_lost, with_lost
     from hf_fedlarge.keys import read_key
@@ -204,6 +204,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
     work = output.with_name(f".{output.name}.work")
     config.output_dir = str(work)
     state = {"client": asdict(client), "package": package.digest, "adapter": fresh.adapter, "config": config.to_dict()}
+    state["examples"] = [None if rows is None else digest_of(rows) for rows in (data, held_out)]
     checkpoint = prepare_work(work, json.loads(json.dumps(state, default=str)), config)
 
     layers = package.kept_layers
@@ -266,6 +267,8 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
                 callbacks=[steps, corrected] if corrected else [steps],
                 proximal=client.proximal,
             )
+        except ConfigError:
+            raise
         except (ValueError, RuntimeError, ArithmeticError, TemplateError) as error:  # a chat template is a program
             raise DataError(f"{client.data} can't be trained on: {error}") from error
         if len(trainer.train_dataset) == 0:

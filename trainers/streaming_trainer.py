@@ -40,6 +40,7 @@ _UNSUPPORTED = {
     "auto_find_batch_size": False,
     "activation_checkpointing": False,
 }
+_NO_LOGITS = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
 # With these, `encode_example` does what trl's preparation does.
 _PLAIN = {
     "assistant_only_loss": False,
@@ -92,10 +93,18 @@ class StreamingLoraTrainer(SFTTrainer):
         args: its batch and accumulation are moved to `engine.micro_batch_size`, where the engine can divide batches.
         proximal: FedProx's μ (arXiv 1812.06127): the loss gains μ/2 ‖w − w₀‖² over the trainable factors, w₀ being
             their values now. Clipping sees the gradient of the sum, the logged loss is without it.
-        kwargs: as for SFTTrainer.
+        kwargs: as for SFTTrainer, but for what needs logits.
+
+    Raises:
+        ConfigError: an argument that needs logits, or a memory budget that is too small.
     """
 
     def __init__(self, model: PeftModel, args: StreamingLoraConfig, proximal: float = 0.0, **kwargs: Any) -> None:
+        for name in _NO_LOGITS:
+            if kwargs.get(name) is not None:
+                raise ConfigError(
+                    f"{name} needs logits, which a streamed model doesn't make in training; leave it out."
+                )
         model.engine.micro_batch_size = args.per_device_train_batch_size
         if args.memory_budget is not None:
             model.engine.set_memory_budget(parse_bytes(args.memory_budget))
