@@ -31,6 +31,43 @@ def seen(check_ins: Sequence[CheckIn], journal: Journal) -> list[CheckIn]:
     ]
 
 
+class Terms:
+    """On what terms clients take part in each round: they hold for it, though a client be gone by now or say otherwise.
+
+    Args:
+        journal: the run's, which is read on from where it was read to.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal, self._read = journal, 0
+        self._said: dict[tuple[str, int], CheckIn] = {}
+        self._tiers: dict[tuple[str, int], int | None] = {}
+
+    def check_in(self, client: str, number: int) -> CheckIn | None:
+        """What a client said when it was drawn for a round, in whichever attempt it said most examples.
+
+        None: it was not drawn, or before the journal kept it.
+        """
+        self._read_on()
+        return self._said.get((client, number))
+
+    def tier(self, client: str, number: int) -> int | None:
+        """The tier that a client was asked under; None: it was not asked, or before the journal kept it."""
+        self._read_on()
+        return self._tiers.get((client, number))
+
+    def _read_on(self) -> None:
+        for entry in self._journal.entries[self._read :]:
+            if entry["event"] == "asked":
+                self._tiers[entry["client"], entry["round"]] = entry.get("tier")
+            elif entry["event"] == "selected":
+                for client, said in entry.get("said", {}).items():
+                    before = self._said.get((client, entry["round"]))
+                    examples = max(said["examples"], before.examples if before else 0)
+                    self._said[client, entry["round"]] = CheckIn(client, examples, said["memory_bytes"])
+        self._read = len(self._journal.entries)
+
+
 class Past(NamedTuple):
     """How long a client took in the round `round`; where it `missed` the deadline, that is the least it can be."""
 

@@ -23,7 +23,7 @@ from hf_fedlarge.collect import expected_from
 from hf_fedlarge.config import Codec, FederationConfig, LoraSettings, PackageSettings
 from hf_fedlarge.entries import FileEntry
 from hf_fedlarge.errors import ConfigError
-from hf_fedlarge.experience import Past, last_paces
+from hf_fedlarge.experience import Past, Terms, last_paces
 from hf_fedlarge.fixed_point import WORD_BYTES
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import MAX_SIGNATURE_BYTES, AllowedKeys, make_allowed, read_allowed
@@ -101,8 +101,7 @@ class Jobs:
         self.config, self.run, self._adapter_of, self.tiers = config, run, adapter_of, tiers
         self._journal = journal
         self._paces: dict[int, dict[str, Past]] = {}
-        self._asked: dict[tuple[str, int], int | None] = {}  # client and round → tier
-        self._read = 0  # of the journal's entries
+        self._terms = Terms(journal) if journal else None
         # The same for all clients of a tier, and reading two adapters or a package's config takes a while.
         self._changed_bytes = functools.cache(changed_bytes)
         self._write_changes = functools.cache(write_changes)
@@ -110,7 +109,7 @@ class Jobs:
 
     @cached_property
     def check_ins(self) -> dict[str, CheckIn]:
-        """The clients by name."""
+        """The clients that are there now, by name."""
         return {check_in.client: check_in for check_in in read_check_ins(self.run)}
 
     def read_check_ins(self) -> None:
@@ -131,21 +130,21 @@ class Jobs:
         """
         if (found := self._asked_under(client, number)) is not None:
             return found
-        return next((tier for tier in self._able(client) if self._is_fast_enough(client, tier, number)), self.tiers[-1])
+        return next(
+            (tier for tier in self._able(client, number) if self._is_fast_enough(client, tier, number)), self.tiers[-1]
+        )
 
     def _asked_under(self, client: str, number: int) -> Tier | None:
         """None: it wasn't asked, or before the journal kept the tier."""
-        if self._journal is None or len(self.tiers) == 1:
-            return None
-        for entry in self._journal.entries[self._read :]:
-            if entry["event"] == "asked":
-                self._asked[entry["client"], entry["round"]] = entry.get("tier")
-        self._read = len(self._journal.entries)
-        index = self._asked.get((client, number))
+        index = self._terms.tier(client, number) if self._terms and len(self.tiers) > 1 else None
         return None if index is None else self.tiers[index]
 
-    def _able(self, client: str) -> list[Tier]:
-        memory = self.check_ins[client].memory_bytes
+    def _said(self, client: str, number: int) -> CheckIn:
+        """What a client said of itself when it was drawn for a round; of one that was not, what it says now."""
+        return (self._terms and self._terms.check_in(client, number)) or self.check_ins[client]
+
+    def _able(self, client: str, number: int) -> list[Tier]:
+        memory = self._said(client, number).memory_bytes
         return [tier for tier in self.tiers if memory is None or tier.memory_bytes <= memory] or self.tiers[-1:]
 
     def _is_fast_enough(self, client: str, tier: Tier, number: int) -> bool:
@@ -156,7 +155,7 @@ class Jobs:
         """How long a client would train with a tier's package: as long as the last time, by the bytes of the two."""
         if (past := self._past(client, number)) is None:
             return None
-        then = self._asked_under(client, past.round) or self._able(client)[0]
+        then = self._asked_under(client, past.round) or self._able(client, past.round)[0]
         return past.seconds * (tier.manifest.total_bytes / then.manifest.total_bytes)
 
     def _past(self, client: str, number: int) -> Past | None:
@@ -168,12 +167,12 @@ class Jobs:
 
     def describe_pace(self, client: str, number: int) -> str | None:
         """What is to be said of a client that gets a smaller tier than its memory is enough for; None: it doesn't."""
-        able, tier, past = self._able(client), self.tier_of(client, number), self._past(client, number)
+        able, tier, past = self._able(client, number), self.tier_of(client, number), self._past(client, number)
         if past is None or self.tiers.index(tier) <= self.tiers.index(able[0]):
             return None
         above = self.tiers[self.tiers.index(tier) - 1]
         pace = Pace(*(self._seconds(client, one, number) for one in (tier, above)), past.missed)
-        memory = self.check_ins[client].memory_bytes or able[0].memory_bytes
+        memory = self._said(client, number).memory_bytes or able[0].memory_bytes
         tokens = _batch(self.config.training) * _max_length(self.config.training)
         said = describe_pace(pace, memory, tokens, self.config.deadline_seconds, tier.manifest, tier.lora)
         return f"{client}: {said}"
@@ -215,7 +214,7 @@ class Jobs:
     def expected(self, client: str, number: int) -> Expected:
         """What its update must agree with, by the list of keys as it is now."""
         expected = self._of_tier(self.tier_of(client, number), number)
-        return replace(expected, asked=self.asked(client), keys=self._allowed_keys())
+        return replace(expected, asked=self.asked(client, number), keys=self._allowed_keys())
 
     def make_keys(self) -> None:
         """With `keys: auto`, make a key for each simulated client, once."""
@@ -240,9 +239,9 @@ class Jobs:
             self._expected[directory] = expected
         return self._expected[directory]
 
-    def asked(self, client: str) -> Asked:
+    def asked(self, client: str, number: int) -> Asked:
         """What a client can have trained on at the most: its examples, as often as the training arguments say."""
-        training, examples = self.config.training, self.check_ins[client].examples
+        training, examples = self.config.training, self._said(client, number).examples
         steps = training.get("max_steps", -1)
         passes = math.ceil(training.get("num_train_epochs", 3))
         sequences = steps * _batch(training) if steps > 0 else passes * examples

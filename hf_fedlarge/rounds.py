@@ -247,9 +247,9 @@ class _Federation:
             if self.config.secure:
                 aggregate_sum(server, self.package, adapter, self._adapter(number - 1), self.config)
                 return
-            updates = [*updates, *late]
+            number_of = dict.fromkeys(updates, number) | late
             aggregate_updates(
-                updates,
+                list(number_of),
                 self.package,
                 adapter,
                 settings=self.config,
@@ -258,9 +258,9 @@ class _Federation:
                 round_number=number,
                 min_updates=self.config.min_updates,
                 tiers=self.jobs.derived(number),
-                asked={update: self.jobs.asked(update.name) for update in updates},
+                asked={update: self.jobs.asked(update.name, its) for update, its in number_of.items()},
                 codec=self.config.wire_codec,
-                population=len(self.jobs.check_ins),
+                population=len(self.jobs.check_ins.keys() | {update.name for update in number_of}),
                 draw=server.draw,
             )
 

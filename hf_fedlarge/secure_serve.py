@@ -223,7 +223,7 @@ class SecureRound:
             self._server.begin_wait(self._config.secure.stage_seconds)
         weighting = self._config.weighting
         keys = self._server.stage(self._order, "keys")
-        most = max(getattr(self._jobs.asked(client), weighting, 1) for client in self._order.clients)
+        most = max(getattr(self._jobs.asked(client, self._order.round), weighting, 1) for client in self._order.clients)
         said = SecureOrder(
             stage=stage,
             limit=self._config.secure.limit,

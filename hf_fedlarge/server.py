@@ -130,7 +130,12 @@ class RoundServer:
             )
             goal = config.cohort or len(cohort)
             of = {"of": len(who_can(check_ins, needed_bytes))} if config.privacy else {}
-            self._write("selected", attempt=attempt, clients=cohort, goal=goal, **of)
+            there = {check_in.client: check_in for check_in in check_ins}
+            said = {
+                client: {"examples": there[client].examples, "memory_bytes": there[client].memory_bytes}
+                for client in cohort
+            }
+            self._write("selected", attempt=attempt, clients=cohort, said=said, goal=goal, **of)
             self.begin_wait(config.deadline_seconds)
         return self.last_order
 

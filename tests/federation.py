@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hf_fedlarge.adapters import AdapterReader, initial_factors, peft_warnings
 from hf_fedlarge.architectures import describe
 from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, UpdateManifest, read_manifest
-from hf_fedlarge.config import Codec, LoraSettings, load_federation
+from hf_fedlarge.config import Codec, FederationConfig, LoraSettings, load_federation
 from hf_fedlarge.data import from_rows, write_jsonl
 from hf_fedlarge.jobs import Train
 from hf_fedlarge.keys import read_key
@@ -115,11 +115,8 @@ def plug_in(model: PreTrainedModel, directory: Path) -> PeftModel:
         return PeftModel.from_pretrained(model, directory)
 
 
-def run_teams(home: Path, rounds: int = 2, train: Train | None = None) -> None:
-    """A federation's file in `home`, for simulated clients and for real ones, and its run with simulated ones.
-
-    They train in this process, or as `train` says.
-    """
+def make_teams(home: Path, rounds: int = 2, **changes: Any) -> FederationConfig:
+    """A federation's file and data in `home`, for simulated clients and for real ones."""
     make_checkpoint(home / "checkpoint", layers=2, tokenizer=True)
     rows = [{"text": f"{TEAMS[index % 3]} {index}", "team": TEAMS[index % 3]} for index in range(18)]
     write_jsonl(from_rows(rows), home / "data.jsonl")
@@ -135,9 +132,13 @@ def run_teams(home: Path, rounds: int = 2, train: Train | None = None) -> None:
         "codec": "int8",
         "training": {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "disable_tqdm": True},
     }
-    (home / "federation.yaml").write_text(yaml.safe_dump(federation))
-    train = train or LAUNCHERS["inprocess"]()
-    run_federation(load_federation(home / "federation.yaml"), home / "run", train, stop=False)
+    (home / "federation.yaml").write_text(yaml.safe_dump(federation | changes))
+    return load_federation(home / "federation.yaml")
+
+
+def run_teams(home: Path, rounds: int = 2, train: Train | None = None) -> None:
+    """`make_teams`, and its run with simulated clients, who train in this process, or as `train` says."""
+    run_federation(make_teams(home, rounds), home / "run", train or LAUNCHERS["inprocess"](), stop=False)
 
 
 def adapter_digests(run: Path) -> list[str]:

@@ -38,7 +38,7 @@ class Server:
         self.clients = StoreClients(store, self.said.append, poll=0.02, packages=packages, key=key)
         self.clients.prepare(self.config, run, lambda: None)
         size = read_manifest(home / "package", PackageManifest).total_bytes
-        self.jobs = Jobs(self.config, run, self.adapter, [Tier("", home / "package", LORA, size)])
+        self.jobs = Jobs(self.config, run, self.adapter, [Tier("", home / "package", LORA, size)], self.journal)
 
     def adapter(self, number):
         return self.run / "rounds" / f"{number:04d}" / "adapter"

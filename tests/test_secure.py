@@ -186,7 +186,7 @@ def test_the_adapter_is_that_of_a_round_without_secure_aggregation(home, federat
     # Each client loses less than a step of LIMIT / level, which the weights take into the mean: n LIMIT / Σ level.
     # A token of the most that is asked for is a share of the levels, and its rounding half of one of them.
     least = 10 if weighting != "equal" else 1
-    most = {"tokens": server.jobs.asked("ann").tokens, "examples": 10, "equal": 1}[weighting]
+    most = {"tokens": server.jobs.asked("ann", 1).tokens, "examples": 10, "equal": 1}[weighting]
     together_levels = levels(4) * sum(TOKENS.values() if weighting == "tokens" else [least] * 4) / most
     step = 4 * LIMIT / together_levels
     rounding_of_weights = 2 * LIMIT * 4 / together_levels
