@@ -216,15 +216,17 @@ def trained_in(aggregator: str | None, round_number: int) -> Trained:
 
 
 def shares(weights: Sequence[float]) -> list[float]:
-    """Weights divided by their sum.
+    """Weights divided by their sum; alike where all are zero.
 
     Raises:
-        ConfigError: the weights are negative, not finite or all zero.
+        ConfigError: the weights are negative or not finite.
     """
     total = sum(weights)
-    if not 0 < total < math.inf or min(weights) < 0:
+    if not 0 <= total < math.inf or min(weights) < 0:
         found = ", ".join(f"{weight:g}" for weight in weights)
-        raise ConfigError(f"The clients' weights are [{found}]; expected finite ones, none negative, not all zero.")
+        raise ConfigError(f"The clients' weights are [{found}]; expected finite ones, none negative.")
+    if total == 0:
+        return [1 / len(weights)] * len(weights)
     return [weight / total for weight in weights]
 
 

@@ -30,6 +30,7 @@ from hf_fedlarge.entries import (
     FileName,
     HealedEntry,
     LayerEntry,
+    Loss,
     SurrogateEntry,
 )
 from hf_fedlarge.errors import ArtifactError, OutputError, os_problem
@@ -115,8 +116,8 @@ class UpdateManifest(Manifest):
     codec: Codec = Codec()
     examples: Count
     tokens: Count
-    loss_before: float | None = None
-    loss_after: float | None = None
+    loss_before: Loss | None = None
+    loss_after: Loss | None = None
     roster: Digest | None = None
 
 

@@ -11,6 +11,8 @@ from hf_fedlarge.untrusted import without_code
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=2**53)]
+# A mean cross-entropy is far from the bound, and rounded it may be just below 0. What losses weigh stays finite.
+Loss = Annotated[float, Field(ge=-1e6, le=1e6)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=255)]
 
 

@@ -62,6 +62,7 @@ from hf_fedlarge.secure_sum import aggregate_sum
 from hf_fedlarge.server import Order, RoundServer
 from hf_fedlarge.transfer import transfer_report
 from hf_fedlarge.update import outcome, validate_update
+from hf_fedlarge.weighting import weighing
 
 logger = logging.getLogger(__name__)
 _BAD_ROUNDS = 2  # in a row, before a run stops
@@ -145,7 +146,7 @@ class _Federation:
         self.config, self.run, self.clients, self.report, self.stop = config, run, clients, report, stop
         self.settings = config.model_dump(mode="json")
         self.package = run / "package"
-        self.journal = Journal(run / "journal.jsonl")
+        self.journal, self._weigh = Journal(run / "journal.jsonl"), weighing(config.weighting)
 
     def run_to_end(self) -> dict[str, Any]:
         self._check_settings()
@@ -238,7 +239,9 @@ class _Federation:
             )
 
     def _validate(self, number: int, client: str, update: Path) -> UpdateManifest:
-        return validate_update(update, self.jobs.expected(client, number))
+        manifest = validate_update(update, self.jobs.expected(client, number))
+        self._weigh(manifest)  # while the client can still be told that this can't be done
+        return manifest
 
     def _run_round(self, server: RoundServer) -> None:
         started, number = time.monotonic(), server.number

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_fedlarge.adapters import attach_lora, get_factors, read_factors, set_factors
 from hf_fedlarge.artifacts import (
+    MANIFEST_NAME,
     AdapterManifest,
     CheckpointManifest,
     PackageManifest,
@@ -26,7 +27,7 @@ from hf_fedlarge.artifacts import (
 )
 from hf_fedlarge.cards import render_card
 from hf_fedlarge.cli import main
-from hf_fedlarge.config import TierSettings, load_federation
+from hf_fedlarge.config import LoraSettings, TierSettings, load_federation
 from hf_fedlarge.data import from_rows, load_examples, training_columns, write_jsonl
 from hf_fedlarge.errors import (
     ArtifactError,
@@ -403,6 +404,30 @@ def test_an_update_that_cannot_be_read_or_is_signed_by_another_does_not_stop_the
     assert [client["client"] for client in entry["clients"]] == ["team-green", "team-white"]
     assert {refused["client"] for refused in entry["refused"]} == {"team-blue", "team-red"}
     assert set(entry["bytes_by_client"]) == {"team-blue", "team-green", "team-red", "team-white"}
+
+
+def test_an_update_whose_weight_can_not_be_told_is_refused_when_it_comes_and_zeros_count_alike(home, tmp_path):
+    """Before the round is closed, after which an aggregation that can't be made could never be."""
+    said = {
+        "team-blue": {"loss_before": 1.0, "loss_after": 2.0},
+        "team-green": {"loss_before": 2.0, "loss_after": 2.0},
+        "team-red": {},
+        "team-white": {"loss_before": 1.7e308, "loss_after": -1.7e308},
+    }
+
+    def train(job):
+        lora = LoraSettings(rank=4, alpha=8)
+        make_update(job.output, job.package, job.client, lora=lora, adapter=job.adapter, examples=9)
+        path = job.output / MANIFEST_NAME
+        path.write_text(json.dumps(json.loads(path.read_text()) | said[job.client]))
+
+    summary = run(home, tmp_path / "run", train=train, rounds=1, cohort=None, weighting="loss")
+    [entry] = summary["rounds"]
+    assert {client["client"]: client["weight"] for client in entry["clients"]} == {"team-blue": 0.5, "team-green": 0.5}
+    journal = Journal(tmp_path / "run" / "journal.jsonl")
+    causes = {refused["client"]: refused["reason"] for refused in journal.find("validated", accepted=False)}
+    assert "has no held-out loss" in causes["team-red"]
+    assert "loss_before: Input should be less than" in causes["team-white"]
 
 
 def test_numbers_in_a_file_are_numbers(home, tmp_path):
