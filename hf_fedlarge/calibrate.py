@@ -118,13 +118,19 @@ def plan_package(
     return replace(plan_shrink(checkpoint, **wanted), **known)
 
 
-def check_plan(checkpoint: Path, settings: PackageSettings) -> None:
-    """Refuse what `plan_package` would refuse, but for the calibration text; nothing is computed.
+def check_plan(checkpoint: Path, settings: PackageSettings) -> ShrinkPlan:
+    """Refuse what `plan_package` would refuse; no layer is computed.
+
+    Returns:
+        The plan with layers evenly spread and all of one width.
 
     Raises:
         FedLargeError: as `plan_package`.
     """
-    _even_plan(checkpoint, settings)
+    plan, _ = _even_plan(checkpoint, settings)
+    if settings.calibration:
+        calibration_text(checkpoint, settings)
+    return plan
 
 
 def _even_plan(checkpoint: Path, settings: PackageSettings) -> tuple[ShrinkPlan, dict[str, Any]]:

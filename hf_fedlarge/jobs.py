@@ -1,7 +1,4 @@
-"""What each client gets in a round, and what it may send back: its tier's package, the adapter, and bounds.
-
-A run has one package for everybody, or one a tier: clients of less memory get smaller ones (`FederationConfig.tiers`).
-"""
+"""What each client gets in a round, and what it may send back: its tier's package, the adapter, and bounds."""
 
 from __future__ import annotations
 
@@ -14,15 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_fedlarge.architectures import describe, load_config
-from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, read_manifest
+from hf_fedlarge.artifacts import AdapterManifest, read_manifest
 from hf_fedlarge.budget import parse_bytes
-from hf_fedlarge.calibrate import make_package, plan_package
 from hf_fedlarge.clients import read_check_ins
 from hf_fedlarge.collect import expected_from
-from hf_fedlarge.config import Codec, FederationConfig, LoraSettings, PackageSettings
+from hf_fedlarge.config import Codec, FederationConfig
 from hf_fedlarge.entries import FileEntry
-from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.experience import Past, Terms, last_paces
 from hf_fedlarge.fixed_point import WORD_BYTES
 from hf_fedlarge.journal import Journal
@@ -30,12 +24,10 @@ from hf_fedlarge.keys import MAX_SIGNATURE_BYTES, AllowedKeys, make_allowed, rea
 from hf_fedlarge.orders import CLIENT_BYTES, MAX_NOTE_BYTES
 from hf_fedlarge.plan import CheckIn
 from hf_fedlarge.secure_sum import count_words
-from hf_fedlarge.tiers import Pace, client_bytes, derive_adapter, describe_fit, describe_pace, fit_memory
+from hf_fedlarge.tier_packages import Tier, batch, max_length
+from hf_fedlarge.tiers import Pace, derive_adapter, describe_pace
 from hf_fedlarge.traffic import Budget, changed_bytes, write_changes
 from hf_fedlarge.update import MAX_SMALL_BYTES, Asked, Expected, update_bytes
-
-DEFAULT_MAX_LENGTH = 1024  # of SFTConfig
-
 
 Down = Literal["changed", "offered"]
 """What goes down of adapters: what changed since a client was last asked; or what changed since the round before to
@@ -62,21 +54,6 @@ class ClientJob:
 
 
 Train = Callable[[ClientJob], None]
-
-
-@dataclass(frozen=True)
-class Tier:
-    """What clients of at least `memory_bytes` that are too small, or too slow, for the tier before work with."""
-
-    name: str
-    package: Path
-    lora: LoraSettings
-    memory_bytes: int
-
-    @cached_property
-    def manifest(self) -> PackageManifest:
-        """The package's."""
-        return read_manifest(self.package, PackageManifest)
 
 
 class Jobs:
@@ -173,7 +150,7 @@ class Jobs:
         above = self.tiers[self.tiers.index(tier) - 1]
         pace = Pace(*(self._seconds(client, one, number) for one in (tier, above)), past.missed)
         memory = self._said(client, number).memory_bytes or able[0].memory_bytes
-        tokens = _batch(self.config.training) * _max_length(self.config.training)
+        tokens = batch(self.config.training) * max_length(self.config.training)
         said = describe_pace(pace, memory, tokens, self.config.deadline_seconds, tier.manifest, tier.lora)
         return f"{client}: {said}"
 
@@ -244,8 +221,8 @@ class Jobs:
         training, examples = self.config.training, self._said(client, number).examples
         steps = training.get("max_steps", -1)
         passes = math.ceil(training.get("num_train_epochs", 3))
-        sequences = steps * _batch(training) if steps > 0 else passes * examples
-        return Asked(client=client, examples=examples, tokens=sequences * _max_length(training))
+        sequences = steps * batch(training) if steps > 0 else passes * examples
+        return Asked(client=client, examples=examples, tokens=sequences * max_length(training))
 
     def download_bytes(self, client: str, number: int, has: int | None, whole: bool = False) -> int:
         """What a client downloads for a round: what changed in its adapter, and the package if it lacks it.
@@ -337,58 +314,3 @@ class Jobs:
 def training_of(client: str, number: int, seed: int, training: dict[str, Any]) -> dict[str, Any]:
     """A client's training arguments; its seed is the same whenever, and wherever, it trains for this round."""
     return {"seed": zlib.crc32(f"{seed}/{number}/{client}".encode()) % 2**31} | training
-
-
-def make_tiers(
-    checkpoint: Path, config: FederationConfig, run: Path, revision: str | None, report: Callable[[str], None]
-) -> list[Tier]:
-    """Make the packages of the smaller tiers that are not there yet, and list all tiers, the largest first.
-
-    A tier without a size of its own gets the best package and the highest rank that fit into its memory.
-
-    Raises:
-        FedLargeError: a tier that needs more than the one above it, or nothing that fits.
-    """
-    package = run / "package"
-    first = read_manifest(package, PackageManifest)
-    if not config.tiers:
-        return [Tier("", package, config.lora, first.total_bytes)]
-    tokens = _batch(config.training) * _max_length(config.training)
-    together = _micro_batch(config.training) * _max_length(config.training)
-    full = describe(load_config(checkpoint))
-    needed = client_bytes(full, len(first.kept_layers), first.total_bytes, config.lora, tokens, together)
-    tiers = [Tier("", package, config.lora, needed)]
-    wanted = sorted(config.tiers.items(), key=lambda item: -parse_bytes(item[1].memory))
-    for name, settings in wanted:
-        memory = parse_bytes(settings.memory)
-        lora = config.lora.model_copy(update={"rank": settings.rank or config.lora.rank})
-        kept = {"keep_layers": settings.keep_layers, "keep_neurons": settings.keep_neurons}
-        if memory >= tiers[-1].memory_bytes:
-            raise ConfigError(
-                f"The tier {name} is for {memory / 1e6:.0f} MB, but the one above it needs no more than "
-                f"{tiers[-1].memory_bytes / 1e6:.0f} MB; leave it out or lower its memory."
-            )
-        if kept == {"keep_layers": None, "keep_neurons": None}:
-            fit = fit_memory(checkpoint, memory, tokens, lora, config.embeddings, together)
-            kept = {"keep_layers": fit.keep_layers, "keep_neurons": fit.keep_neurons}
-            lora = lora.model_copy(update={"rank": fit.rank})
-            report(f"tier {name} {describe_fit(fit, memory, tokens)}")
-        directory = run / "packages" / name
-        if not directory.exists():
-            own = PackageSettings(**{field: getattr(config, field) for field in PackageSettings.model_fields} | kept)
-            base_id = config.base_id or (config.checkpoint if revision else None)
-            make_package(plan_package(checkpoint, own), own, directory, base_id=base_id, revision=revision)
-        tiers.append(Tier(name, directory, lora, memory))
-    return tiers
-
-
-def _batch(training: dict[str, Any]) -> int:
-    return _micro_batch(training) * training.get("gradient_accumulation_steps", 1)
-
-
-def _micro_batch(training: dict[str, Any]) -> int:
-    return training.get("per_device_train_batch_size", 8)
-
-
-def _max_length(training: dict[str, Any]) -> int:
-    return training.get("max_length", DEFAULT_MAX_LENGTH)

@@ -30,8 +30,6 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
-from hf_fedlarge.adapters import target_linears
-from hf_fedlarge.architectures import describe, load_config
 from hf_fedlarge.artifacts import (
     AdapterManifest,
     CheckpointManifest,
@@ -41,7 +39,7 @@ from hf_fedlarge.artifacts import (
     verify_files,
     write_json,
 )
-from hf_fedlarge.calibrate import check_plan, make_package, plan_package
+from hf_fedlarge.calibrate import make_package, plan_package
 from hf_fedlarge.clients import HELD_OUT, SimulatedClients
 from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import FederationConfig
@@ -49,7 +47,7 @@ from hf_fedlarge.data import load_examples
 from hf_fedlarge.errors import ConfigError, FedLargeError, OutputError, UpdateRefusedError
 from hf_fedlarge.evaluation import as_record, evaluate, generate_text, load_model
 from hf_fedlarge.hub import resolve_checkpoint
-from hf_fedlarge.jobs import DEFAULT_MAX_LENGTH, Down, Jobs, Train, make_tiers
+from hf_fedlarge.jobs import Down, Jobs, Train
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import read_allowed
 from hf_fedlarge.ledger import PrivacyEntry
@@ -60,6 +58,7 @@ from hf_fedlarge.privacy import spent
 from hf_fedlarge.report import peaks, traffic
 from hf_fedlarge.secure_sum import aggregate_sum
 from hf_fedlarge.server import Order, RoundServer
+from hf_fedlarge.tier_packages import check_packages, make_tiers, max_length
 from hf_fedlarge.transfer import transfer_report
 from hf_fedlarge.update import outcome, validate_update
 from hf_fedlarge.weighting import weighing
@@ -151,8 +150,7 @@ class _Federation:
     def run_to_end(self) -> dict[str, Any]:
         self._check_settings()
         if not self.package.exists():
-            check_plan(self.checkpoint, self.config)
-        target_linears(describe(load_config(self.checkpoint)), self.config.lora)
+            check_packages(self.checkpoint, self.config)
         prepared = self.clients.prepare(self.config, self.run, self._begin)
         if prepared:
             self.report(prepared)
@@ -213,7 +211,7 @@ class _Federation:
         self.checkpoint, self.revision = resolve_checkpoint(self.config.checkpoint, revision)
 
     def _begin(self) -> None:
-        """The settings, all found good by now, become the run's."""
+        """The settings become the run's: what can be refused without computing layers was looked at."""
         write_json(self.run / "federation.json", {"settings": self.settings, "revision": self.revision})
 
     def _baseline(self) -> None:
@@ -380,7 +378,7 @@ class _Federation:
         """Evaluation as training does it."""
         training = self.config.training
         return {
-            "max_length": training.get("max_length", DEFAULT_MAX_LENGTH),
+            "max_length": max_length(training),
             "batch_size": training.get("per_device_eval_batch_size", 8),
             "assistant_only": training.get("assistant_only_loss", False),
         }

@@ -79,6 +79,7 @@ LEVELS = [
     {"collect", "evaluation", "server", "tiers", "choice", "widths"},
     {"heal"},
     {"calibrate", "transfer", "report", "clients", "relay", "tables", "secure_sum"},
+    {"tier_packages"},
     {"jobs"},
     {"rounds"},
     {"offers"},

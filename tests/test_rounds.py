@@ -390,6 +390,21 @@ def test_a_mistake_can_be_mended_and_the_run_begun_again(home, tmp_path):
     assert main(["run", str(tmp_path / "federation.yaml")]) == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "sentence"),
+    [
+        ({"calibration": "nowhere.jsonl"}, DataError, "There is no such file as nowhere.jsonl"),
+        ({"tiers": {"phone": TierSettings(memory="64GB")}}, ConfigError, "The tier phone is for 64000 MB, but the one"),
+        ({"tiers": {"phone": TierSettings(memory="1MB")}}, ConfigError, "1 MB are too few for a client"),
+        ({"tiers": {"phone": TierSettings(memory="9MB", keep_layers=9)}}, ConfigError, "9 is out of range"),
+    ],
+)
+def test_settings_that_make_no_package_do_not_become_the_run_s(home, tmp_path, changes, error, sentence):
+    with pytest.raises(error, match=sentence):
+        run(home, tmp_path / "run", **changes)
+    assert not (tmp_path / "run" / "federation.json").exists()
+
+
 def test_an_update_that_cannot_be_read_or_is_signed_by_another_does_not_stop_the_round(home, tmp_path):
     def train(job):
         IN_PROCESS(job)
