@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from hf_fedlarge.coherence import ON_FACTORS, check_federation, refuse
 from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.records import Record, checked, first_problem
 
@@ -133,7 +134,6 @@ class SelectionSettings(Record):
     late: Literal["refuse", "buffer"] = "refuse"
 
 
-ON_FACTORS = ("fedavg", "ffa", "alternate")
 ROBUST = ("median", "trimmed_mean", "krum", "multi_krum")
 ADAPTIVE = ("adam", "yogi", "adagrad")
 WEIGHTINGS = ("tokens", "examples", "equal", "loss")
@@ -245,7 +245,7 @@ class AggregationSettings(Record):
                 "use fedavg or ffa"
             )
         if self.privacy:
-            _refuse(
+            refuse(
                 "privacy",
                 {
                     f"clips and adds noise to averaged factors, which {name} doesn't make; use ffa or fedavg": name
@@ -257,12 +257,6 @@ class AggregationSettings(Record):
                 },
             )
         return self
-
-
-def _refuse(what: str, causes: dict[str, bool]) -> None:
-    for cause, found in causes.items():
-        if found:
-            raise ValueError(f"{what} {cause}")
 
 
 class TierSettings(Record):
@@ -327,59 +321,8 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
         return {"server_optimizer": "momentum"} | given if best else given
 
     @model_validator(mode="after")
-    def _quorum_can_be_reached(self) -> Self:
-        if self.cohort is not None and self.min_updates > self.cohort:
-            raise ValueError(f"min_updates is {self.min_updates}, but a cohort has only {self.cohort} clients")
-        if self.late == "buffer" and (self.tiers or self.aggregator == "alternate"):
-            what = "tiers" if self.tiers else "alternate"
-            raise ValueError(f"late updates can't be kept with {what}: they started from another kind of adapter")
-        if self.scaffold and (self.codec != "fp32" or self.late == "buffer"):
-            what = "late updates" if self.late == "buffer" else f"the codec {self.codec}"
-            raise ValueError(
-                f"scaffold can't be used with {what}: what it sums up has to arrive whole and in its round"
-            )
-        if self.tiers and (self.aggregator in ON_FACTORS or self.aggregator in ("krum", "multi_krum")):
-            raise ValueError(
-                f"tiers have adapters of their own shapes, which {self.aggregator} can't compare; use exact"
-            )
-        if self.cohort is not None and self.fewest_updates > self.cohort:
-            raise ValueError(
-                f"{self.aggregator} needs {self.fewest_updates} updates to stand {self.byzantine} hostile clients, but "
-                f"a cohort has only {self.cohort}"
-            )
-        if self.privacy:
-            _refuse(
-                "privacy",
-                {
-                    "counts on cohorts drawn evenly; it needs selection: uniform": self.selection != "uniform",
-                    "counts on all of a cohort of known size; leave out over_select": self.over_select > 0,
-                    "can't take late updates, which are of another round's cohort; use late: refuse": self.late
-                    == "buffer",
-                    "can't be used with tiers, whose adapters have shapes of their own": bool(self.tiers),
-                    "takes a round of however few answers, for a second draw would keep the first one's updates; leave "
-                    "min_updates at 1": self.min_updates > 1,
-                },
-            )
-        if self.secure:
-            alone = min(self.cohort or 2, len(self.clients or "ab")) < 2
-            _refuse(
-                "secure",
-                {
-                    f"gives the server a sum of factors, but {self.aggregator} needs each client's own; use ffa or "
-                    "fedavg": self.aggregator not in ("ffa", "fedavg"),
-                    f"shows the server nothing that weighting {self.weighting} could be computed of; use equal, tokens "
-                    "or examples": self.weighting not in ("equal", "tokens", "examples"),
-                    "shows the server no update whose norm it could clip; leave out clip": self.clip is not None,
-                    "sends whole numbers of its own, which can't be encoded again; leave codec at fp32": self.codec
-                    != "fp32",
-                    "can't be used with scaffold, whose control variates aren't masked": self.scaffold,
-                    "masks an update for one round's clients; use late: refuse": self.late == "buffer",
-                    "can't be used with tiers, whose updates have shapes of their own": bool(self.tiers),
-                    "shows the server no tokens, and so no speeds; use another selection": self.selection
-                    == "resources",
-                    "needs two clients in a round, for the sum of one is its update": alone,
-                },
-            )
+    def _can_be_run(self) -> Self:
+        check_federation(self)
         return self
 
 

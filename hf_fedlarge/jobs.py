@@ -217,7 +217,10 @@ class Jobs:
         return self._expected[directory]
 
     def asked(self, client: str, number: int) -> Asked:
-        """What a client can have trained on at the most: its examples, as often as the training arguments say."""
+        """What a client can have trained on at the most: its examples, as often as the training arguments say.
+
+        No example makes more than one sequence, unless packing splits it; then `max_steps` is given (`coherence.py`).
+        """
         training, examples = self.config.training, self._said(client, number).examples
         steps = training.get("max_steps", -1)
         passes = math.ceil(training.get("num_train_epochs", 3))

@@ -21,6 +21,7 @@ LIBRARY = ROOT / "hf_fedlarge"
 LEVELS = [
     {"errors", "memory", "options"},
     {"records", "ciphers", "fixed_point"},
+    {"coherence"},
     {"config", "layers", "stdlib_corpus", "blocks", "untrusted", "processor", "kernels"},
     {"ledger", "remote"},
     {"entries", "summary"},

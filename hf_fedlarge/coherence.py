@@ -1,0 +1,88 @@
+"""Settings of a federation that are right each by itself and can't work together, and what to do about them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hf_fedlarge.config import FederationConfig
+
+ON_FACTORS = ("fedavg", "ffa", "alternate")
+
+
+def refuse(what: str, causes: dict[str, bool]) -> None:
+    """Refuse `what` for the first of the causes that was found.
+
+    Raises:
+        ValueError: one was.
+    """
+    for cause, found in causes.items():
+        if found:
+            raise ValueError(f"{what} {cause}")
+
+
+def check_federation(config: FederationConfig) -> None:
+    """Refuse a federation that could not be run to its end.
+
+    Raises:
+        ValueError: in a sentence without its end.
+    """
+    if config.cohort is not None and config.min_updates > config.cohort:
+        raise ValueError(f"min_updates is {config.min_updates}, but a cohort has only {config.cohort} clients")
+    if config.late == "buffer" and (config.tiers or config.aggregator == "alternate"):
+        what = "tiers" if config.tiers else "alternate"
+        raise ValueError(f"late updates can't be kept with {what}: they started from another kind of adapter")
+    if config.scaffold and (config.codec != "fp32" or config.late == "buffer"):
+        what = "late updates" if config.late == "buffer" else f"the codec {config.codec}"
+        raise ValueError(f"scaffold can't be used with {what}: what it sums up has to arrive whole and in its round")
+    if config.tiers and (config.aggregator in ON_FACTORS or config.aggregator in ("krum", "multi_krum")):
+        raise ValueError(f"tiers have adapters of their own shapes, which {config.aggregator} can't compare; use exact")
+    if config.cohort is not None and config.fewest_updates > config.cohort:
+        raise ValueError(
+            f"{config.aggregator} needs {config.fewest_updates} updates to stand {config.byzantine} hostile clients, "
+            f"but a cohort has only {config.cohort}"
+        )
+    if config.privacy:
+        refuse(
+            "privacy",
+            {
+                "counts on cohorts drawn evenly; it needs selection: uniform": config.selection != "uniform",
+                "counts on all of a cohort of known size; leave out over_select": config.over_select > 0,
+                "can't take late updates, which are of another round's cohort; use late: refuse": config.late
+                == "buffer",
+                "can't be used with tiers, whose adapters have shapes of their own": bool(config.tiers),
+                "takes a round of however few answers, for a second draw would keep the first one's updates; leave "
+                "min_updates at 1": config.min_updates > 1,
+            },
+        )
+    if config.secure:
+        alone = min(config.cohort or 2, len(config.clients or "ab")) < 2
+        refuse(
+            "secure",
+            {
+                f"gives the server a sum of factors, but {config.aggregator} needs each client's own; use ffa or "
+                "fedavg": config.aggregator not in ("ffa", "fedavg"),
+                f"shows the server nothing that weighting {config.weighting} could be computed of; use equal, tokens "
+                "or examples": config.weighting not in ("equal", "tokens", "examples"),
+                "shows the server no update whose norm it could clip; leave out clip": config.clip is not None,
+                "sends whole numbers of its own, which can't be encoded again; leave codec at fp32": config.codec
+                != "fp32",
+                "can't be used with scaffold, whose control variates aren't masked": config.scaffold,
+                "masks an update for one round's clients; use late: refuse": config.late == "buffer",
+                "can't be used with tiers, whose updates have shapes of their own": bool(config.tiers),
+                "shows the server no tokens, and so no speeds; use another selection": config.selection == "resources",
+                "needs two clients in a round, for the sum of one is its update": alone,
+            },
+        )
+    _check_packing(config)
+
+
+def _check_packing(config: FederationConfig) -> None:
+    """An update may claim as many tokens as its client's examples can have (`jobs.Jobs.asked`)."""
+    training = config.training
+    strategy, steps = training.get("packing_strategy", "bfd"), training.get("max_steps", -1)
+    if training.get("packing") and strategy != "bfd" and not (isinstance(steps, int) and steps > 0):
+        raise ValueError(
+            f"packing_strategy {strategy} makes any number of sequences of a long text, so nobody could tell how many "
+            "tokens a client can have trained on; set max_steps, or use packing_strategy: bfd"
+        )
