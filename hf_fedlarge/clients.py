@@ -38,7 +38,7 @@ def split_clients(config: FederationConfig) -> dict[str, Dataset]:
     """The data as each client has it; nothing is written.
 
     Raises:
-        ConfigError: no data, or fewer clients than a round wants.
+        ConfigError: no data, or fewer clients than a round or its aggregator wants.
         DataError: the data can't be read or split.
     """
     settings = config.data
@@ -47,7 +47,7 @@ def split_clients(config: FederationConfig) -> dict[str, Dataset]:
     local = settings.source == STDLIB or Path(settings.source).exists()
     hub = {} if local else {"split": settings.hub_split, "revision": settings.hub_revision}
     clients = split_by_config(load_examples(settings.source, **hub), settings, config.seed)
-    needed = max(config.cohort or 1, config.min_updates)
+    needed = max(config.cohort or 1, config.min_updates, config.fewest_updates)
     if len(clients) < needed:
         raise ConfigError(f"The data makes {len(clients)} clients; {needed} are wanted in a round.")
     return clients

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hf_fedlarge.budget import parse_bytes
+from hf_fedlarge.errors import ConfigError
+
 if TYPE_CHECKING:
     from hf_fedlarge.config import FederationConfig
 
@@ -74,7 +77,32 @@ def check_federation(config: FederationConfig) -> None:
                 "needs two clients in a round, for the sum of one is its update": alone,
             },
         )
+    _check_clients(config)
     _check_packing(config)
+    if config.weighting == "loss" and config.client_eval_examples == 0:
+        raise ValueError("weighting loss needs held-out losses, but client_eval_examples is 0; raise it")
+    sizes = {"budget": config.budget} | {f"tiers.{name}.memory": tier.memory for name, tier in config.tiers.items()}
+    sizes |= {f"data.memory.{number}": size for number, size in enumerate((config.data and config.data.memory) or ())}
+    for key, size in sizes.items():
+        try:
+            parse_bytes(0 if size is None else size)
+        except ConfigError as error:
+            raise ValueError(f"{key} is {size!r}; expected a size such as 2GiB or 1500MB") from error
+
+
+def _check_clients(config: FederationConfig) -> None:
+    """Where clients are named, nobody else may check in, and a round would wait for more for ever."""
+    if config.clients is None:
+        return
+    robust = f"{config.aggregator} needs {config.fewest_updates} updates to stand {config.byzantine} hostile clients"
+    wanted = {
+        f"cohort is {config.cohort}": config.cohort or 0,
+        f"min_updates is {config.min_updates}": config.min_updates,
+        robust: config.fewest_updates,
+    }
+    for what, count in wanted.items():
+        if count > len(config.clients):
+            raise ValueError(f"{what}, but only {len(config.clients)} clients are named; name more or lower it")
 
 
 def _check_packing(config: FederationConfig) -> None:

@@ -20,7 +20,7 @@ LIBRARY = ROOT / "hf_fedlarge"
 # Imports point down: a module may import those of the lines above its own.
 LEVELS = [
     {"errors", "memory", "options"},
-    {"records", "ciphers", "fixed_point"},
+    {"records", "ciphers", "fixed_point", "budget"},
     {"coherence"},
     {"config", "layers", "stdlib_corpus", "blocks", "untrusted", "processor", "kernels"},
     {"ledger", "remote"},
@@ -48,7 +48,6 @@ LEVELS = [
         "linear",
         "norm",
         "sequences",
-        "budget",
         "hub",
         "products",
         "progress",

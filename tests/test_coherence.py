@@ -1,5 +1,7 @@
 """Federations that could not be run to their end are refused where they are read."""
 
+import re
+
 import pytest
 
 from hf_fedlarge.config import FederationConfig
@@ -19,3 +21,35 @@ def test_packing_that_splits_texts_needs_max_steps(strategy):
     read(training=training | {"max_steps": 10})
     read(training=training | {"packing": False})
     read(training=training | {"packing_strategy": "bfd"})
+
+
+ROBUST = {"weighting": "equal", "byzantine": 1}
+THREE = {"clients": {"ann": 5, "ben": 5, "cleo": 5}}
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (THREE | {"cohort": 4}, "cohort is 4, but only 3 clients are named; name more or lower it"),
+        (THREE | {"min_updates": 4}, "min_updates is 4, but only 3 clients are named; name more or lower it"),
+        (
+            THREE | ROBUST | {"aggregator": "krum"},
+            "krum needs 5 updates to stand 1 hostile clients, but only 3 clients are named; name more or lower it",
+        ),
+        ({"clients": {}}, "min_updates is 1, but only 0 clients are named"),
+        ({"weighting": "loss", "client_eval_examples": 0}, "weighting loss needs held-out losses, but"),
+        ({"budget": "5OOMB"}, "budget is '5OOMB'; expected a size such as 2GiB or 1500MB"),
+        ({"tiers": {"phone": {"memory": "3 gigs"}}}, "tiers.phone.memory is '3 gigs'; expected a size"),
+        ({"data": {"source": "x", "memory": ["1GB", "much"]}}, "data.memory.1 is 'much'; expected a size"),
+    ],
+)
+def test_what_could_never_work_is_said_when_the_file_is_read(values, sentence):
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        read(**values)
+
+
+def test_what_just_works_is_read():
+    read(**THREE, cohort=3, min_updates=3)
+    read(**THREE, **ROBUST, aggregator="trimmed_mean")
+    read(weighting="loss", client_eval_examples=1)
+    read(budget="500MB", tiers={"phone": {"memory": "3GB"}}, data={"source": "x", "memory": ["1GiB"]})

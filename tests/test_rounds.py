@@ -491,6 +491,10 @@ def test_the_command_runs_it_and_prints_the_figures(home, whole, tmp_path, capsy
         ({"keep_layers": 0}, "out of range"),
         ({"keep_layers": "0-9"}, "not in 0-3"),
         ({"cohort": 9}, "The data makes 4 clients; 9 are wanted in a round"),
+        (
+            {"aggregator": "krum", "weighting": "equal", "byzantine": 1, "cohort": None},
+            "The data makes 4 clients; 5 are wanted in a round",
+        ),
         ({"rounds": 0}, "rounds: Input should be greater than or equal to 1"),
         ({"aggregator": "mean"}, "aggregator: Input should be 'exact', "),
         ({"colour": "red"}, "colour: Extra inputs are not permitted"),
