@@ -204,6 +204,9 @@ class StoreClients:
             except ArtifactError as error:
                 self.say(f"{client!a:.140} can't take part: {error}")
                 continue
+            except StoreError as error:  # of this one file, such as one that its owner alone may read
+                self.say(f"{client!a:.140} can't take part until its check-in can be read: {error}")
+                continue
             known.append(CheckIn(client, said.examples, said.memory_bytes))
         return known
 

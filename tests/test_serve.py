@@ -577,6 +577,28 @@ def test_who_may_check_in(home, store, tmp_path):
     assert server.said.count(server.said[0]) == 1
 
 
+def test_a_check_in_that_cannot_be_read_keeps_nobody_else_out(home, store, tmp_path, monkeypatch):
+    """Such as one whose owner alone may read it, in a shared directory."""
+    server = Server(home, tmp_path / "run", store, clients={"ann": 10, "ben": 10}, deadline_seconds=0.3)
+    for client in ("ann", "ben"):
+        write_document(store, f"{CHECK_INS}/{client}.json", CheckInDocument(client=client, examples=7))
+    read = store.fs.cat_file
+
+    def reading(path, *arguments, **options):
+        if path.endswith("/ann.json"):
+            raise PermissionError(13, "Permission denied")
+        return read(path, *arguments, **options)
+
+    monkeypatch.setattr(store.fs, "cat_file", reading)
+    round_server = RoundServer(server.run / "rounds", 1, server.journal, server.config, server.validate)
+    server.clients._patience = 5
+    server.clients.check_in(server.jobs, round_server)
+    assert server.jobs.check_ins == {"ben": CheckIn("ben", 7)}
+    [line] = [line for line in server.said if "'ann'" in line]
+    assert "can't take part until its check-in can be read: " in line
+    assert "Permission denied" in line
+
+
 def test_a_crowd_of_names_is_looked_at_up_to_a_number_and_the_federation_s_own_come_first(
     home, store, tmp_path, monkeypatch
 ):
