@@ -139,8 +139,10 @@ class StoreClients:
             self._check_that_it_is_free("")
             examples = load_examples(config.eval_data)
             begin()
-            for old in (INBOX, SECURE, VERDICTS):
-                self.store.remove(old)
+            # Of a former federation; the directories stay, which clients may not be allowed to make.
+            for home in (CHECK_INS, INBOX, SECURE, VERDICTS):
+                for name in self.store.names(home):
+                    self.store.remove(f"{home}/{name}")
             write_jsonl(examples, run / HELD_OUT)
             write_json(identity, {"run": uuid.uuid4().hex})
         self._id = json.loads(identity.read_text())["run"]

@@ -141,6 +141,7 @@ def test_processes_that_share_a_directory_end_with_the_bytes_of_one_process_whoe
         return processes.start(team, "join", store, "--client", team, "--key", tmp_path / f"{team}.pem", *words)
 
     server, blue, green = serve(), joins("blue"), joins("green")
+    until((store / ORDER).exists, processes)  # before which a server forgets who checked in
     # Someone who is only there, so that the round can't end before the server is killed.
     write_document(Store(str(store)), f"{CHECK_INS}/red.json", CheckInDocument(client="red", examples=6))
     until(lambda: list(cache.glob("clients/*/green/0001/adapter")), processes)
@@ -577,6 +578,27 @@ def test_who_may_check_in(home, store, tmp_path):
     assert server.said.count(server.said[0]) == 1
 
 
+def test_a_federation_that_begins_takes_nothing_of_the_one_before_and_one_that_goes_on_keeps_all(home, tmp_path):
+    path = tmp_path / "store"
+    store = Store(str(path))
+    places = [f"{CHECK_INS}/ann.json", f"{INBOX}/0001/ann/1/{FAILED}", f"{VERDICTS}/0001/ann/1.json"]
+
+    def leave():
+        for place in places:
+            write_document(store, place, CheckInDocument(client="ann", examples=1))
+
+    leave()
+    for name in (CHECK_INS, INBOX):  # made by an operator, for clients that may not make them
+        (path / name).chmod(0o770)
+    write_document(store, ORDER, OrderDocument(run="0" * 32, state="over", round=1, attempt=0))
+    Server(home, tmp_path / "run", store)
+    assert [store.names(place) for place in (CHECK_INS, INBOX, VERDICTS)] == [[], [], []]
+    assert [oct((path / name).stat().st_mode & 0o777) for name in (CHECK_INS, INBOX)] == ["0o770", "0o770"]
+    leave()
+    Server(home, tmp_path / "run", store)
+    assert store.names(CHECK_INS) == ["ann.json"]
+
+
 def test_a_check_in_that_cannot_be_read_keeps_nobody_else_out(home, store, tmp_path, monkeypatch):
     """Such as one whose owner alone may read it, in a shared directory."""
     server = Server(home, tmp_path / "run", store, clients={"ann": 10, "ben": 10}, deadline_seconds=0.3)
@@ -756,6 +778,45 @@ def test_a_client_waits_for_an_order_as_long_as_its_patience(published, member):
     with pytest.raises(StoreError, match=r"had no new order for 0\.6 s \(--patience\); ask its server"):
         member(once=False, patience=0.6)
     assert time.monotonic() - began > 0.8  # an order for others is a sign of life
+
+
+def test_a_client_of_a_former_federation_waits_for_the_next_one_and_checks_in_again(store, published, member):
+    """The order of the former one lies in the store until the server begins, and then its check-ins are gone."""
+    published()
+    member()
+    published(state="over", work=[])
+    member(once=False)
+    assert member.said[-1] == "the federation is over after round 1"
+    client = threading.Thread(target=member, kwargs={"once": False, "patience": 30})
+    client.start()
+    wait_for(lambda: "waiting for the next one" in member.said[-1])
+    for place in (CHECK_INS, INBOX):
+        store.remove(place)
+    published(run="e" * 32, state="closed", round=0, attempt=0, work=[])
+    wait_for(lambda: store.names(CHECK_INS))
+    published(run="e" * 32)
+    wait_for(lambda: len(member.jobs) == 2)
+    published(run="e" * 32, state="over", work=[])
+    client.join(30)
+    assert not client.is_alive()
+    assert member.said[-1] == "the federation is over after round 1"
+    assert [line.startswith("the federation that was here is over") for line in member.said].count(True) == 1
+
+
+def test_who_comes_when_a_federation_is_over_and_has_no_part_in_it_waits_but_not_with_once(published, member):
+    published(state="over", work=[])
+    with pytest.raises(StoreError, match=r"had no new order for 0\.3 s"):
+        member(once=False, patience=0.3)
+    assert "ann has nothing to do with it any more; waiting for the next one" in member.said[-1]
+    member(once=True)
+    assert member.said[-1] == "the federation is over after round 1"
+
+
+def wait_for(true):
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_who_is_not_asked_waits(published, member):

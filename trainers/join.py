@@ -9,6 +9,7 @@ What is kept between rounds, and when the process is killed, lies in the cache:
                                  trained under (trained.json), secrets of its attempts; sent.json while the server has
                                  not said what became of the update
     clients/RUN/NAME/state/      what it keeps from round to round
+    clients/RUN/NAME/over.json   the round after which it was said that the federation is over
 
 The store is not trusted: an order may hold nothing but bounded training arguments (`orders.py`), and what is fetched is
 checked against digests and sizes before it is opened. With the server's key what nobody else signed is refused, too
@@ -65,6 +66,7 @@ from hf_fedlarge.voice import DEFAULT_CACHE, SENT, Ear, server_keys
 
 logger = logging.getLogger(__name__)
 _TRAINED = "trained.json"
+_OVER = "over.json"
 
 
 def join(
@@ -198,19 +200,19 @@ class _Member:
 
     def take_part(self, once: bool, poll: float, patience: float) -> None:
         """Answer orders until the federation is over; a store that can't be reached is tried again."""
-        checked_in, last, since = False, None, time.monotonic()
+        checked_in, last, since = None, None, time.monotonic()
         while time.monotonic() - since <= patience:
             try:
-                if not checked_in:
-                    write_document(self._store, f"{CHECK_INS}/{self._client}.json", self._check_in)
-                    checked_in = True
-                    self._report(f"{self._client} checked in at {self._store.url}")
                 order = self._ear.hear()
+                run = order.run if order else ""
+                if checked_in != run:  # a federation that begins forgets who checked in before
+                    write_document(self._store, f"{CHECK_INS}/{self._client}.json", self._check_in)
+                    checked_in = run
+                    self._report(f"{self._client} checked in at {self._store.url}")
+                if order is not None and order.state == "over" and self._leaves(order, last, once):
+                    return
                 if order != last:
                     last, since = order, time.monotonic()
-                if order is not None and order.state == "over":
-                    self._report(f"the federation is over after round {order.round}")
-                    return
                 is_open = order is not None and (order.state == "open" if self._step else order.is_open)
                 work = order.work_of(self._client) if is_open else None
                 if work is not None and order.step != self._answered:
@@ -225,6 +227,24 @@ class _Member:
                 self._report(f"{error} Trying again.")
             time.sleep(poll)
         raise StoreError(f"{self._store.url} had no new order for {patience:g} s (--patience); ask its server.")
+
+    def _leaves(self, order: OrderDocument, last: OrderDocument | None, once: bool) -> bool:
+        """Whether it was this client's federation that is over, and not a former one in the same store."""
+        home = self._ear.home(order)
+        told = home / _OVER
+        was_there = last is not None and last.run == order.run and last.state != "over"
+        was_asked = list(home.glob("[0-9]*")) and not (told.exists() and json.loads(told.read_text()) == order.round)
+        if once or was_there or was_asked:
+            self._report(f"the federation is over after round {order.round}")
+            home.mkdir(parents=True, exist_ok=True)
+            write_json(told, order.round)
+            return True
+        if order != last:
+            self._report(
+                f"the federation that was here is over after round {order.round}, and {self._client} has nothing to do "
+                "with it any more; waiting for the next one"
+            )
+        return False
 
     def _answer(self, order: OrderDocument, work: Work) -> None:
         """Train and send the update, or why there is none; what is done already is not done again."""

@@ -79,8 +79,6 @@ def serve(count: int, megabytes: float, work: Path) -> dict[str, Any]:
         "training": {"max_steps": 1},
     }
     (work / "federation.yaml").write_text(json.dumps(federation))
-    for name in names:
-        write_document(store, f"{CHECK_INS}/{name}.json", CheckInDocument(client=name, examples=1000))
     words = ["serve", work / "federation.yaml", "--store", store.url, "--output", work / "run", "--poll", "0.1"]
     with (work / "log").open("wb") as log:
         server = subprocess.Popen(
@@ -96,11 +94,19 @@ def serve(count: int, megabytes: float, work: Path) -> dict[str, Any]:
             server.wait()
 
 
-def _round(server: subprocess.Popen[bytes], store: Store, names: list[str], work: Path) -> dict[str, Any]:
-    while (order := read_document(store, ORDER, OrderDocument)) is None or order.state != "open":
+def _order(server: subprocess.Popen[bytes], store: Store, state: str) -> OrderDocument:
+    while (order := read_document(store, ORDER, OrderDocument)) is None or order.state != state:
         if server.poll() is not None:
             raise RuntimeError("The server ended.")
         time.sleep(0.1)
+    return order
+
+
+def _round(server: subprocess.Popen[bytes], store: Store, names: list[str], work: Path) -> dict[str, Any]:
+    _order(server, store, "closed")  # before which a server forgets who checked in
+    for name in names:
+        write_document(store, f"{CHECK_INS}/{name}.json", CheckInDocument(client=name, examples=1000))
+    order = _order(server, store, "open")
     order_work = order.work_of(names[0])
     store.get(order_work.package, work / "package", PackageManifest)
     adapter = store.get(order_work.adapter, work / "adapter", AdapterManifest, leave_out=SERVER_FILES)
