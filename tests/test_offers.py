@@ -166,7 +166,7 @@ def test_who_cannot_use_what_changed_takes_the_whole_and_it_is_counted(rounds, w
     if what == "of other tensors":
         plain = apply_change
         monkeypatch.setattr(
-            "hf_fedlarge.trainers.join.apply_change",
+            "hf_fedlarge.trainers.fetch.apply_change",
             lambda previous, change, output: plain(previous, other_tensors(change, tmp_path), output),
         )
     rounds.fetched()

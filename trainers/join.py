@@ -23,22 +23,13 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hf_fedlarge.artifacts import (
-    SERVER_FILES,
-    AdapterManifest,
-    PackageManifest,
-    read_manifest,
-    sha256_of,
-    verify_files,
-    write_json,
-    writing,
-)
+from hf_fedlarge.artifacts import PackageManifest, write_json, writing
 from hf_fedlarge.data import load_examples
 from hf_fedlarge.errors import ArtifactError, FedLargeError, OutputError, StoreError
 from hf_fedlarge.jobs import ClientJob, Train, training_of
@@ -48,7 +39,6 @@ from hf_fedlarge.orders import (
     FAILED,
     PATIENCE_SECONDS,
     WHOLE,
-    Change,
     CheckInDocument,
     OrderDocument,
     Work,
@@ -58,7 +48,7 @@ from hf_fedlarge.orders import (
     write_document,
 )
 from hf_fedlarge.store import Store
-from hf_fedlarge.traffic import apply_change
+from hf_fedlarge.trainers.fetch import fetch_adapter
 from hf_fedlarge.trainers.launch import in_process
 from hf_fedlarge.trainers.secure import SecureMember
 from hf_fedlarge.update import outcome
@@ -324,60 +314,16 @@ class _Member:
             raise ArtifactError(f"the update has {size} bytes; the order takes {work.update_bytes} at most")
 
     def _get_adapter(self, order: OrderDocument, work: Work, home: Path, adapter: Path) -> None:
-        """Fetch what changed since the round before, if the order has that for this client, or the whole adapter."""
-        bounds = {"most_bytes": work.adapter_bytes, "leave_out": SERVER_FILES}
-        change = work.change if work.change and self._client in work.change.clients else None
         place = inbox(order.round, self._client, order.attempt)
 
-        def make(manifest: AdapterManifest, directory: Path) -> None:
-            try:
-                self._apply(change, home, work.adapter_bytes, manifest, directory)
-            except (ArtifactError, StoreError) as error:
-                self._report(f"round {order.round}: fetching the whole adapter: {error}")
-                # Said before it is fetched, so that it is counted.
-                write_document(self._store, f"{place}/{WHOLE}", failure(str(error)))
-                if self._step:
-                    raise _WholeWanted from error
+        def take_whole(cause: str) -> None:
+            self._report(f"round {order.round}: fetching the whole adapter: {cause}")
+            # Said before it is fetched, so that it is counted.
+            write_document(self._store, f"{place}/{WHOLE}", failure(cause))
+            if self._step:
+                raise _WholeWanted(cause)
 
-        self._store.get(work.adapter, adapter, AdapterManifest, **bounds, local=make if change else None)
-
-    def _apply(self, change: Change, home: Path, most_bytes: int, manifest: AdapterManifest, directory: Path) -> None:
-        """Make in `directory` what files of an adapter can be made of the one before and of what changed.
-
-        Raises:
-            ArtifactError: the one before isn't here, or what was made isn't what it should be.
-            StoreError: what changed can't be fetched.
-        """
-        previous, before = self._previous(change, home)
-        if sum(entry.size for entry in change.files.values()) > most_bytes:
-            raise ArtifactError(f"what changed is announced as larger than the adapter's {most_bytes} bytes.")
-        for name, entry in manifest.files.items():
-            made = directory / name
-            if name in SERVER_FILES or made.exists():
-                continue
-            if before.files.get(name) == entry:
-                shutil.copyfile(previous / name, made)
-            elif name in change.files:
-                changed = directory / f".{change.files[name].sha256}"
-                try:
-                    self._store.get_file(change.files[name], changed)
-                    apply_change(previous / name, changed, made)
-                finally:  # what isn't in the manifest has no place in an adapter
-                    changed.unlink(missing_ok=True)
-            else:
-                continue
-            if sha256_of(made) != entry.sha256:
-                made.unlink()
-                raise ArtifactError(f"{name} made of the one before and of what changed isn't what its manifest says.")
-
-    def _previous(self, change: Change, home: Path) -> tuple[Path, AdapterManifest]:
-        for previous in sorted(home.glob("[0-9]*/adapter")):
-            with suppress(ArtifactError):
-                before = read_manifest(previous, AdapterManifest)
-                if before.digest == change.since:
-                    verify_files(previous, before, unneeded=SERVER_FILES)
-                    return previous, before
-        raise ArtifactError(f"the adapter {change.since[:12]}… of the round before is not here, or damaged.")
+        fetch_adapter(self._store, work, self._client, home, adapter, take_whole)
 
     def _is_in_time(self, order: OrderDocument) -> bool:
         now = self._ear.order()
