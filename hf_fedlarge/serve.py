@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from hf_fedlarge.admission import Admission
 from hf_fedlarge.artifacts import SERVER_FILES, AdapterManifest, UpdateManifest, read_manifest, write_json
 from hf_fedlarge.ciphers import check_that_secrets_can_be_shared
 from hf_fedlarge.clients import HELD_OUT, write_check_ins
@@ -35,7 +36,6 @@ from hf_fedlarge.orders import (
     PATIENCE_SECONDS,
     SECURE,
     VERDICTS,
-    CheckInDocument,
     FailureDocument,
     OrderDocument,
     Said,
@@ -48,7 +48,6 @@ from hf_fedlarge.orders import (
     verdict,
     write_document,
 )
-from hf_fedlarge.plan import CheckIn
 from hf_fedlarge.retention import clear
 from hf_fedlarge.rounds import Report, drive
 from hf_fedlarge.secure_serve import SecureRound
@@ -59,7 +58,6 @@ from hf_fedlarge.voice import signed
 
 logger = logging.getLogger(__name__)
 _IDENTITY = "store.json"
-_MAX_CHECK_INS = 10_000
 
 
 def serve_federation(
@@ -149,6 +147,7 @@ class StoreClients:
         found = self._check_that_it_is_free(self._id)
         if found is None or found.state == "over":
             self._close(0, 0)
+        self._admission = Admission(self.store, self._id, self._key, self.say)
         return None
 
     def _check_that_it_is_free(self, own: str) -> OrderDocument | None:
@@ -175,7 +174,7 @@ class StoreClients:
         since = time.monotonic()
         until = since + (self._config.deadline_seconds or math.inf)
         while True:
-            known = self.patiently(self._checked_in) or []
+            known = self.patiently(self._admission.look, self._config.clients, jobs.least_bytes) or []
             able = [one for one in known if one.memory_bytes is None or one.memory_bytes >= jobs.least_bytes]
             if len(able) >= (wanted if time.monotonic() < until else least):
                 break
@@ -184,33 +183,6 @@ class StoreClients:
             time.sleep(self.poll)
         write_check_ins(self._run, known)
         jobs.read_check_ins()
-
-    def _checked_in(self) -> list[CheckIn]:
-        known, declared = [], self._config.clients
-        names = self.store.names(CHECK_INS)
-        if len(names) > _MAX_CHECK_INS:
-            self.say(f"{len(names)} names checked in; {_MAX_CHECK_INS} are looked at, the federation's own first")
-            names.sort(key=lambda name: name.removesuffix(".json") not in (declared or ()))
-        for name in names[:_MAX_CHECK_INS]:
-            client = name.removesuffix(".json")
-            try:
-                if declared is not None and client not in declared:
-                    raise ArtifactError("it is not among the federation's clients")
-                said = read_document(self.store, f"{CHECK_INS}/{name}", CheckInDocument)
-                if said is None:
-                    continue
-                if name != f"{said.client}.json":
-                    raise ArtifactError(f"it says that it is {said.client}")
-                if declared is not None and said.examples > declared[client]:
-                    raise ArtifactError(f"it says {said.examples} examples; expected {declared[client]} at most")
-            except ArtifactError as error:
-                self.say(f"{client!a:.140} can't take part: {error}")
-                continue
-            except StoreError as error:  # of this one file, such as one that its owner alone may read
-                self.say(f"{client!a:.140} can't take part until its check-in can be read: {error}")
-                continue
-            known.append(CheckIn(client, said.examples, said.memory_bytes))
-        return known
 
     def answers(
         self, jobs: Jobs, server: RoundServer, order: Order, asked: Callable[[str], None]

@@ -197,22 +197,39 @@ class Ear:
         """Report once what the server says of an update that was sent, also by this client's process before."""
         number, attempt = int(sent.parent.name), json.loads(sent.read_text())["attempt"]
         place = verdict(number, self._client, attempt)
+        # What another federation left in the same place is not about this update.
+        about = (order.run, self._client, number, attempt)
+        said = self.said(
+            place,
+            VerdictDocument,
+            lambda said: (said.run, said.client, said.round, said.attempt) == about,
+            f"round {number}: what the server says of the update",
+        )
+        if said is not None:
+            self._report(said.sentence)
+            sent.unlink()
+
+    def said(self, path: str, kind: type[SaidT], is_meant: Callable[[SaidT], bool], what: str) -> SaidT | None:
+        """What the server left for this client at `path`; None: nothing, what is not meant, or what can't be read.
+
+        The last is reported once, as of `what`: whoever left that, the server may yet say something.
+
+        Raises:
+            StoreError: the store can't be read.
+        """
         try:
-            said = read_document(self._store, place, VerdictDocument)
-            # What another federation left in the same place is not about this update.
-            about = said and (said.run, said.client, said.round, said.attempt)
-            if about != (order.run, self._client, number, attempt):
-                return
+            said = read_document(self._store, path, kind)
+            if said is None or not is_meant(said):
+                return None
             if self._server is not None:
-                check_said(said, server_keys(self._server), f"{self._store.url}/{place}")
-        except ArtifactError as error:  # whoever left that, the server may yet say something
-            problem = f"round {number}: what the server says of the update can't be read: {error}"
+                check_said(said, server_keys(self._server), f"{self._store.url}/{path}")
+        except ArtifactError as error:
+            problem = f"{what} can't be read: {error}"
             if problem not in self._unbelieved:
                 self._unbelieved.add(problem)
                 self._report(problem)
-        else:
-            self._report(said.sentence)
-            sent.unlink()
+            return None
+        return said
 
 
 def _are_done_with(secrets: Path, order: OrderDocument) -> bool:

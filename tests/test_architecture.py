@@ -71,7 +71,7 @@ LEVELS = [
         "retention",
     },
     {"engine", "fit", "gradients", "robust", "wire", "voice"},
-    {"shrink", "streaming", "client_state", "privacy"},
+    {"shrink", "streaming", "client_state", "privacy", "admission"},
     {"feedback", "scaffold"},
     {"update"},
     {"package", "merge", "combine", "traffic"},

@@ -53,7 +53,19 @@ from hf_fedlarge.flower.letters import put_in
 from hf_fedlarge.flower.mailbox import GRACE_SECONDS, Mailbox
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import allow, fingerprint, new_key, read_key, revoke
-from hf_fedlarge.orders import FAILED, ORDER, WHOLE, OrderDocument, Work, as_bytes, inbox
+from hf_fedlarge.orders import (
+    CHECK_INS,
+    FAILED,
+    ORDER,
+    VERDICTS,
+    WHOLE,
+    CheckInDocument,
+    OrderDocument,
+    Work,
+    as_bytes,
+    inbox,
+    write_document,
+)
 from hf_fedlarge.plan import CheckIn
 from hf_fedlarge.report import traffic
 from hf_fedlarge.store import Store, object_path
@@ -807,6 +819,23 @@ def test_a_server_that_was_started_again_tells_everybody_of_the_end(home, cohort
     said = capsys.readouterr().out
     assert said.count("round 1: the update counts") == 3
     assert said.count("the federation is over after round 1") == 3
+
+
+def test_who_may_not_take_part_is_told_of_the_end_as_everybody(home, cohort, capsys):
+    """Why it may not lies beside verdicts on updates, and is none of them."""
+    server = cohort.serve(deadline_seconds=60)
+    server.open()
+    server.ask()
+    server.close()
+    write_document(cohort.mailbox, f"{CHECK_INS}/ben.json", CheckInDocument(client="ben", examples=11))
+    server.clients._admission.look({"ben": 10})
+    assert cohort.mailbox.names(f"{VERDICTS}/{CHECK_INS}/ben") == ["refused.json"]
+    server.clients.end(server.adapter(1))
+    capsys.readouterr()
+    cohort.mailbox.say_goodbye(30.0, 0.02)
+    said = capsys.readouterr().out
+    assert said.count("round 1: the update counts") == 4
+    assert said.count("the federation is over after round 1") == 4
 
 
 def test_an_end_that_the_server_did_not_sign_ends_nothing(home, cohort, capsys):

@@ -20,6 +20,7 @@ from federation import LORA, TEAMS, adapter_digests, events, make_update, run_te
 from served import CLIENTS, Server, make_home
 from test_store import objects
 
+from hf_fedlarge.admission import RefusalDocument, refusal
 from hf_fedlarge.artifacts import (
     MANIFEST_NAME,
     SERVER_FILES,
@@ -34,7 +35,7 @@ from hf_fedlarge.cli import main
 from hf_fedlarge.clients import write_check_ins
 from hf_fedlarge.config import LoraSettings, load_federation
 from hf_fedlarge.errors import ArtifactError, ConfigError, DataError, OutputError, StoreError
-from hf_fedlarge.keys import allow, new_key, revoke
+from hf_fedlarge.keys import allow, new_key, read_key, revoke
 from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.memory import used_bytes
 from hf_fedlarge.orders import (
@@ -60,6 +61,7 @@ from hf_fedlarge.serve import StoreClients, serve_federation
 from hf_fedlarge.server import RoundServer
 from hf_fedlarge.store import Store
 from hf_fedlarge.trainers.join import join
+from hf_fedlarge.voice import signed
 
 # A whole federation, in processes
 
@@ -576,6 +578,65 @@ def test_who_may_check_in(home, store, tmp_path):
     assert "'eve' can't take part: it is not among the federation's clients" in said
     assert "'cleo' can't take part: it says that it is ann" in said
     assert server.said.count(server.said[0]) == 1
+    assert store.names(f"{VERDICTS}/{CHECK_INS}") == ["ben", "cleo", "eve"]
+    note = read_document(store, refusal("ben"), RefusalDocument)
+    assert note.sentence == "the server says: ben can't take part: it says 11 examples; expected 10 at most"
+    assert note.is_about(server.clients._id, CheckInDocument(client="ben", examples=11))
+    assert not note.is_about(server.clients._id, CheckInDocument(client="ben", examples=10))
+    assert not note.is_about("0" * 32, CheckInDocument(client="ben", examples=11))
+    # Who mends it is taken, and no longer told otherwise.
+    write_document(store, f"{CHECK_INS}/ben.json", CheckInDocument(client="ben", examples=10, memory_bytes=5))
+    assert CheckIn("ben", 10, 5) in server.clients._admission.look(server.config.clients)
+    assert store.names(f"{VERDICTS}/{CHECK_INS}/ben") == []
+    # Neither is who is in the file when the server is started again.
+    server.clients.prepare(server.config, server.run, lambda: None)
+    assert store.names(f"{VERDICTS}/{CHECK_INS}") == []
+    server.clients._admission.look(server.config.clients, least_bytes=6)
+    note = read_document(store, refusal("ben"), RefusalDocument)
+    assert note.sentence.endswith("it says 5 bytes of memory; expected 6 at least")
+
+
+def test_a_note_that_cannot_be_written_keeps_nobody_else_out(home, store, tmp_path, monkeypatch):
+    server = Server(home, tmp_path / "run", store, clients={"ann": 10, "ben": 10})
+    for client, examples in {"ann": 11, "ben": 10}.items():
+        write_document(store, f"{CHECK_INS}/{client}.json", CheckInDocument(client=client, examples=examples))
+    monkeypatch.setattr(Store, "write", lambda *_: (_ for _ in ()).throw(StoreError("the line is dead")))
+    assert server.clients._admission.look(server.config.clients) == [CheckIn("ben", 10)]
+    assert server.said[-1] == "'ann' can't be told that it can't take part: the line is dead"
+
+
+@pytest.mark.parametrize("signs", [True, False])
+def test_a_client_that_is_not_taken_learns_why_and_waits(home, store, member, tmp_path, signs):
+    """Here the file says a row less than it has; the rows that it would hold out count, too."""
+    public = new_key(tmp_path / "server.pem", "server").split()[2]
+    key, known = read_key(tmp_path / "server.pem"), {"server_key": public} if signs else {}
+    server = Server(home, tmp_path / "run", store, clients={"ann": 11, "ben": 10}, key=key if signs else None)
+    client = threading.Thread(target=member, kwargs={"once": False, **known})
+    client.start()
+    wait_for(lambda: store.names(CHECK_INS))
+    for _ in range(2):
+        server.clients._admission.look(server.config.clients)
+        wait_for(lambda: any("can't take part" in line for line in member.said))
+    over = OrderDocument(run=server.clients._id, state="over", round=1, attempt=0)
+    write_document(store, ORDER, signed(over, key if signs else None))
+    client.join(60)
+    assert not client.is_alive()
+    sentence = "the server says: ann can't take part: it says 12 examples; expected 11 at most"
+    assert [line for line in member.said if "can't" in line] == [sentence]
+
+
+def test_what_others_say_of_who_may_take_part_is_not_believed(home, store, published, member, tmp_path):
+    public, _ = (new_key(tmp_path / f"{name}.pem", name).split()[2] for name in ("server", "eve"))
+    key, other = (read_key(tmp_path / f"{name}.pem") for name in ("server", "eve"))
+    order = published(clients=["ben"])
+    write_document(store, ORDER, signed(order, key))
+    note = RefusalDocument(run=order.run, client="ann", cause="go home")
+    write_document(store, refusal("ann"), signed(note, other))
+    with pytest.raises(StoreError, match="had no new order"):
+        member(server_key=public, patience=0.5)
+    [line] = [line for line in member.said if "can't" in line]
+    assert line.startswith("why the server can't take this client can't be read: ")
+    assert "is signed with the key" in line
 
 
 def test_a_federation_that_begins_takes_nothing_of_the_one_before_and_one_that_goes_on_keeps_all(home, tmp_path):
@@ -617,18 +678,18 @@ def test_a_check_in_that_cannot_be_read_keeps_nobody_else_out(home, store, tmp_p
     server.clients.check_in(server.jobs, round_server)
     assert server.jobs.check_ins == {"ben": CheckIn("ben", 7)}
     [line] = [line for line in server.said if "'ann'" in line]
-    assert "can't take part until its check-in can be read: " in line
+    assert "can't take part: its check-in can't be read: " in line
     assert "Permission denied" in line
 
 
 def test_a_crowd_of_names_is_looked_at_up_to_a_number_and_the_federation_s_own_come_first(
     home, store, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("hf_fedlarge.serve._MAX_CHECK_INS", 3)
+    monkeypatch.setattr("hf_fedlarge.admission._MAX_CHECK_INS", 3)
     server = Server(home, tmp_path / "run", store, clients={"zoe": 10})
     for client in (*CLIENTS, "zoe"):
         write_document(store, f"{CHECK_INS}/{client}.json", CheckInDocument(client=client, examples=1))
-    assert server.clients._checked_in() == [CheckIn("zoe", 1)]
+    assert server.clients._admission.look(server.config.clients) == [CheckIn("zoe", 1)]
     assert server.said[0] == "5 names checked in; 3 are looked at, the federation's own first"
     assert len(server.said) == 3
 

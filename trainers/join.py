@@ -29,6 +29,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from hf_fedlarge.admission import RefusalDocument, refusal
 from hf_fedlarge.artifacts import PackageManifest, write_json, writing
 from hf_fedlarge.data import load_examples
 from hf_fedlarge.errors import ArtifactError, FedLargeError, OutputError, StoreError
@@ -187,6 +188,7 @@ class _Member:
         self._store, self._check_in, self._client = store, check_in, check_in.client
         self._data, self._eval_data, self._cache, self._report, self._train = data, eval_data, cache, report, train
         self._answered: tuple[str, int, int, str] | None = None
+        self._refused: str | None = None
 
     def take_part(self, once: bool, poll: float, patience: float) -> None:
         """Answer orders until the federation is over; a store that can't be reached is tried again."""
@@ -205,6 +207,8 @@ class _Member:
                     last, since = order, time.monotonic()
                 is_open = order is not None and (order.state == "open" if self._step else order.is_open)
                 work = order.work_of(self._client) if is_open else None
+                if order is not None and order.state != "over" and work is None:
+                    self._hear_refusal(order.run)
                 if work is not None and order.step != self._answered:
                     self._answer(order, work)
                     self._answered, since = order.step, time.monotonic()
@@ -235,6 +239,18 @@ class _Member:
                 "with it any more; waiting for the next one"
             )
         return False
+
+    def _hear_refusal(self, run: str) -> None:
+        """Report once why the server can't take this client; it may yet, so this one waits."""
+        said = self._ear.said(
+            refusal(self._client),
+            RefusalDocument,
+            lambda said: said.is_about(run, self._check_in),
+            "why the server can't take this client",
+        )
+        if said is not None and said.sentence != self._refused:
+            self._refused = said.sentence
+            self._report(said.sentence)
 
     def _answer(self, order: OrderDocument, work: Work) -> None:
         """Train and send the update, or why there is none; what is done already is not done again."""

@@ -238,7 +238,8 @@ class Mailbox(Store):
 
     def _told(self, order: OrderDocument, client: str) -> dict[str, bytes]:
         """What the server has written for a client: its last verdict, and what the stage needs."""
-        homes = [f"{VERDICTS}/{number}/{client}" for number in sorted(self.names(VERDICTS))]
+        rounds = [name for name in sorted(self.names(VERDICTS)) if name.isdecimal()]
+        homes = [f"{VERDICTS}/{number}/{client}" for number in rounds]
         said = [f"{home}/{name}" for home in homes for name in sorted(self.names(home), key=_number)]
         paths = said[-1:]
         if order.is_later_stage:
