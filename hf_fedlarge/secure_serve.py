@@ -127,7 +127,7 @@ class SecureRound:
     def _pass_on_shares(self, roster: secagg.Roster) -> Answers:
         if self._server.stage(self._order, "shares"):
             return
-        write_document(self._store, f"{self._place}/{ROSTER}", roster)
+        self._leave(ROSTER, roster)
         for client in roster.names:
             self._told(client, "down", ROSTER, roster)
         self._publish("shares", roster.names)
@@ -138,7 +138,7 @@ class SecureRound:
         sent = yield from self._gather(roster.names, SHARES, secagg.Shares, check)
         self._need(sent, max(quorum(roster), self._least), "have shared their secrets")
         for client, boxes in secagg.delivered(sent).items():
-            write_document(self._store, f"{self._place}/{boxes_name(client)}", boxes)
+            self._leave(boxes_name(client), boxes)
             self._told(client, "down", SHARES, boxes)
         self._server.staged(self._order, "shares", sharers=sorted(sent))
 
@@ -175,7 +175,7 @@ class SecureRound:
         found = yield from self._gather(survivors, AGREED, Agreed, check, quorum(roster))
         self._need(found, quorum(roster), "have signed who the survivors are")
         agreement = Agreement(signatures={client: message.signature for client, message in found.items()})
-        write_document(self._store, f"{self._place}/{AGREEMENT}", agreement)
+        self._leave(AGREEMENT, agreement)
         for client in survivors:
             self._told(client, "down", AGREEMENT, agreement)
         self._server.staged(self._order, "agree", signers=sorted(found))
@@ -304,6 +304,9 @@ class SecureRound:
         roster = secagg.Roster.model_validate(json.loads((self._home / ROSTER).read_text()))
         assert roster.digest == self._server.stage(self._order, "keys")["roster"]
         return roster
+
+    def _leave(self, name: str, document: Record) -> None:
+        self._clients.insist(write_document, self._store, f"{self._place}/{name}", document)
 
     def _told(self, client: str, way: str, what: str, message: Record) -> None:
         self._server.told(self._order, client, way, what, len(as_bytes(message)))

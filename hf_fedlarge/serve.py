@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hf_fedlarge.admission import Admission
 from hf_fedlarge.artifacts import SERVER_FILES, AdapterManifest, UpdateManifest, read_manifest, write_json
@@ -58,6 +58,7 @@ from hf_fedlarge.voice import signed
 
 logger = logging.getLogger(__name__)
 _IDENTITY = "store.json"
+T = TypeVar("T")
 
 
 def serve_federation(
@@ -80,7 +81,8 @@ def serve_federation(
         report: told of each step in a line.
         stop: end with an error where two rounds in a row made the full model worse than the base.
         poll: seconds between two looks into the store.
-        patience: seconds after which it ends where nobody checks in or, without a deadline, answers.
+        patience: seconds after which it ends where nobody checks in or, without a deadline, answers, or where the
+            store can't be written.
         key: the file of the server's private key, which signs what it says to clients; None: it is not signed.
 
     Returns:
@@ -100,7 +102,7 @@ class StoreClients:
         store: where orders are published and updates come in.
         report: told what is wrong with a check-in or the store, and who is waited for.
         poll: seconds between two looks into the store.
-        patience: seconds after which waiting for clients ends with an error.
+        patience: seconds after which waiting for clients, or for the store to be written, ends with an error.
         packages: another store, for packages; None: they lie with the orders.
         key: signs orders and verdicts; None: they are not signed.
     """
@@ -203,9 +205,9 @@ class StoreClients:
                 yield from self._plain_answers(jobs, server, order, waiting)
         except UpdateRefusedError:  # the attempt is abandoned, and what was good in it does not count either
             self.patiently(lambda: self._tell(server, order, refused=True))
-            self._close(order.round, order.attempt)
+            self.insist(self._close, order.round, order.attempt)
             raise
-        self._close(order.round, order.attempt)
+        self.insist(self._close, order.round, order.attempt)
 
     def _plain_answers(
         self, jobs: Jobs, server: RoundServer, order: Order, waiting: list[str]
@@ -234,9 +236,10 @@ class StoreClients:
 
     def end(self, adapter: Path) -> None:
         """Tell the clients, and leave them what came of it."""
-        digest = self.store.put(adapter, leave_out=SERVER_FILES)
+        digest = self.insist(lambda: self.store.put(adapter, leave_out=SERVER_FILES))
         number = read_manifest(adapter, AdapterManifest).round
-        self._announce(ORDER, OrderDocument(run=self._id, state="over", round=number, attempt=0, adapter=digest))
+        over = OrderDocument(run=self._id, state="over", round=number, attempt=0, adapter=digest)
+        self.insist(self._announce, ORDER, over)
         for home in (INBOX, SECURE):
             self.patiently(clear, self.store, home, number + 1)
         self.patiently(self._forget, number + 1)
@@ -244,7 +247,21 @@ class StoreClients:
     def publish(
         self, jobs: Jobs, server: RoundServer, order: Order, waiting: list[str], secure: SecureOrder | None = None
     ) -> OrderDocument:
-        """Ask clients for what an order wants of them, or for a stage of it, in a document."""
+        """Ask clients for what an order wants of them, or for a stage of it, in a document.
+
+        What time is left for it counts from when the store could be written.
+        """
+        left = server.seconds_left
+
+        def ask() -> OrderDocument:
+            server.begin_wait(left)
+            return self._publish(jobs, server, order, waiting, secure)
+
+        return self.insist(ask)
+
+    def _publish(
+        self, jobs: Jobs, server: RoundServer, order: Order, waiting: list[str], secure: SecureOrder | None
+    ) -> OrderDocument:
         work = []
         for tier in jobs.tiers:
             clients = [client for client in waiting if jobs.tier_of(client, order.round) is tier]
@@ -342,6 +359,23 @@ class StoreClients:
         except StoreError as error:
             self._report(f"{error}")
             return None
+
+    def insist(self, write: Callable[..., T], *arguments: Any) -> T:
+        """What `write` gives; where the store can't be written just now it is tried again while patience lasts.
+
+        Raises:
+            StoreError: it couldn't be written in all that time.
+        """
+        since = None
+        while True:
+            try:
+                return write(*arguments)
+            except StoreError as error:
+                since = since or time.monotonic()
+                if time.monotonic() - since > self._patience:
+                    raise
+                self._report(f"{error} Trying again.")
+                time.sleep(self.poll)
 
     def check_patience(self, since: float, what: str) -> None:
         """End with a StoreError what has been waited for long enough."""

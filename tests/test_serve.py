@@ -473,6 +473,49 @@ def test_a_store_that_fails_for_a_while_is_tried_again(home, store, tmp_path, mo
     assert server.said.count("the line is dead") == 4
 
 
+def test_what_the_server_writes_is_tried_again_and_the_deadline_counts_from_when_it_is_there(
+    home, store, tmp_path, monkeypatch
+):
+    """The package, the order, its closing, the verdict, the last adapter and the end: each fails for a while."""
+    server = Server(home, tmp_path / "run", store, clients={"ann": 10}, deadline_seconds=30)
+    write_check_ins(server.run, [CheckIn("ann", 10)])
+    server.open()
+    server.round.begin_wait(0.2)  # less than the store is away for
+    failures, plain = {}, {name: getattr(Store, name) for name in ("write", "put")}
+
+    def failing(name):
+        def wrapper(self, *arguments, **options):
+            state = json.loads(arguments[1]).get("state", "verdict") if name == "write" else name
+            failures[state] = failures.get(state, 0) + 1
+            if failures[state] <= 15:
+                raise StoreError(f"the line is dead for {state}.")
+            if state == "open":
+                send(home, store, "ann")
+            return plain[name](self, *arguments, **options)
+
+        return wrapper
+
+    for name in plain:
+        monkeypatch.setattr(Store, name, failing(name))
+    server.ask()
+    assert set(server.round.accepted) == {"ann"}
+    server.clients.end(server.adapter(0))
+    assert read_document(store, ORDER, OrderDocument).state == "over"
+    assert failures.keys() == {"put", "open", "verdict", "closed", "over"}
+    for state in failures.keys() - {"verdict"}:
+        assert server.said.count(f"the line is dead for {state}. Trying again.") == 15
+
+
+def test_a_store_that_cannot_be_written_is_given_up_when_patience_ends(home, store, tmp_path, monkeypatch):
+    server = Server(home, tmp_path / "run", store)
+    server.open()
+    server.clients._patience = 0.1
+    monkeypatch.setattr(Store, "write", lambda *_: (_ for _ in ()).throw(StoreError("the line is dead.")))
+    with pytest.raises(StoreError, match="the line is dead"):
+        server.ask()
+    assert "the line is dead. Trying again." in server.said
+
+
 def test_a_late_update_is_kept_for_the_next_round_where_the_policy_says_so(home, store, tmp_path):
     server = Server(home, tmp_path / "run", store, deadline_seconds=0.5, late="buffer")
     server.open()
