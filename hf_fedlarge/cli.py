@@ -298,7 +298,7 @@ def _join(options: argparse.Namespace) -> None:
     from hf_fedlarge.trainers.join import join
 
     hide_bars()
-    names = ("eval_data", "cache", "once", "poll", "patience", "key", "keys", "server_key", "memory_budget")
+    names = ("eval_data", "cache", "once", "poll", "patience", "key", "keys", "server_key", "memory_budget", "result")
     given = {name: getattr(options, name) for name in names}
     join(options.store, options.client, options.data, report=_report, **given)
 

@@ -131,6 +131,7 @@ def add_joining(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--server-key", metavar="KEY", help="64 digits, or a list: the key that signs what the server says"
     )
+    parser.add_argument("--result", type=Path, metavar="DIR", help="keep the last adapter here at the end (not kept)")
     parser.add_argument("--once", action="store_true", help="leave after one round")
     _poll(parser)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hf_fedlarge.admission import Admission
-from hf_fedlarge.artifacts import SERVER_FILES, AdapterManifest, UpdateManifest, read_manifest, write_json
+from hf_fedlarge.artifacts import UNPUBLISHED_FILES, AdapterManifest, UpdateManifest, read_manifest, write_json
 from hf_fedlarge.ciphers import check_that_secrets_can_be_shared
 from hf_fedlarge.clients import HELD_OUT, write_check_ins
 from hf_fedlarge.config import FederationConfig
@@ -235,8 +235,8 @@ class StoreClients:
         self.patiently(self._tell, server, order)
 
     def end(self, adapter: Path) -> None:
-        """Tell the clients, and leave them what came of it."""
-        digest = self.insist(lambda: self.store.put(adapter, leave_out=SERVER_FILES))
+        """Tell the clients, and leave them what came of it, as it is published: with its carry."""
+        digest = self.insist(lambda: self.store.put(adapter, leave_out=UNPUBLISHED_FILES))
         number = read_manifest(adapter, AdapterManifest).round
         over = OrderDocument(run=self._id, state="over", round=number, attempt=0, adapter=digest)
         self.insist(self._announce, ORDER, over)

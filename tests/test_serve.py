@@ -22,13 +22,16 @@ from test_store import objects
 
 from hf_fedlarge.admission import RefusalDocument, refusal
 from hf_fedlarge.artifacts import (
+    CARRY_WEIGHTS,
     MANIFEST_NAME,
     SERVER_FILES,
+    UNPUBLISHED_FILES,
     AdapterManifest,
     PackageManifest,
     UpdateManifest,
     describe_files,
     read_manifest,
+    verify_files,
     write_manifest,
 )
 from hf_fedlarge.cli import main
@@ -654,7 +657,7 @@ def test_a_client_that_is_not_taken_learns_why_and_waits(home, store, member, tm
     public = new_key(tmp_path / "server.pem", "server").split()[2]
     key, known = read_key(tmp_path / "server.pem"), {"server_key": public} if signs else {}
     server = Server(home, tmp_path / "run", store, clients={"ann": 11, "ben": 10}, key=key if signs else None)
-    client = threading.Thread(target=member, kwargs={"once": False, **known})
+    client = threading.Thread(target=member, kwargs={"once": False, **known}, daemon=True)
     client.start()
     wait_for(lambda: store.names(CHECK_INS))
     for _ in range(2):
@@ -891,7 +894,7 @@ def test_a_client_of_a_former_federation_waits_for_the_next_one_and_checks_in_ag
     published(state="over", work=[])
     member(once=False)
     assert member.said[-1] == "the federation is over after round 1"
-    client = threading.Thread(target=member, kwargs={"once": False, "patience": 30})
+    client = threading.Thread(target=member, kwargs={"once": False, "patience": 30}, daemon=True)
     client.start()
     wait_for(lambda: "waiting for the next one" in member.said[-1])
     for place in (CHECK_INS, INBOX):
@@ -905,6 +908,73 @@ def test_a_client_of_a_former_federation_waits_for_the_next_one_and_checks_in_ag
     assert not client.is_alive()
     assert member.said[-1] == "the federation is over after round 1"
     assert [line.startswith("the federation that was here is over") for line in member.said].count(True) == 1
+
+
+def finished(home, store, run):
+    """A server at the end of a federation of one round."""
+    server = Server(home, run, store, clients={"ann": 12, "ben": 10}, deadline_seconds=60)
+    write_check_ins(server.run, [CheckIn("ann", 12), CheckIn("ben", 10)])
+    server.open()
+    for client in ("ann", "ben"):
+        send(home, store, client)
+    server.ask()
+    server.close(settings=server.config)
+    server.clients.end(server.adapter(1))
+    return server
+
+
+def test_a_client_keeps_what_came_of_the_federation(home, store, member, tmp_path, monkeypatch):
+    """As it is published, with what didn't fit into its rank; a store that fails on the way is tried again."""
+    server, result, download, failed = finished(home, store, tmp_path / "run"), tmp_path / "mine", Store._download, []
+
+    def failing(self, path, entry, target):
+        if not failed:
+            failed.append(path)
+            raise StoreError("the line is dead.")
+        return download(self, path, entry, target)
+
+    monkeypatch.setattr(Store, "_download", failing)
+    with pytest.raises(StoreError, match="had no new order"):  # of a federation that isn't this client's
+        member(once=False, result=result, patience=0.2)
+    assert not result.exists()
+    home_of_ann = tmp_path / "cache" / "clients" / server.clients._id / "ann" / "0001"
+    home_of_ann.mkdir(parents=True)  # it trained for that
+    member(once=False, result=result)
+    assert failed
+    manifest = read_manifest(result, AdapterManifest)
+    assert manifest == read_manifest(server.adapter(1), AdapterManifest)
+    assert {path.name for path in result.iterdir()} == {MANIFEST_NAME, *manifest.files} - UNPUBLISHED_FILES
+    assert CARRY_WEIGHTS in manifest.files
+    verify_files(result, manifest, unneeded=UNPUBLISHED_FILES)
+    assert member.said[-2:] == [
+        f"{result} is the federation's adapter, digest {manifest.digest[:12]}",
+        "the federation is over after round 1",
+    ]
+    # Once more, with what is there already, or in place of an older one.
+    shutil.rmtree(result)
+    shutil.copytree(home / "start", result)
+    for _ in range(2):
+        member(once=True, result=result)
+        assert read_manifest(result, AdapterManifest) == manifest
+
+
+def test_a_result_that_was_changed_in_the_store_is_not_kept(home, store, member, tmp_path):
+    finished(home, store, tmp_path / "run")
+    weights = read_manifest(tmp_path / "run" / "rounds" / "0001" / "adapter", AdapterManifest).files[CARRY_WEIGHTS]
+    path = f"{store._root}/objects/{weights.sha256[:2]}/{weights.sha256}"
+    store.fs.pipe_file(path, flipped(store.fs.cat_file(path)))
+    with pytest.raises(ArtifactError, match="has the SHA-256"):
+        member(result=tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+
+
+def test_what_is_no_adapter_is_not_replaced_by_a_result(home, store, member, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    for result in (tmp_path / "mine", home / "package", home / "data.jsonl"):
+        with pytest.raises(OutputError, match=r"\(--result\) is there and is no adapter of hf-fedlarge"):
+            member(result=result)
+    assert not store.names(CHECK_INS)
 
 
 def test_who_comes_when_a_federation_is_over_and_has_no_part_in_it_waits_but_not_with_once(published, member):

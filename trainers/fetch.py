@@ -1,4 +1,5 @@
-"""What a client fetches of adapters: what changed since the one that it has, where that is of use, or all of it."""
+"""What a client fetches of adapters: what changed since the one that it has, where that is of use, or all of it; and in
+the end what came of the federation."""
 
 from __future__ import annotations
 
@@ -7,9 +8,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from hf_fedlarge.artifacts import SERVER_FILES, AdapterManifest, read_manifest, sha256_of, verify_files
-from hf_fedlarge.errors import ArtifactError, StoreError
-from hf_fedlarge.orders import Change, Work
+from hf_fedlarge.artifacts import (
+    SERVER_FILES,
+    UNPUBLISHED_FILES,
+    AdapterManifest,
+    manifest_kind,
+    read_manifest,
+    sha256_of,
+    verify_files,
+)
+from hf_fedlarge.errors import ArtifactError, OutputError, StoreError
+from hf_fedlarge.orders import Change, OrderDocument, Work
 from hf_fedlarge.store import Store
 from hf_fedlarge.traffic import apply_change
 
@@ -41,6 +50,33 @@ def fetch_adapter(
 
     bounds = {"most_bytes": work.adapter_bytes, "leave_out": SERVER_FILES}
     store.get(work.adapter, adapter, AdapterManifest, **bounds, local=make if change else None)
+
+
+def check_result(result: Path) -> None:
+    """Refuse a directory for the last adapter that has something else in it.
+
+    Raises:
+        OutputError: it has.
+    """
+    is_free = not result.exists() or (result.is_dir() and not any(result.iterdir()))
+    if not (is_free or manifest_kind(result) == "adapter"):
+        raise OutputError(f"{result} (--result) is there and is no adapter of hf-fedlarge; choose another directory.")
+
+
+def fetch_result(store: Store, order: OrderDocument, result: Path, report: Callable[[str], None]) -> None:
+    """Have the adapter that an order names as the federation's last at `result`, in place of an adapter there.
+
+    Raises:
+        ArtifactError: what the store has is not what the order names.
+        StoreError: the store can't be read.
+        OutputError: `result` is something else, or can't be written.
+    """
+    if order.adapter is None:
+        report(f"{result} is not made: the order that ends the federation names no adapter")
+        return
+    check_result(result)
+    store.get(order.adapter, result, AdapterManifest, leave_out=UNPUBLISHED_FILES)
+    report(f"{result} is the federation's adapter, digest {order.adapter[:12]}")
 
 
 def _apply(

@@ -1,6 +1,6 @@
 """A client of a federation that is served over a store: it waits for orders, trains, and sends updates.
 
-    hf-fedlarge join URL --client lab-3 --data mine.jsonl
+    hf-fedlarge join URL --client lab-3 --data mine.jsonl --result adapter
 
 What is kept between rounds, and when the process is killed, lies in the cache:
 
@@ -49,7 +49,7 @@ from hf_fedlarge.orders import (
     write_document,
 )
 from hf_fedlarge.store import Store
-from hf_fedlarge.trainers.fetch import fetch_adapter
+from hf_fedlarge.trainers.fetch import check_result, fetch_adapter, fetch_result
 from hf_fedlarge.trainers.launch import in_process
 from hf_fedlarge.trainers.secure import SecureMember
 from hf_fedlarge.update import outcome
@@ -78,6 +78,7 @@ def join(
     keys: Path | None = None,
     server_key: str | None = None,
     memory_budget: str | None = None,
+    result: Path | None = None,
 ) -> None:
     """Take part in a federation until it is over. A client that was killed goes on when it is started again.
 
@@ -101,12 +102,14 @@ def join(
         server_key: the server's public key, in 64 hexadecimal digits, or the path of a list of its keys, of which one
             has to have signed what the server says; None: whoever can write the store is believed.
         memory_budget: what training may take of memory of its own (`2GiB`); None: little, and more time.
+        result: the directory to keep the federation's last adapter in when it is over; None: it is not fetched.
 
     Raises:
         ConfigError: a name that can't be a client's, a budget that is none, or a key or list that is none.
         DataError: the examples can't be read.
         ArtifactError: the order can't be read, holds what no order may, is not the server's, or is an old one.
-        OutputError: another process of this client is at work, or `cache` can't be written.
+        OutputError: another process of this client is at work, `cache` or `result` can't be written, or `result` is
+            something else than an adapter.
         StoreError: there was no new order for as long as `patience`.
     """
     check_in = describe_client(client, data, memory_budget)
@@ -118,6 +121,8 @@ def join(
         read_allowed(keys)
     if server_key is not None:
         server_keys(server_key)
+    if result is not None:
+        check_result(result)
     store, cache = Store(url), (cache or DEFAULT_CACHE).expanduser()
     package_store = Store(packages) if packages else store
     with _alone(cache / "clients", client):
@@ -136,6 +141,7 @@ def join(
             keys,
             step,
             {"memory_budget": memory_budget} if memory_budget else {},
+            result,
         )
         member.take_part(once, poll, patience)
 
@@ -180,8 +186,9 @@ class _Member:
         keys: Path | None,
         step: bool,
         own_training: dict[str, Any],
+        result: Path | None,
     ) -> None:
-        self._step, self._own_training = step, own_training
+        self._step, self._own_training, self._result = step, own_training, result
         self._key, self._package_store, self._ear = key, package_store, ear
         self._must_be_secure = keys is not None
         self._secure = SecureMember(store, ear.order, check_in.client, key, keys, report)
@@ -223,12 +230,17 @@ class _Member:
         raise StoreError(f"{self._store.url} had no new order for {patience:g} s (--patience); ask its server.")
 
     def _leaves(self, order: OrderDocument, last: OrderDocument | None, once: bool) -> bool:
-        """Whether it was this client's federation that is over, and not a former one in the same store."""
+        """Whether it was this client's federation that is over, and not a former one in the same store.
+
+        What came of it is fetched first: where that fails, it is tried again.
+        """
         home = self._ear.home(order)
         told = home / _OVER
         was_there = last is not None and last.run == order.run and last.state != "over"
         was_asked = list(home.glob("[0-9]*")) and not (told.exists() and json.loads(told.read_text()) == order.round)
         if once or was_there or was_asked:
+            if self._result is not None:
+                fetch_result(self._store, order, self._result, self._report)
             self._report(f"the federation is over after round {order.round}")
             home.mkdir(parents=True, exist_ok=True)
             write_json(told, order.round)
