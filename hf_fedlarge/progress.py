@@ -23,6 +23,16 @@ def progress_bar(what: str, total: int | None, unit: str = "B") -> Iterator[Call
         yield advance
 
 
+def by_tenths(report: Callable[[str], None], what: str, layers: int) -> Callable[[int], None]:
+    """A function that is told of every layer that is done, and reports a line for each tenth of them."""
+
+    def advance(done: int) -> None:
+        if done * 10 // layers > (done - 1) * 10 // layers:
+            report(f"{what}: {done} of {layers} layers are done")
+
+    return advance
+
+
 def hide_bars() -> None:
     """Of all the bars of all the clients, those of the training steps tell enough."""
     from transformers.utils import logging

@@ -39,7 +39,6 @@ from hf_fedlarge.artifacts import (
     verify_files,
     write_json,
 )
-from hf_fedlarge.calibrate import make_package, plan_package
 from hf_fedlarge.clients import HELD_OUT, SimulatedClients
 from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import FederationConfig
@@ -58,7 +57,7 @@ from hf_fedlarge.privacy import spent
 from hf_fedlarge.report import peaks, traffic
 from hf_fedlarge.secure_sum import aggregate_sum
 from hf_fedlarge.server import Order, RoundServer
-from hf_fedlarge.tier_packages import check_packages, make_tiers, max_length
+from hf_fedlarge.tier_packages import check_packages, make_tier_package, make_tiers, max_length
 from hf_fedlarge.transfer import transfer_report
 from hf_fedlarge.update import outcome, validate_update
 from hf_fedlarge.weighting import weighing
@@ -155,10 +154,7 @@ class _Federation:
         if prepared:
             self.report(prepared)
         if not self.package.exists():
-            plan = plan_package(self.checkpoint, self.config)
-            self.report(plan.describe())
-            base_id = self.config.base_id or (self.config.checkpoint if self.revision else None)
-            make_package(plan, self.config, self.package, base_id=base_id, revision=self.revision)
+            make_tier_package(self.checkpoint, self.config, self.config, self.package, self.revision, self.report)
         package = read_manifest(self.package, PackageManifest)
         verify_files(self.package, package)
         if not self._adapter(0).exists():

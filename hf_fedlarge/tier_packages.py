@@ -18,6 +18,7 @@ from hf_fedlarge.budget import parse_bytes
 from hf_fedlarge.calibrate import check_plan, make_package, plan_package
 from hf_fedlarge.config import FederationConfig, LoraSettings, PackageSettings
 from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.progress import by_tenths
 from hf_fedlarge.tiers import client_bytes, describe_fit, fit_memory
 
 DEFAULT_MAX_LENGTH = 1024  # of SFTConfig
@@ -62,6 +63,32 @@ def check_packages(checkpoint: Path, config: FederationConfig) -> None:
         check_plan(checkpoint, tier.package)
 
 
+def make_tier_package(
+    checkpoint: Path,
+    config: FederationConfig,
+    settings: PackageSettings,
+    directory: Path,
+    revision: str | None,
+    report: Callable[[str], None],
+) -> None:
+    """Make one package, with a line now and then: a large model takes hours.
+
+    Args:
+        checkpoint: the full model's directory.
+        config: the run's.
+        settings: the package's own.
+        directory: to make.
+        revision: of the Hub, that the checkpoint came from.
+        report: told of the plan, and of layers that are done.
+    """
+    layers = load_config(checkpoint).num_hidden_layers
+    plan = plan_package(checkpoint, settings, by_tenths(report, "choosing", layers))
+    report(plan.describe())
+    base_id = config.base_id or (config.checkpoint if revision else None)
+    fitting = by_tenths(report, "fitting", layers)
+    make_package(plan, settings, directory, base_id=base_id, revision=revision, fitting=fitting)
+
+
 def make_tiers(
     checkpoint: Path, config: FederationConfig, run: Path, revision: str | None, report: Callable[[str], None]
 ) -> list[Tier]:
@@ -83,8 +110,7 @@ def make_tiers(
             report(line)
         directory = run / "packages" / name
         if not directory.exists():
-            base_id = config.base_id or (config.checkpoint if revision else None)
-            make_package(plan_package(checkpoint, own), own, directory, base_id=base_id, revision=revision)
+            make_tier_package(checkpoint, config, own, directory, revision, report)
         tiers.append(Tier(name, directory, lora, memory))
     return tiers
 

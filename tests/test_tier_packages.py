@@ -1,0 +1,35 @@
+"""A run's packages: a large one takes hours, and somebody waits."""
+
+import pytest
+from families import make_checkpoint
+
+from hf_fedlarge.artifacts import PackageManifest, read_manifest
+from hf_fedlarge.config import FederationConfig
+from hf_fedlarge.progress import by_tenths
+from hf_fedlarge.tier_packages import make_tier_package
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(3, [1, 2, 3]), (10, [*range(1, 11)]), (32, 10)])
+def test_a_line_for_each_tenth_and_the_last_layer(layers, expected):
+    lines = []
+    told = by_tenths(lines.append, "fitting", layers)
+    for done in range(1, layers + 1):
+        told(done)
+    assert lines[-1] == f"fitting: {layers} of {layers} layers are done"
+    if isinstance(expected, int):
+        assert len(lines) == expected
+    else:
+        assert lines == [f"fitting: {done} of {layers} layers are done" for done in expected]
+
+
+def test_who_waits_for_a_package_is_told_what_is_done(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", layers=3, tokenizer=True)
+    config = FederationConfig(
+        checkpoint=str(checkpoint), data={"source": "stdlib"}, keep_neurons=0.5, base_id="me/model"
+    )
+    lines = []
+    make_tier_package(checkpoint, config, config, tmp_path / "package", None, lines.append)
+    assert read_manifest(tmp_path / "package", PackageManifest).base.id == "me/model"
+    plan = next(line for line in lines if "keep 3 of 3 layers" in line)
+    assert lines.index(plan) < lines.index("fitting: 1 of 3 layers are done")
+    assert lines[-1] == "fitting: 3 of 3 layers are done"
