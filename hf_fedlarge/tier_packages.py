@@ -59,8 +59,10 @@ def check_packages(checkpoint: Path, config: FederationConfig) -> None:
     """
     plan = check_plan(checkpoint, config)
     target_linears(plan.architecture, config.lora)
-    for tier in _wanted(checkpoint, config, _first_bytes(checkpoint, config, len(plan.kept), plan.package_bytes)):
-        check_plan(checkpoint, tier.package)
+    if config.tiers:
+        needed = _first_bytes(checkpoint, config, len(plan.kept), plan.package_bytes)
+        for tier in _wanted(checkpoint, config, needed):
+            check_plan(checkpoint, tier.package)
 
 
 def make_tier_package(
