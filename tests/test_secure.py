@@ -606,6 +606,28 @@ def reason_of(store, client):
     return wait_for(store, f"{inbox(1, client, 1)}/{FAILED}", FailureDocument).reason
 
 
+def test_what_the_server_leaves_in_a_stage_is_written_again_where_the_store_fails(
+    home, federation, tmp_path, known, monkeypatch
+):
+    server, members = federation(keys=str(known["keys"]), options=known)
+    write, failures = Store.write, {}
+
+    def failing(self, path, content):
+        if path.startswith("secure/"):
+            failures[path] = failures.get(path, 0) + 1
+            if failures[path] <= 2:
+                raise StoreError("the line is dead.")
+        write(self, path, content)
+
+    monkeypatch.setattr(Store, "write", failing)
+    with together(server, members):
+        server.whole()
+    expected = plain(home, tmp_path / "plain", "ffa", CLIENTS)
+    assert difference(read_factors(server.adapter(1)), expected) < 1e-8 + ROUNDING
+    assert len(failures) == 2 + len(CLIENTS)  # the roster, each one's boxes, the agreement
+    assert set(failures.values()) == {3}
+
+
 @pytest.mark.parametrize("stage", ["masked", "agree", "reveal"])
 def test_clients_that_agree_sum_up_whoever_of_them_is_lost_when(home, federation, store, tmp_path, known, stage):
     seconds = {"stage_seconds": 4.0} if stage == "masked" else {}  # in the others nobody waits for one of four
