@@ -12,7 +12,7 @@ from hf_fedlarge.journal import Journal
 from hf_fedlarge.trainers.launch import LAUNCHERS
 
 STEPS = {
-    rounds: ("write_json", "make_package", "start_adapter", "aggregate_updates", "merge"),
+    rounds: ("write_json", "make_tier_package", "start_adapter", "aggregate_updates", "merge"),
     clients: ("check_in",),
     server: ("write_json", "commit_directory"),
 }
