@@ -580,12 +580,11 @@ def test_a_node_that_does_not_say_who_it_is_takes_no_part(cohort, reply, sentenc
 
 
 def test_who_is_offline_is_not_checked_in(cohort):
-    server = cohort.serve(clients=dict.fromkeys(CLIENTS, 12))
-    assert cohort.mailbox.names("check_ins") == []
+    server = cohort.serve(clients=dict.fromkeys(CLIENTS, 12))  # which has asked who is there
     assert len(cohort.mailbox.names("check_ins")) == len(CLIENTS)
     cohort.nodes["dan"].online = False
     assert cohort.mailbox.names("check_ins") == ["ann.json", "ben.json", "cleo.json"]
-    assert [known.client for known in server.clients._checked_in()] == ["ann", "ben", "cleo"]
+    assert [known.client for known in server.clients._admission.look(None)] == ["ann", "ben", "cleo"]
 
 
 def test_answers_to_other_messages_and_replies_that_cannot_be_read_spoil_nothing(cohort, monkeypatch):

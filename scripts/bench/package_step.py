@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--micro-batch-size", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=160, help="the longest")
     parser.add_argument("--labelled-fraction", type=float, default=0.5, help="the last share of every sequence")
-    parser.add_argument("--steps", type=int, default=12, help="optimizer steps a run; the first is not counted")
+    parser.add_argument("--steps", type=int, default=24, help="optimizer steps a run; the first is not counted")
     parser.add_argument("--memory-budget", help="see `hf-fedlarge train --help`")
     parser.add_argument("--optim", help="the optimizer, as SFTConfig names it")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each package, in turn")
