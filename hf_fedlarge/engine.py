@@ -210,8 +210,7 @@ class StreamingEngine:
         return [_Part(part, part.lay(call.arguments)) for part in rows]
 
     def _make_plan(self, call: _BlockCall, hidden: torch.Tensor, spans: list[Span]) -> None:
-        can_measure = not torch.is_inference_mode_enabled()
-        if self._token_bytes is None and can_measure:
+        if self._token_bytes is None and not torch.is_inference_mode_enabled():
             self._token_bytes = self._measure(call, hidden, spans[0])
         self._held = 0
         self._plan = plan_activations(

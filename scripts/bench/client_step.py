@@ -163,6 +163,12 @@ def trainer_arguments(options: argparse.Namespace, directory: str) -> dict[str, 
     }
 
 
+def import_ours() -> None:
+    """Load what our side needs, before its memory is looked at; the client first, as it sets up torch."""
+    for name in ("trainers.client", "trainers.streaming_trainer", "adapters", "package"):
+        importlib.import_module(f"hf_fedlarge.{name}")
+
+
 def streaming_trainer(
     options: argparse.Namespace, package: Path, arguments: dict[str, Any], common: dict[str, Any]
 ) -> Any:
@@ -188,8 +194,7 @@ def measure(options: argparse.Namespace) -> Figures:
         options.sequence_length *= options.micro_batches * options.micro_batch_size
         options.micro_batches = options.micro_batch_size = 1
     if ours:
-        # First, as in a client: it sets what torch must know before it loads.
-        importlib.import_module("hf_fedlarge.trainers.client")
+        import_ours()
     import torch
     from datasets import Dataset
     from peft import LoraConfig

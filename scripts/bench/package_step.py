@@ -14,14 +14,13 @@ the process had after its imports, and what share of the first package's time th
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
-from client_step import examples, streaming_trainer, trainer_arguments
+from client_step import examples, import_ours, streaming_trainer, trainer_arguments
 from harness import Figures, MemoryPeak, alternate, surroundings, write_report
 from rich.console import Console
 from rich.table import Table
@@ -65,7 +64,7 @@ def main() -> int:
 
 def measure(options: argparse.Namespace, package: Path) -> Figures:
     """Train on one package in this process; returns the figures."""
-    importlib.import_module("hf_fedlarge.trainers.client")  # first: it sets what torch must know before it loads
+    import_ours()
     from datasets import Dataset
     from step_timer import StepTimer
 
