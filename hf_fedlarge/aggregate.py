@@ -181,12 +181,12 @@ def averaged(
     frozen = None if trained == "both" else "BA".index(trained)
     totals = [torch.zeros_like(factor, dtype=torch.float64) for factor in first]
     terms = merged(_deviations(changes, parent))
-    dtype = torch.float32 if is_estimated(terms) else torch.float64
+    many = is_estimated(terms)
     for stack in stacks(terms):
-        weights_G = torch.tensor(stack.coefficients, dtype=dtype)
+        weights_G = torch.tensor(stack.coefficients, dtype=torch.float64)
         for index, (total, factors) in enumerate(zip(totals, (stack.A_GRI, stack.B_GOR), strict=True)):
             if index != frozen:
-                _add_mean(total, weights_G, factors)
+                _add_mean(total, weights_G, factors, many)
             elif not torch.equal(factors, first[index].expand_as(factors)):
                 raise ConfigError(f"Clients' {'AB'[index]} differ, though only {trained} was to be trained; use exact.")
         if probes is not None:
@@ -196,11 +196,11 @@ def averaged(
     return Factors(*totals)
 
 
-def _add_mean(total: torch.Tensor, weights_G: torch.Tensor, factors: torch.Tensor) -> None:
-    """Add the weighted sum over the first dimension, computed in the weights' dtype."""
+def _add_mean(total: torch.Tensor, weights_G: torch.Tensor, factors: torch.Tensor, many: bool) -> None:
+    """Add the weighted sum over the first dimension; computed in fp32 where there are `many` and they are that."""
     sums, values_GX = total.view(-1), factors.flatten(1)
-    if weights_G.dtype == values_GX.dtype:
-        sums += weights_G @ values_GX
+    if many or values_GX.dtype == torch.float64:
+        sums += weights_G.to(values_GX.dtype) @ values_GX
         return
     for part, values in zip(sums.split(_PART), values_GX.split(_PART, dim=1), strict=True):
         part.addmv_(values.T.double(), weights_G)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hf_fedlarge.aggregate import Change, exact, fedavg, shares
 from hf_fedlarge.config import LoraSettings
 from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.privacy import with_noise
 from hf_fedlarge.products import Term, decompose, distance, inner
 from hf_fedlarge.tensors import Factors
 
@@ -468,6 +469,21 @@ def test_the_norm_of_many_columns_is_estimated():
     dense = dense_terms(terms)
     assert energy == pytest.approx(dense.square().sum().item(), rel=0.5)
     assert apart == pytest.approx((dense - dense_terms([mean])).square().sum().item(), rel=0.2)
+
+
+@pytest.mark.parametrize("trained", ["B", "both"])
+def test_noise_in_fp64_is_added_to_however_many_clients(trained):
+    """40 clients of rank 16 have more columns than are summed in fp64, among which privacy's noise is one change."""
+    parent = make_factors(16, 20, 30, seed=99)
+    clients = [make_factors(16, 20, 30, seed) for seed in range(40)]
+    if trained == "B":
+        clients = [Factors(parent.A_RI, B_OR) for _, B_OR in clients]
+    noisy = with_noise(parent, trained, 0.1)
+    changes = [Change(1 / 50, 2.0, client, parent) for client in clients] + [Change(1.0, 2.0, noisy, parent)]
+    result = fedavg(changes, 16, 2.0, parent=parent, trained=trained)
+    for found, before, noise, own in zip(result.factors, parent, noisy, zip(*clients, strict=True), strict=True):
+        expected = noise + sum(factor.double() - before for factor in own) / 50
+        torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=1e-6)
 
 
 def test_a_stays_as_near_to_the_parent_s_as_a_rotation_allows():
