@@ -72,6 +72,12 @@ def quantized(parts: Iterable[np.ndarray], count: int, limit: float, level: int)
     return words
 
 
+def count_told(values: np.ndarray, limit: float, level: int) -> int:
+    """How many of a vector's numbers `quantized` neither cuts to nothing nor clips."""
+    sizes = np.abs(values)
+    return int(np.count_nonzero((sizes * (level / limit) >= 1) & (sizes <= limit)))
+
+
 def mean_of(total: np.ndarray, limit: float, clients: int, count: int, *, equal: bool) -> Mean:
     """The mean of an unmasked sum: its error is below `count` · `limit` / (the sum of the levels) in each value.
 

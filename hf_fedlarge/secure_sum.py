@@ -30,7 +30,7 @@ from hf_fedlarge.artifacts import (
 from hf_fedlarge.combine import Part, combine
 from hf_fedlarge.config import AggregationSettings, FederationConfig
 from hf_fedlarge.errors import ArtifactError
-from hf_fedlarge.fixed_point import MORE_WORDS, Mean, mean_of, quantized, weight_level
+from hf_fedlarge.fixed_point import MORE_WORDS, Mean, count_told, mean_of, quantized, weight_level
 from hf_fedlarge.keys import PrivateKey, sign_update
 from hf_fedlarge.ledger import Draw
 from hf_fedlarge.lineage import check_continues, read_previous, seal
@@ -44,6 +44,8 @@ from hf_fedlarge.update import MASKED_WORDS, Expected
 
 SUM = ".secure/sum"  # in a round's work
 _TOLD = ("seconds", "peak_memory_bytes")  # of what a client measures
+# Of the numbers that a client changed: what has to arrive as more than a sign, so that it hides others in the sum.
+_TOLD_AT_LEAST = 0.75
 _TRAINED: dict[Trained, tuple[int, ...]] = {"both": (0, 1), "A": (0,), "B": (1,)}  # of a module's factors
 
 
@@ -79,6 +81,9 @@ def mask_update(
         roster: digest of who.
         add_masks: masks words in place.
         key: signs it; None: it is not signed.
+
+    Raises:
+        ArtifactError: the update is of another adapter, or the order would leave too little of its change.
     """
     manifest, parent = read_manifest(update, UpdateManifest), read_manifest(adapter, AdapterManifest)
     if manifest.adapter != parent.digest:
@@ -89,16 +94,29 @@ def mask_update(
         square = sum(squared_change(after.read(module), before.read(module)) for module in modules)
         [factor] = clip_factors(square[None], parent.privacy.clip)
 
-    def changes() -> Iterator[np.ndarray]:
-        for module in modules:
-            old, new = before.read(module), after.read(module)
-            for index in _TRAINED[parent.trains]:
-                yield factor * (new[index].double() - old[index].double()).flatten().numpy()
-
     count = _count((before.stored(module).shapes for module in modules), parent.trains)
     weight = 1 if order.weighting == "equal" else getattr(manifest, order.weighting)
     most = 1 if order.weighting == "equal" else order.most
-    words = quantized(changes(), count, order.limit, weight_level(weight, most, clients))
+    level = weight_level(weight, most, clients)
+    changed = told = 0
+
+    def changes() -> Iterator[np.ndarray]:
+        nonlocal changed, told
+        for module in modules:
+            old, new = before.read(module), after.read(module)
+            for index in _TRAINED[parent.trains]:
+                values = factor * (new[index].double() - old[index].double()).flatten().numpy()
+                changed += int(np.count_nonzero(values))
+                told += count_told(values, order.limit, level)
+                yield values
+
+    words = quantized(changes(), count, order.limit, level)
+    if told < _TOLD_AT_LEAST * changed:
+        raise ArtifactError(
+            f"the order's limit {order.limit:g} would cut to 0 or clip more than a quarter of the numbers that "
+            f"{manifest.client} changed, and so show what others changed; expected one that leaves three quarters of "
+            "them: have the server choose another secure.limit, or weighting: equal."
+        )
     add_masks(words)
     # How many steps were taken would tell how many examples there are.
     measured = {name: value for name, value in manifest.measured.items() if name in _TOLD}

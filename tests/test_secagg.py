@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 
 from hf_fedlarge import ciphers, secagg
 from hf_fedlarge.errors import ArtifactError
-from hf_fedlarge.fixed_point import levels, mean_of, quantized, weight_level
+from hf_fedlarge.fixed_point import count_told, levels, mean_of, quantized, weight_level
 from hf_fedlarge.keys import AllowedKeys, allow, new_key, read_allowed, read_key
 
 CONTEXT = "f" * 32 + "/1/1"
@@ -119,6 +119,17 @@ def test_a_quantized_vector_is_no_longer_than_it_was():
         back = quantized([values], 1000, 1.0, 5000)[:-2].view(np.int32) / 5000
         assert (np.abs(back) <= np.abs(values)).all()
         assert np.abs(back - values).max() < 1 / 5000
+
+
+@pytest.mark.parametrize(("least", "clients"), [(500, 5), (90, 10), (90, 100)])
+def test_at_the_default_limit_numbers_of_the_lightest_client_arrive(least, clients):
+    values = 1e-4 * np.random.default_rng(0).normal(size=5000)  # half of what a step of 2e-4 makes of a number
+    values[:10] *= 1000
+    level = weight_level(least, 2000, clients)
+    assert count_told(values, 1.0, level) > 0.98 * len(values)
+    words = quantized([values], len(values), 1.0, level)[:-2].view(np.int32)
+    assert count_told(values, 1.0, level) == np.count_nonzero(words)
+    assert count_told(values, 0.01, level) <= np.count_nonzero(np.abs(values) <= 0.01) < len(values)
 
 
 def test_a_sum_that_no_clients_can_have_sent_is_refused():

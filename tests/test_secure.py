@@ -24,7 +24,7 @@ from hf_fedlarge.artifacts import MANIFEST_NAME, AdapterManifest, UpdateManifest
 from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import AggregationSettings, PrivacySettings, SecureSettings
 from hf_fedlarge.data import from_rows, write_jsonl
-from hf_fedlarge.errors import ConfigError, StoreError, UpdateRefusedError
+from hf_fedlarge.errors import ArtifactError, ConfigError, StoreError, UpdateRefusedError
 from hf_fedlarge.fixed_point import levels
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import SIGNATURE_NAME, allow, new_key, read_key
@@ -41,11 +41,13 @@ from hf_fedlarge.orders import (
     REVEALED,
     SHARES,
     FailureDocument,
+    SecureOrder,
     TrainingOrder,
     inbox,
     read_document,
 )
 from hf_fedlarge.report import traffic
+from hf_fedlarge.secure_sum import mask_update
 from hf_fedlarge.store import Store
 from hf_fedlarge.tensors import Factors
 from hf_fedlarge.trainers.join import join
@@ -556,6 +558,29 @@ def test_nonsense_under_masks_gives_no_adapter(federation, monkeypatch):
             UpdateRefusedError, match=r"The sum has a value of .* sent something else than was asked for"
         ):
             server.ask()
+
+
+@pytest.mark.parametrize("limit", [30_000.0, 0.0001])
+def test_a_limit_that_leaves_the_heaviest_client_s_change_alone_is_refused_by_the_others(home, tmp_path, limit):
+    """Of 1,000 tokens something would be left in words, of 7 nothing; too low a limit makes signs of all numbers."""
+    order = SecureOrder(stage="masked", limit=limit, weighting="tokens", most=1000)
+    args = (home / "ffa" / "start", tmp_path / "masked", order)
+    with pytest.raises(ArtifactError, match="the numbers that dan changed, and so show what others changed"):
+        mask_update(home / "ffa" / "dan", *args, 4, "0" * 64, lambda words: None)
+    assert not (tmp_path / "masked").exists()
+    fine = order.model_copy(update={"limit": 1.0})
+    mask_update(home / "ffa" / "dan", *args[:2], fine, 4, "0" * 64, lambda words: None)
+
+
+def test_who_refuses_a_limit_is_left_out_and_the_server_told(federation):
+    server, members = federation(secure={"limit": 1e-4})
+    with together(server, members):
+        server.open()
+        with pytest.raises(UpdateRefusedError, match="0 clients have sent their masked updates"):
+            server.ask()
+    failed = server.journal.find("failed")
+    assert sorted(entry["client"] for entry in failed) == sorted(CLIENTS)
+    assert all("would cut to 0 or clip more than a quarter" in entry["reason"] for entry in failed)
 
 
 # Keys
