@@ -1,7 +1,7 @@
 """Files at any URL of fsspec: looked at before they are read, written whole, and nothing is waited for for ever.
 
 A file is bounded by its size before it is read, and a file that someone else may have put there as a link or a pipe is
-not followed. What goes wrong in any file system is one error, which names the place and what was asked.
+not followed (`directory.py`). What goes wrong in any file system is one error that names the place and what was asked.
 
 Left out: credentials, which each fsspec library finds as it always does, in the environment or its own files; and a
 bound on an answer that is longer than what was asked for, which fsspec reads to its end before anyone sees it.
@@ -17,7 +17,9 @@ from typing import Any
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.core import url_to_fs
 from fsspec.exceptions import FSTimeoutError
+from fsspec.implementations.local import LocalFileSystem
 
+from hf_fedlarge.directory import Directory
 from hf_fedlarge.errors import ArtifactError, ConfigError, StoreError
 
 REQUEST_SECONDS = 600.0  # for an answer, with some megabytes or none
@@ -45,6 +47,8 @@ class RemoteFiles:
             said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise ConfigError(f"{url} can't be opened as a store: {said:.300}.") from error
         self.url, self._root = url.rstrip("/"), root.rstrip("/")
+        if isinstance(self.fs, LocalFileSystem):
+            self.fs = Directory(self._root)
         protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
         self._whole_at_once = bool(protocols & _WHOLE_AT_ONCE)
 
@@ -137,6 +141,8 @@ class RemoteFiles:
                 self._call("mv", written, whole)
         except FileNotFoundError as error:
             raise StoreError(f"{self.url} can't be written ({error}); make the bucket or directory first.") from error
+        except ArtifactError as error:
+            raise StoreError(f"{self.url}/{path} can't be written: {error}") from error
 
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}"
@@ -151,7 +157,7 @@ class RemoteFiles:
             if isinstance(self.fs, AsyncFileSystem) and (coroutine := getattr(self.fs, f"_{operation}", None)):
                 return sync(self.fs.loop, coroutine, *arguments, timeout=seconds, **options)
             return getattr(self.fs, operation)(*arguments, **options)
-        except FileNotFoundError:
+        except (FileNotFoundError, ArtifactError):
             raise
         except FSTimeoutError as error:
             raise StoreError(f"{self.url} did not answer within {seconds:g} s ({operation}).") from error

@@ -20,7 +20,7 @@ LIBRARY = ROOT / "hf_fedlarge"
 # Imports point down: a module may import those of the lines above its own.
 LEVELS = [
     {"errors", "memory", "options"},
-    {"records", "ciphers", "fixed_point", "budget"},
+    {"records", "ciphers", "fixed_point", "budget", "directory"},
     {"coherence"},
     {"config", "layers", "stdlib_corpus", "blocks", "untrusted", "processor", "kernels"},
     {"ledger", "remote"},
@@ -94,7 +94,7 @@ ONE_IMPORTER = {
     "bitsandbytes": {"quantize"},
     "peft": {"adapters"},
     "datasets": {"data"},
-    "fsspec": {"remote"},
+    "fsspec": {"directory", "remote"},
     "huggingface_hub": {"hub"},
     "pyarrow": {"data"},
     "cryptography": {"keys", "ciphers"},  # signatures, and all else

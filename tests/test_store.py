@@ -1,5 +1,6 @@
 """A store never gives what it wasn't asked for, sends nothing twice, and goes on where a download broke off."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -462,6 +463,83 @@ def test_a_link_or_a_pipe_in_a_shared_directory_is_not_followed(tmp_path):
     os.mkfifo(tmp_path / "store" / "inbox" / "ann" / MANIFEST_NAME)
     with pytest.raises(ArtifactError, match="is not a plain file"):
         fetch(store, tmp_path / "got")
+
+
+def put_socket(path):
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(path))
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, os.mkdir, put_socket, lambda path: path.symlink_to("../../update/weights")])
+def test_what_takes_a_file_s_place_after_it_was_looked_at_is_not_read_or_waited_for(tmp_path, monkeypatch, put):
+    """As somebody can in a shared directory who watches when it is opened."""
+    monkeypatch.chdir(tmp_path)  # a socket's path may be no longer than 107 letters
+    store = Store(str(tmp_path / "store"))
+    store.send(make_update(tmp_path / "update"), "inbox/ann")
+    weights = Path("store/inbox/ann/weights")
+    weights.unlink()
+    put(weights)
+    monkeypatch.setattr(Store, "_size", lambda self, path: {"weights": 100}.get(path.rpartition("/")[2], 1000))
+    with pytest.raises(ArtifactError, match="weights is not a plain file; remove it"):
+        fetch(store, tmp_path / "got")
+    assert not (tmp_path / "got").exists()
+
+
+def test_a_client_s_folder_that_is_a_link_is_not_entered(tmp_path):
+    store = Store(str(tmp_path / "store"))
+    mine = make_update(tmp_path / "mine")
+    before = contents(mine)
+    (tmp_path / "store" / "inbox").mkdir(parents=True)
+    (tmp_path / "store" / "inbox" / "ann").symlink_to(mine)
+    with pytest.raises(ArtifactError, match="is behind ann, which is no directory; remove that"):
+        fetch(store, tmp_path / "got")
+    with pytest.raises(StoreError, match=r"can't be written: .* is behind ann"):
+        store.send(make_update(tmp_path / "other", b"o" * 100), "inbox/ann")
+    store.remove("inbox/ann")
+    assert contents(mine) == before
+
+
+@pytest.mark.parametrize("hook", ["what is written", "what it is renamed to"])
+def test_a_link_where_a_file_is_written_is_replaced_and_not_followed(tmp_path, hook):
+    store, mine = Store(str(tmp_path / "store")), tmp_path / "mine"
+    update = make_update(tmp_path / "update")
+    mine.write_text("dear")
+    (tmp_path / "store" / "inbox" / "ann").mkdir(parents=True)
+    for name in ("weights", MANIFEST_NAME):
+        place = tmp_path / "store" / "inbox" / "ann"
+        (place / (f".{name}.partial" if hook == "what is written" else name)).symlink_to(mine)
+    store.send(update, "inbox/ann")
+    store.write("inbox/ann/failed.json", b"{}")
+    assert mine.read_text() == "dear"
+    assert contents(place) == contents(update) | {"failed.json": b"{}"}
+    assert not any(path.is_symlink() for path in place.iterdir())
+
+
+def test_a_link_that_somebody_makes_while_a_file_is_written_is_not_followed(tmp_path, monkeypatch):
+    store, mine = Store(str(tmp_path / "store")), tmp_path / "mine"
+    mine.write_text("dear")
+    store.write("order.json", b"{}")
+    unlink = os.unlink
+
+    def unlinked(path, **options):
+        with contextlib.suppress(FileNotFoundError):
+            unlink(path, **options)
+        (tmp_path / "store" / path).symlink_to(mine)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", unlinked)
+        with pytest.raises(StoreError, match=r"failed \(pipe_file: FileExistsError"):
+            store.write("order.json", b"[]")
+    assert (mine.read_text(), store.read("order.json", 10)) == ("dear", b"{}")
+    store.write("order.json", b"[]")
+    assert store.names("") == ["order.json"]
+
+
+def test_a_store_may_be_reached_by_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "store").symlink_to(tmp_path / "disk")
+    Store(str(tmp_path / "store")).write("inbox/x", b"1")
+    assert Store(f"file://{tmp_path}/store/").read("inbox/x", 1) == b"1"
 
 
 def test_a_store_that_cannot_be_opened_or_written_is_said(tmp_path, package):
