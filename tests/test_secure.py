@@ -862,6 +862,36 @@ def test_a_client_that_is_asked_again_with_something_else_reveals_nothing(
     }[what] in failure.reason
 
 
+def test_shares_that_were_too_late_are_revealed_when_the_server_gives_the_stage_more_time(
+    federation, store, monkeypatch
+):
+    """As one does that was down at the deadline."""
+    server, members = federation()
+    publish = server.clients.publish
+
+    def publishing(jobs, round_server, order, waiting, secure):
+        if secure.stage == "reveal":
+            round_server.begin_wait(0.3)
+            publish(jobs, round_server, order, waiting, secure)
+            until(lambda: any("before the shares were ready" in line for line in members.said))
+            round_server.begin_wait(15)
+        document = publish(jobs, round_server, order, waiting, secure)
+        if secure.stage == "reveal":
+            until(lambda: "ann" in revealing(store))
+        return document
+
+    def told(client, order):
+        if (client, order.secure.stage) == ("ann", "reveal") and not late:
+            late.append(client)
+            until(lambda: time.time() > order.closes_at)
+        return order
+
+    late, members.told = [], told
+    monkeypatch.setattr(server.clients, "publish", publishing)
+    with together(server, members):
+        server.whole()
+
+
 def test_an_order_that_the_server_did_not_sign_has_nobody_reveal_shares_after_an_attempt_was_given_up(
     federation, store, tmp_path, monkeypatch
 ):

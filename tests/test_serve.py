@@ -1031,6 +1031,25 @@ def test_after_the_deadline_a_client_sends_only_what_will_be_kept(home, store, p
     assert bool(store.names(inbox(1, "ann", 1))) == (late == "buffer")
 
 
+def test_what_was_too_late_is_sent_when_the_server_comes_back_with_a_new_deadline(store, published, member):
+    def train(job):
+        trained.append(job.round)
+        make_update(job.output, job.package, job.client, adapter=job.adapter)
+        wait_for(lambda: time.time() > closes_at)
+
+    trained, closes_at = [], time.time() + 0.5
+    published(closes_at=closes_at)
+    thread = threading.Thread(target=member, args=(train,), kwargs={"once": False})
+    thread.start()
+    wait_for(lambda: any("was closed before" in line for line in member.said))
+    published(closes_at=time.time() + 60)
+    wait_for(lambda: MANIFEST_NAME in store.names(inbox(1, "ann", 1)))
+    published(closes_at=time.time() + 90)  # once more: it has answered
+    published(state="over", work=[])
+    thread.join(10)
+    assert (trained, sum("update sent" in line for line in member.said)) == ([1], 1)
+
+
 def test_after_the_round_was_closed_a_client_does_not_send(store, published, member):
     def train(job):
         make_update(job.output, job.package, job.client, adapter=job.adapter)

@@ -194,7 +194,7 @@ class _Member:
         self._secure = SecureMember(store, ear.order, check_in.client, key, keys, report)
         self._store, self._check_in, self._client = store, check_in, check_in.client
         self._data, self._eval_data, self._cache, self._report, self._train = data, eval_data, cache, report, train
-        self._answered: tuple[str, int, int, str] | None = None
+        self._answered: tuple[tuple[str, int, int, str], float | None] | None = None  # a step, and until when it was
         self._refused: str | None = None
 
     def take_part(self, once: bool, poll: float, patience: float) -> None:
@@ -216,13 +216,14 @@ class _Member:
                 work = order.work_of(self._client) if is_open else None
                 if order is not None and order.state != "over" and work is None:
                     self._hear_refusal(order.run)
-                if work is not None and order.step != self._answered:
+                # A server that was down at the deadline gives a new one, in which what came too late is in time.
+                if work is not None and (order.step, order.closes_at) != self._answered:
                     self._answer(order, work)
-                    self._answered, since = order.step, time.monotonic()
+                    self._answered, since = (order.step, order.closes_at), time.monotonic()
                     if self._step or (once and order.is_last_stage):
                         return
                     continue
-                if once and self._answered and (order is None or not order.goes_on(self._answered)):
+                if once and self._answered and (order is None or not order.goes_on(self._answered[0])):
                     return  # left out of a round's later stages
             except StoreError as error:
                 self._report(f"{error} Trying again.")
