@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 from hf_fedlarge.architectures import LogitTransform
-from hf_fedlarge.errors import DataError
+from hf_fedlarge.errors import ConfigError, DataError
 from hf_fedlarge.kernels import COMPUTED, kernels
 from hf_fedlarge.processor import product_dtype
 from hf_fedlarge.quantize import FrozenWeight
@@ -223,6 +223,31 @@ def causal_loss(
     return total / items
 
 
+class _Nothing(torch.Tensor):
+    """What a streamed head shows as its weight: shape, dtype and device. Whoever reads its numbers gets an error."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __new__(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Self:
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+
+    @classmethod
+    def __torch_dispatch__(cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Self:
+        if operation not in (torch.ops.aten.detach.default, torch.ops.aten._to_copy.default):
+            raise ConfigError(
+                "A streamed model's head has no dense weight, and something asked for it, as trl's own trainers do for "
+                "a loss: let the model compute its loss or logits itself, with StreamingLoraTrainer or transformers' "
+                "Trainer."
+            )
+        kept = {"dtype": args[0].dtype, "device": args[0].device}
+        return cls(args[0].shape, **kept | {key: value for key, value in (kwargs or {}).items() if key in kept})
+
+    def __repr__(self) -> str:
+        return f"the weight of a streamed head, {tuple(self.shape)}"
+
+
 def freeze_head(module: nn.Linear, head: StreamedHead) -> None:
     """Make an output head compute its logits by slices; it keeps no weight of its own."""
+    nothing = _Nothing(torch.Size(head.weight.shape), head.dtype, head.device)
+    module.weight = nn.Parameter(nothing, requires_grad=False)
     module.forward = head.logits

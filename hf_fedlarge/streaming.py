@@ -1,8 +1,9 @@
 """Attach a streaming engine to a Hugging Face model.
 
-The engine attaches to a model and not to a Trainer: training loops, evaluation and `generate` of transformers work on
-it as on any other. Decoder blocks stream (`hf_fedlarge.engine`), the embedding looks up only the rows a batch uses, and
-the head and the loss go through the vocabulary by slices (`hf_fedlarge.loss`).
+The engine attaches to a model and not to a Trainer: `Trainer`, evaluation and `generate` of transformers work on it as
+on any other, and so does a loop that takes the model's own loss or logits; one that multiplies by the head's weight
+gets an error. Decoder blocks stream (`hf_fedlarge.engine`), the embedding looks up only the rows a batch uses, and the
+head and the loss go through the vocabulary by slices (`hf_fedlarge.loss`).
 """
 
 from __future__ import annotations
@@ -72,9 +73,8 @@ def attach(
     embedding, output = model.get_submodule(architecture.embedding), model.get_submodule(architecture.head)
     placeholder = torch.full((1,), torch.nan, dtype=head.dtype, device=device)
     _stream_embedding(embedding, weights[f"{architecture.embedding}.weight"], placeholder)
-    output.weight = nn.Parameter(placeholder.expand(head.weight.shape), requires_grad=False)
     freeze_head(output, head)
-    _stream_loss(model, head, engine)
+    _stream_loss(model, architecture.head, head, engine)
     return engine
 
 
@@ -96,9 +96,9 @@ def _stream_embedding(module: nn.Embedding, weight: FrozenWeight, placeholder: t
     module.forward = lookup
 
 
-def _stream_loss(model: PreTrainedModel, head: StreamedHead, engine: StreamingEngine) -> None:
+def _stream_loss(model: PreTrainedModel, path: str, head: StreamedHead, engine: StreamingEngine) -> None:
     """With `labels`, make the model's forward leave out padding and stream the loss; it returns no logits."""
-    plain, embedding = model.forward, model.get_input_embeddings()
+    plain, embedding, output = model.forward, model.get_input_embeddings(), model.get_submodule(path)
 
     @wraps(type(model).forward)
     def forward(
@@ -111,6 +111,10 @@ def _stream_loss(model: PreTrainedModel, head: StreamedHead, engine: StreamingEn
     ) -> Any:
         if labels is None:
             return plain(input_ids, *args, **kwargs)
+        if self.get_submodule(path) is not output:
+            raise ConfigError(
+                f"{path} has an adapter, which a streamed loss would not train; leave it out of the adapter's targets."
+            )
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length():
             raise ConfigError(

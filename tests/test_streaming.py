@@ -9,6 +9,7 @@ from families import FAMILIES, PAD, make_dense, make_package
 from peft import LoraConfig, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from transformers import AutoModelForCausalLM, BloomConfig
+from trl.trainer.utils import add_fused_lm_head
 
 from hf_fedlarge import engine
 from hf_fedlarge.adapters import attach_lora, expected_shapes, get_factors, peft_warnings, set_factors
@@ -514,8 +515,10 @@ def test_outside_a_visit_no_matrix_has_a_value(package, family):
         assert all(weight.isnan().all() for block in (0, 2) for weight in weights(block))
     with pytest.raises(RuntimeError, match="in the middle"):
         visit_and_fail(2)
-    ends = [streamed.get_submodule(path).weight for path in (architecture.embedding, architecture.head)]
-    assert all(weight.isnan().all() for weight in [*weights(0), *weights(1), *weights(2), *ends])
+    embedding, head = (streamed.get_submodule(path).weight for path in (architecture.embedding, architecture.head))
+    assert all(weight.isnan().all() for weight in [*weights(0), *weights(1), *weights(2), embedding])
+    with pytest.raises(ConfigError, match="head has no dense weight"):
+        head.isnan()
 
 
 # Evaluation and generation
@@ -572,6 +575,27 @@ def test_position_biases_of_as_many_heads_as_sequences_are_not_taken_for_sequenc
 
 
 # What a loss is of
+
+
+def test_trl_s_loss_is_refused_as_it_multiplies_by_the_head_s_weight(package):
+    model = load_package(package("llama"), dtype=torch.float32)
+    expected = model(**some_batch()).loss
+    add_fused_lm_head(model)  # as trl's own trainers do
+    with pytest.raises(ConfigError, match=r"no dense weight, .* with StreamingLoraTrainer or transformers' "):
+        model(**some_batch(), fused_lm_head=True)
+    assert torch.equal(model(**some_batch()).loss, expected)
+    head = model.get_output_embeddings().to("cpu", torch.bfloat16).weight
+    assert (head.shape, head.dtype, head.requires_grad) == ((300, 64), torch.bfloat16, False)
+    assert repr(head.data) == "the weight of a streamed head, (300, 64)"
+
+
+def test_an_adapter_on_the_head_is_refused_where_it_would_not_be_trained(package):
+    model = load_package(package("llama"), dtype=torch.float32)
+    with peft_warnings():
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
+    assert model(input_ids=some_batch()["input_ids"]).logits.requires_grad
+    with pytest.raises(ConfigError, match=r"lm_head has an adapter, .* leave it out"):
+        model(**some_batch())
 
 
 def test_labels_may_be_of_any_integer_type_and_have_to_be_tokens(package, truth):
