@@ -17,7 +17,7 @@ from hf_fedlarge.evaluation import evaluate
 from hf_fedlarge.hub import push
 from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.merge import merge, plan_merge
-from hf_fedlarge.package import load_package, load_tokenizer
+from hf_fedlarge.package import load_package, load_tokenizer, save_adapter
 from hf_fedlarge.relay import relay_update as relay
 from hf_fedlarge.rounds import run_federation as run
 from hf_fedlarge.serve import serve_federation as serve
@@ -37,6 +37,7 @@ __all__ = [
     "push",
     "relay",
     "run",
+    "save_adapter",
     "serve",
     "shrink",
     "start_adapter",

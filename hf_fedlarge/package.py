@@ -1,4 +1,7 @@
-"""Load a package, or a full checkpoint, as a Hugging Face model whose frozen weights stay memory-mapped as stored."""
+"""Load a package, or a full checkpoint, as a Hugging Face model whose frozen weights stay memory-mapped as stored.
+
+And save the adapter that was trained on a package as one of the full model.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hf_fedlarge.adapters import adapter_parameters, get_factors, write_adapter
 from hf_fedlarge.architectures import Architecture, describe, empty_model, load_config, logit_transform
 from hf_fedlarge.artifacts import PackageManifest, read_manifest, verify_files
+from hf_fedlarge.config import LoraSettings
 from hf_fedlarge.corrections import corrected, is_correctable
 from hf_fedlarge.entries import HealedEntry
-from hf_fedlarge.errors import ArtifactError
+from hf_fedlarge.errors import ArtifactError, ConfigError
 from hf_fedlarge.layers import format_ranges
 from hf_fedlarge.loss import StreamedHead
 from hf_fedlarge.memory import forget_pages
@@ -294,6 +299,46 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
         raise ArtifactError(f"{directory} holds no tokenizer that transformers can load ({error}).") from error
     check_length(tokenizer.chat_template, directory)
     return tokenizer
+
+
+def save_adapter(model: nn.Module, directory: str | Path) -> None:
+    """Write the adapter of a package's model for the full model, into `directory`, which may be there already.
+
+    It speaks of the base's layers and has zeros for neurons that the package lacks, so that
+    `PeftModel.from_pretrained` loads it on the base. `model.save_pretrained` would number the package's own blocks.
+
+    Args:
+        model: a `PeftModel` on what `load_package` gave.
+        directory: gets PEFT's two files.
+
+    Raises:
+        ConfigError: another model, or an adapter that is more than A and B on blocks' matrices.
+        OSError: the files can't be written.
+    """
+    streamed = model.get_base_model() if hasattr(model, "get_base_model") else None
+    if not hasattr(streamed, "package") or "default" not in model.peft_config:
+        raise ConfigError("save_adapter takes a package's model with a LoRA adapter (peft's `default`) on it.")
+    architecture, config = streamed.architecture, model.peft_config["default"]
+    adapted = {path: pair for path, *pair in adapter_parameters(model)}
+    lora = LoraSettings(
+        rank=config.r,
+        alpha=config.lora_alpha,
+        rslora=config.use_rslora,
+        dropout=config.lora_dropout,
+        targets=sorted({architecture.in_block(path) or path for path in adapted}) or None,
+    )
+    scales = {path: streamed.get_submodule(path).scaling["default"] for path in adapted}
+    known = {id(A): A.shape[0] == lora.rank and scales[path] == lora.scale for path, (A, _) in adapted.items()}
+    known |= {id(B): architecture.in_block(path) is not None for path, (_, B) in adapted.items()}
+    for name, parameter in model.named_parameters():
+        if (parameter.requires_grad or ".default" in name) and not known.get(id(parameter)):
+            raise ConfigError(
+                f"save_adapter takes plain LoRA on blocks' matrices, of one rank and scale; {name} is something else."
+            )
+    factors = get_factors(model, architecture, streamed.package.kept_layers)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_adapter(directory, factors, lora, architecture, streamed.package.base.id)
 
 
 def _set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:

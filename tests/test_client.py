@@ -17,7 +17,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from trl import SFTTrainer
 
-from hf_fedlarge.adapters import ADAPTER_WEIGHTS, attach_lora
+from hf_fedlarge.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, attach_lora
 from hf_fedlarge.artifacts import MANIFEST_NAME, AdapterManifest, UpdateManifest, read_manifest, sha256_of, verify_files
 from hf_fedlarge.cli import main
 from hf_fedlarge.collect import aggregate_updates
@@ -183,6 +183,27 @@ def test_the_optimizer_s_state_can_be_of_8_bits(home, tmp_path):
     assert states
     assert {state[name].dtype for state in states for name in ("state1", "state2")} == {torch.uint8}
     assert {parameter.dtype for parameter in parameters} == {torch.float32}
+
+
+def test_a_saved_model_is_an_adapter_of_the_full_one_and_a_checkpoint_one_of_the_package(home, tmp_path):
+    model = load_package(home / "package")
+    config = StreamingLoraConfig(output_dir=str(tmp_path / "x"), **TRAINING | {"max_steps": 2, "save_steps": 1})
+    trainer = StreamingLoraTrainer(
+        attach_lora(model, model.architecture, LORA),
+        config,
+        train_dataset=Dataset.from_list([{"text": "Just text."}] * 4),
+        processing_class=load_tokenizer(home / "package"),
+    )
+    trainer.train()
+    trainer.save_model()
+
+    def layers(directory):
+        return {int(name.split(".")[4]) for name in weights(directory)}
+
+    assert layers(tmp_path / "x" / "checkpoint-2") == {0, 1, 2}
+    assert layers(tmp_path / "x") == {0, 2, 3}
+    names = {path.name for path in (tmp_path / "x").iterdir() if path.is_file()}
+    assert {name for name in names if not name.startswith(("tokenizer", "chat"))} == {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
 
 
 def test_several_gpus_without_a_launcher_are_not_under_data_parallel(home, tmp_path):

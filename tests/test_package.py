@@ -3,18 +3,22 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES, make_checkpoint, make_package
 from federation import LORA, make_federation, plug_in
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from hf_fedlarge import api
+from hf_fedlarge.adapters import attach_lora, get_factors, peft_warnings
+from hf_fedlarge.architectures import describe
 from hf_fedlarge.artifacts import MANIFEST_NAME
-from hf_fedlarge.errors import ArtifactError
+from hf_fedlarge.errors import ArtifactError, ConfigError
 from hf_fedlarge.evaluation import evaluate_model, load_model
 from hf_fedlarge.package import MappedTensors, load_package, load_tokenizer, stream_checkpoint
 
@@ -44,6 +48,44 @@ def test_an_adapter_plugs_into_a_streamed_checkpoint_as_into_a_plain_one(tmp_pat
     streamed = plug_in(stream_checkpoint(checkpoint, dtype=torch.float32), tmp_path / "adapter")
     with torch.no_grad():
         torch.testing.assert_close(streamed(IDS).logits, plain(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("keep_neurons", [1.0, 0.5])
+def test_a_saved_adapter_is_one_of_the_full_model(tmp_path, keep_neurons):
+    model = load_package(make_package(tmp_path / "package", "llama", keep_neurons=keep_neurons), dtype=torch.float32)
+    architecture, layers = model.architecture, [0, 2, 3]
+    adapted = attach_lora(model, architecture, LORA)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    api.save_adapter(adapted, tmp_path / "adapter")
+    full = AutoModelForCausalLM.from_pretrained(tmp_path / "package-full", dtype=torch.float32)
+    plugged = plug_in(full, tmp_path / "adapter")
+    assert plugged.peft_config["default"].base_model_name_or_path == model.package.base.id
+    expected = get_factors(adapted, architecture, layers)
+    assert {architecture.layer_of(f"{path}.") for path in expected} == {*layers}
+    found = get_factors(plugged, describe(full.config), list(range(4)))
+    assert set(found) == set(expected)
+    assert all(torch.equal(*pair) for path in expected for pair in zip(found[path], expected[path], strict=True))
+
+
+def test_only_plain_lora_of_a_package_s_blocks_is_saved(tmp_path):
+    path = make_package(tmp_path / "package", "llama")
+    plain = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    wrong = [
+        ({"target_modules": ["q_proj", "lm_head"]}, r"lm_head\.lora_B"),
+        ({"rank_pattern": {"v_proj": 4}}, r"v_proj\.lora_A"),
+        ({"alpha_pattern": {"v_proj": 4}}, r"v_proj\.lora_A"),
+    ]
+    for changes, name in wrong:
+        with peft_warnings():
+            model = get_peft_model(load_package(path, verify=False), replace(plain, **changes))
+        with pytest.raises(ConfigError, match=f"plain LoRA .*{name}.* is something else"):
+            api.save_adapter(model, tmp_path / "adapter")
+    for model in (load_package(path), torch.nn.Linear(1, 1)):
+        with pytest.raises(ConfigError, match="takes a package's model with a LoRA adapter"):
+            api.save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_evaluation_of_a_merged_model_is_that_of_plain_transformers(tmp_path):

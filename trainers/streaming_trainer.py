@@ -28,6 +28,7 @@ from hf_fedlarge.budget import parse_bytes
 from hf_fedlarge.data import FORMS, from_rows
 from hf_fedlarge.errors import ConfigError, OutputError
 from hf_fedlarge.evaluation import IGNORED, encode_example
+from hf_fedlarge.package import save_adapter
 
 # What rests on dense logits or weights, which a streamed model has not, or would recompute its blocks once more.
 _UNSUPPORTED = {
@@ -98,6 +99,8 @@ class StreamingLoraTrainer(SFTTrainer):
     Raises:
         ConfigError: an argument that needs logits, or a memory budget that is too small.
     """
+
+    _saves_checkpoint = False
 
     def __init__(self, model: PeftModel, args: StreamingLoraConfig, proximal: float = 0.0, **kwargs: Any) -> None:
         for name in _NO_LOGITS:
@@ -176,7 +179,19 @@ class StreamingLoraTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """What `save_model` writes: the adapter of the full model. A checkpoint to resume from has the package's."""
+        if self._saves_checkpoint:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            save_adapter(self.model, output_dir or self.args.output_dir)
+            self.processing_class.save_pretrained(output_dir or self.args.output_dir)
+
+    def _push_from_checkpoint(self, *args: Any) -> None:
+        """Nothing: a checkpoint's adapter fits the package alone. `push_to_hub` pushes what `save_model` writes."""
+
     def _save_checkpoint(self, *args: Any) -> None:
+        self._saves_checkpoint = True
         try:
             super()._save_checkpoint(*args)
         except (SafetensorError, RuntimeError) as error:
@@ -185,6 +200,8 @@ class StreamingLoraTrainer(SFTTrainer):
             raise OutputError(
                 f"A checkpoint in {self.args.output_dir} could not be written: {cause}; look for free space there."
             ) from error
+        finally:
+            self._saves_checkpoint = False
 
     def _send_telemetry(self) -> None:
         """Nothing: trl would report each training to its authors from a thread of its own. A client calls nobody."""
