@@ -1,15 +1,15 @@
 """Examples to train and evaluate on, loaded and checked.
 
 A data set has one of three forms, preferred in this order: chat `messages`; `prompt` with `completion`, where trl's
-`SFTTrainer` labels the completion only; plain `text`. Further columns stay, so that one can split by them, until
-`training_columns` drops them.
+`SFTTrainer` labels the completion only; plain `text`. Chats may have `tools`, which their template renders. Further
+columns stay, so that one can split by them, until `training_columns` drops them.
 
 Local files are parsed here, not by `datasets.load_dataset`: its Arrow cache would leave a copy of private data on disk
 and may serve an old one, its JSON reader turns text that looks like a date into a timestamp, and its errors don't say
 which line is wrong. The price is that a local file has to fit in memory. Public data sets of the Hub go through the
 usual Hugging Face cache.
 
-Left out: compressed files, several files at once, and `tools` columns of chats.
+Left out: compressed files, and several files at once.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import csv
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -33,8 +34,10 @@ from hf_fedlarge.stdlib_corpus import standard_library_pairs
 
 STDLIB = "stdlib"
 FORMS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("text",))
+TOOLS = "tools"
 
 _SHAPES: dict[str, tuple[type, str]] = {"messages": (list, "a list of messages"), "text": (str, "a string")}
+_PLAIN_CHAT = datasets.List({name: datasets.Value("string") for name in ("role", "content")})
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
@@ -79,22 +82,25 @@ def usable_columns(dataset: Dataset, source: str) -> Dataset:
     if len(dataset) == 0:
         raise DataError(f"{source} holds no examples.")
     form = _form(dataset, source)
+    checked = [*form, *({TOOLS} & set(dataset.column_names))]
     number = 0
-    for batch in dataset.select_columns(list(form)).iter(batch_size=1000):
-        for row in zip(*(batch[column] for column in form), strict=True):
+    for batch in dataset.select_columns(checked).iter(batch_size=1000):
+        for row in zip(*(batch[column] for column in checked), strict=True):
             number += 1
-            _check_row(dict(zip(form, row, strict=True)), f"Row {number} of {source}")
+            _check_row(dict(zip(checked, row, strict=True)), f"Row {number} of {source}")
     others = {column for other in FORMS for column in other} - set(form)
     return dataset.remove_columns([column for column in dataset.column_names if column in others])
 
 
 def training_columns(dataset: Dataset) -> Dataset:
-    """Keep only the columns of the data set's form: trainers read meaning into others, `tools` or `labels` say.
+    """Keep only the columns of the data set's form and a chat's `tools`: trainers read meaning into others, too.
 
     Raises:
         DataError: no usable column.
     """
-    return dataset.select_columns(list(_form(dataset, "The data set")))
+    form = _form(dataset, "The data set")
+    chats = any(isinstance(value, list) for value in dataset[:1][form[0]])
+    return dataset.select_columns([*form, *({TOOLS} & set(dataset.column_names) if chats else ())])
 
 
 def hide_progress() -> None:
@@ -103,12 +109,12 @@ def hide_progress() -> None:
 
 
 def from_rows(rows: list[dict[str, Any]]) -> Dataset:
-    """Examples held in memory as a data set.
+    """Rows held in memory as a data set; what a row's objects lack of the keys of others is null there.
 
     Raises:
         DataError: a column mixes types.
     """
-    return _from_rows(rows, "The data set")
+    return _from_rows(rows, "The data set", on_mixed_types=None)
 
 
 def concatenate(parts: Sequence[Dataset]) -> Dataset:
@@ -148,10 +154,11 @@ def write_jsonl(dataset: Dataset, path: Path) -> None:
 
 def _load_from_hub(source: str, split: str, revision: str | None) -> Dataset:
     try:
-        return datasets.load_dataset(source, split=split, revision=revision)
+        dataset = datasets.load_dataset(source, split=split, revision=revision)
     except Exception as error:  # whatever datasets, pyarrow, httpx or fsspec raise is about this one data set
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         raise DataError(f"{source} can't be loaded from the Hub: {_reason(cause or error)}.") from error
+    return _without_nulls(dataset, source)
 
 
 def _read_file(path: Path) -> Dataset:
@@ -186,7 +193,10 @@ def _read_json(path: Path) -> Dataset:
 
 def _parse(text: bytes, problem: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if re.search(rb"\\u[dD]", text):  # half of a surrogate pair is a letter of JSON and none of a table
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         raise DataError(f"{problem}: {_reason(error)}.") from error
 
@@ -195,10 +205,13 @@ def _read_csv(path: Path) -> Dataset:
     """Every value stays a string: what looks like a number in one client's file may not in another's."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
+        limit = csv.field_size_limit(sys.maxsize)  # of all readers: 131,072 letters a value unless told
         try:
             lines = [(reader.line_num, line) for line in reader if line]
         except (csv.Error, ValueError) as error:
             raise DataError(f"{path} is not CSV at or after line {reader.line_num}: {_reason(error)}.") from error
+        finally:
+            csv.field_size_limit(limit)
     header = lines[0][1] if lines else []
     if len(set(header)) < len(header):
         raise DataError(f"{path} names a column twice in its header: {', '.join(header)}.")
@@ -213,9 +226,10 @@ def _read_parquet(path: Path) -> Dataset:
         with pq.ParquetFile(path) as file:
             table = file.read()
         # Without the metadata columns are what they hold, not what a stranger's file declares them to be.
-        return Dataset(table.replace_schema_metadata(None))
+        dataset = Dataset(table.replace_schema_metadata(None))
     except (ValueError, TypeError, pa.ArrowException) as error:
         raise DataError(f"{path} is not Parquet that can be used: {_reason(error)}.") from error
+    return _without_nulls(dataset, path)
 
 
 _READERS: dict[str, Callable[[Path], Dataset]] = {
@@ -226,13 +240,38 @@ _READERS: dict[str, Callable[[Path], Dataset]] = {
 }
 
 
-def _from_rows(rows: list[dict[str, Any]], path: Path | str) -> Dataset:
+def _from_rows(rows: list[dict[str, Any]], path: Path | str, on_mixed_types: str | None = "use_json") -> Dataset:
+    """A table of the rows. Told `use_json`, it keeps as JSON what has not one type: otherwise each of a chat's tool
+    calls would get the arguments of all others, as null."""
     # `Dataset.from_list` would drop every column that the first row lacks.
     columns = dict.fromkeys(column for row in rows for column in row)
+    values = {column: [row.get(column) for row in rows] for column in columns}
     try:
-        return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
+        return Dataset.from_dict(values, on_mixed_types=on_mixed_types)
     except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
         raise DataError(f"{path} doesn't fit a table with one type a column: {_reason(error)}.") from error
+
+
+def _without_nulls(dataset: Dataset, source: Path | str) -> Dataset:
+    """Chats and tools of a table that has one type a column: without the keys that are only there for other rows."""
+    chats = [
+        column
+        for column in ("messages", "prompt", "completion", TOOLS)
+        if column in dataset.column_names
+        and pa.types.is_nested(dataset.data.schema.field(column).type)
+        and dataset.features[column] != _PLAIN_CHAT
+    ]
+    if not chats:
+        return dataset
+    rebuilt = _from_rows([_pruned(row) for row in dataset.select_columns(chats)], source)
+    rest = [column for column in dataset.column_names if column not in chats]
+    return datasets.concatenate_datasets([rebuilt, dataset.select_columns(rest)], axis=1) if rest else rebuilt
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _pruned(inner) for key, inner in value.items() if inner is not None}
+    return [_pruned(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _form(dataset: Dataset, source: str) -> tuple[str, ...]:
@@ -246,6 +285,7 @@ def _form(dataset: Dataset, source: str) -> tuple[str, ...]:
 
 
 def _check_row(row: dict[str, Any], where: str) -> None:
+    tools = row.pop(TOOLS, None)
     for column, value in row.items():
         shape, wanted = _SHAPES.get(column, ((str, list), "a string or a list of messages"))
         if not value or (isinstance(value, str) and not value.strip()):
@@ -256,11 +296,17 @@ def _check_row(row: dict[str, Any], where: str) -> None:
             raise DataError(f"{where} has a message in {column!r} without a role or without text as content.")
     if len({type(value) for value in row.values()}) > 1:
         raise DataError(f"{where} mixes a string and messages; 'prompt' and 'completion' must be of the same kind.")
+    if tools is not None and isinstance(next(iter(row.values())), list):
+        tools = _parse(tools.encode(), f"{where} has 'tools' that are not JSON") if isinstance(tools, str) else tools
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise DataError(f"{where} has 'tools' that are no list of objects; describe each tool by one.")
 
 
 def _is_message(message: Any) -> bool:
-    parts = [message.get("role"), message.get("content")] if isinstance(message, dict) else [None]
-    return all(isinstance(part, str) and part.strip() for part in parts)
+    if not isinstance(message, dict):
+        return False
+    content = message.get("content") or ("calls" if message.get("tool_calls") else None)
+    return all(isinstance(part, str) and part.strip() for part in (message.get("role"), content))
 
 
 def _reason(error: BaseException) -> str:

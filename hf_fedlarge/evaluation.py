@@ -31,6 +31,7 @@ from hf_fedlarge.artifacts import (
 )
 from hf_fedlarge.errors import ArtifactError, DataError
 from hf_fedlarge.package import load_package, load_tokenizer, stream_checkpoint
+from hf_fedlarge.templates import tools_of
 from hf_fedlarge.tensors import checkpoint_digest
 
 IGNORED = -100
@@ -201,7 +202,7 @@ def encode_example(
         DataError: it is a chat, and the tokenizer's template is missing or refuses it.
     """
     if "messages" in row:
-        encoded = _chat(tokenizer, row["messages"], assistant_only)
+        encoded = _chat(tokenizer, row["messages"], assistant_only, tools=tools_of(row))
         ids = encoded["input_ids"]
         counted = encoded["assistant_masks"] if assistant_only else [1] * len(ids)
     elif "prompt" in row:
@@ -211,8 +212,9 @@ def encode_example(
             start = tokenizer(prompt)["input_ids"]
             ids = tokenizer(prompt + completion + ending)["input_ids"]
         else:
-            start = _chat(tokenizer, prompt, add_generation_prompt=True)["input_ids"]
-            ids = _chat(tokenizer, prompt + completion)["input_ids"]
+            tools = tools_of(row)
+            start = _chat(tokenizer, prompt, tools=tools, add_generation_prompt=True)["input_ids"]
+            ids = _chat(tokenizer, prompt + completion, tools=tools)["input_ids"]
         shared = next((place for place, (a, b) in enumerate(zip(start, ids, strict=False)) if a != b), len(start))
         counted = [0] * shared + [1] * (len(ids) - shared)
     else:
@@ -270,7 +272,7 @@ def _chat(
             if not has_generation_markers(tokenizer.chat_template):
                 options["chat_template"] = get_training_chat_template(tokenizer)
         return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
-    except (TemplateError, ValueError) as error:
+    except (TemplateError, ValueError, TypeError) as error:  # a template is a program
         raise DataError(f"The model's chat template can't be used for an example: {error}") from error
 
 

@@ -31,6 +31,7 @@ _START_SECONDS = 120  # that starting the process may take besides, on a busy ma
 _TOO_LONG, _TOO_MUCH = 3, 4
 _passed: set[str] = set()
 
+_Chat = tuple[list[Any], bool, list[Any] | None]
 Template = str | Mapping[str, str] | None  # a tokenizer's: one, several by name, or none
 
 
@@ -53,7 +54,8 @@ def check_rendering(template: Template, examples: Iterable[Mapping[str, Any]], v
     What else is wrong with a template, whoever renders it next will say.
 
     Args:
-        template: the tokenizer's; of several the one named `default`, which trainers take.
+        template: the tokenizer's; of several the one named `default`, and for examples with tools `tool_use`: what
+            trainers take.
         examples: with `messages`, or `prompt` and `completion` as messages; of others a template has nothing to render.
         variables: what else a template sees, such as the special tokens.
 
@@ -61,8 +63,18 @@ def check_rendering(template: Template, examples: Iterable[Mapping[str, Any]], v
         ArtifactError: it took more time or memory than it may, or made a longer text.
     """
     chats = [chat for example in islice(examples, EXAMPLES) for chat in _chats(example)]
-    if isinstance(template, Mapping):
-        template = template.get("default")
+    templates = template if isinstance(template, Mapping) else {"default": template}
+    _try_out(templates.get("default"), chats, variables)
+    _try_out(templates.get("tool_use"), [chat for chat in chats if chat[2] is not None], variables)
+
+
+def tools_of(example: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The descriptions of tools that a chat comes with, which may be written as JSON; None: it has none."""
+    tools = example.get("tools")
+    return json.loads(tools) if isinstance(tools, str) else tools
+
+
+def _try_out(template: str | None, chats: list[_Chat], variables: Mapping[str, Any]) -> None:
     if template is None or template in _passed or not chats:
         return
     request = {"template": template, "chats": chats, "variables": dict(variables), "seconds": MAX_SECONDS}
@@ -92,12 +104,13 @@ def _refuse(what: str) -> ArtifactError:
     )
 
 
-def _chats(example: Mapping[str, Any]) -> list[tuple[list[Any], bool]]:
-    """What a trainer has rendered of an example: messages, and whether the beginning of an answer follows."""
+def _chats(example: Mapping[str, Any]) -> list[_Chat]:
+    """What a trainer has rendered of an example: messages, whether the beginning of an answer follows, and tools."""
     if isinstance(example.get("messages"), list):
-        return [(example["messages"], False)]
+        return [(example["messages"], False, tools_of(example))]
     if isinstance(example.get("prompt"), list):
-        return [(example["prompt"], True), (example["prompt"] + example["completion"], False)]
+        prompt, tools = example["prompt"], tools_of(example)
+        return [(prompt, True, tools), (prompt + example["completion"], False, tools)]
     return []
 
 
@@ -113,15 +126,15 @@ def _render() -> int:
     with suppress(ValueError, OSError):  # stricter limits are there already, or the system has none for memory
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
         resource.setrlimit(resource.RLIMIT_AS, (process.memory_info().vms + MAX_MEMORY_BYTES,) * 2)
-    for chat, asks in request["chats"]:
+    for chat, asks, tools in request["chats"]:
         how = {"chat_template": request["template"], "add_generation_prompt": asks, **request["variables"]}
         try:
-            [text], _ = render_jinja_template([chat], **how)
+            [text], _ = render_jinja_template([chat], tools, **how)
         except MemoryError:
             return _TOO_MUCH
         except Exception:  # the template's own; whoever renders it next says so
             continue
-        if len(text) > len(json.dumps(chat)) + MAX_ADDED_LETTERS:
+        if len(text) > len(json.dumps([chat, tools])) + MAX_ADDED_LETTERS:
             return _TOO_LONG
     return 0
 

@@ -22,7 +22,7 @@ from hf_fedlarge.artifacts import MANIFEST_NAME, AdapterManifest, UpdateManifest
 from hf_fedlarge.cli import main
 from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import Codec
-from hf_fedlarge.data import load_examples
+from hf_fedlarge.data import load_examples, training_columns
 from hf_fedlarge.errors import ArtifactError, ConfigError, DataError, OutputError
 from hf_fedlarge.evaluation import encode_example, evaluate
 from hf_fedlarge.lineage import start_adapter
@@ -406,6 +406,43 @@ def test_examples_become_the_tokens_that_trl_makes_of_them(home, tmp_path, row, 
     theirs = SFTTrainer._prepare_dataset(trainer, data, tokenizer, config, config.packing, None, "train")
     columns = ["input_ids", "labels"]
     assert trainer.train_dataset.select_columns(columns).to_list() == theirs.select_columns(columns).to_list()
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL]), None])
+@pytest.mark.parametrize("assistant_only", [False, True])
+def test_tools_are_rendered_wherever_a_chat_becomes_tokens(home, tmp_path, assistant_only, tools):
+    tokenizer, model = load_tokenizer(home / "package"), load_package(home / "package")
+    tokenizer.chat_template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{{ m.tool_calls | tojson }}{{ eos_token }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    config = StreamingLoraConfig(output_dir=str(tmp_path / "x"), disable_tqdm=True, assistant_only_loss=assistant_only)
+    calls = [{"function": {"name": "weather", "arguments": {name: "x"}}} for name in ("city", "day")]
+    rows = [{"messages": [LONG[0], LONG[1] | {"tool_calls": [call]}], "tools": tools} for call in calls]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = training_columns(load_examples(str(tmp_path / "data.jsonl")))
+    trainer = StreamingLoraTrainer(
+        attach_lora(model, model.architecture, LORA), config, train_dataset=data, processing_class=tokenizer
+    )
+    theirs = SFTTrainer._prepare_dataset(trainer, data, tokenizer, config, False, None, "train")
+    for number, row in enumerate(data):
+        ours = encode_example(row, tokenizer, 1024, assistant_only)
+        text = tokenizer.decode(ours["input_ids"])
+        assert ("parameters" in text) == bool(tools)
+        assert ("city" in text, "day" in text) == (number == 0, number == 1)
+        for column in ("input_ids", "labels"):
+            assert ours[column] == theirs[number][column] == trainer.train_dataset[number][column]
+
+
+def test_a_template_that_can_t_take_a_tool_s_arguments_is_one_sentence(home):
+    tokenizer = load_tokenizer(home / "package")
+    tokenizer.chat_template = "{{ 'x' + messages[0].role.upper }}"
+    with pytest.raises(DataError, match=r"chat template can't be used for an example: can only concatenate str"):
+        encode_example({"messages": LONG}, tokenizer, 100)
 
 
 @pytest.mark.parametrize("assistant_only", [False, True])

@@ -1,5 +1,6 @@
 """Loading in every form, one clear sentence for every way to fail, and splits that lose no example."""
 
+import csv
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from trl.data_utils import is_conversational
 
 from hf_fedlarge import data, stdlib_corpus
 from hf_fedlarge.data import (
+    concatenate,
     load_examples,
     training_columns,
     write_jsonl,
@@ -102,9 +104,9 @@ def test_columns_that_the_first_row_lacks_are_kept(tmp_path):
         ("x.jsonl", '{"text": "a"}\n["b"]\n', r"Line 2 of .*x.jsonl is not a JSON object; expected one a line."),
         ("x.jsonl", b'{"text": "a\xff"}\n', r"Line 1 of .*x.jsonl is not a JSON object: 'utf-8' codec"),
         ("x.jsonl", "[" * 100_000, "Line 1 of .*x.jsonl is not a JSON object: maximum recursion"),
-        ("x.jsonl", '{"text": "a"}\n{"text": ["b"]}\n', "x.jsonl doesn't fit a table with one type a column: "),
+        ("x.jsonl", '{"text": "a"}\n{"text": ["b"]}\n', "Row 2 of .*x.jsonl has 'text' of type list; expected a str"),
         ("x.jsonl", '{"text": "a", "n": 1' + "0" * 30 + "}", "x.jsonl doesn't fit a table"),
-        ("x.jsonl", '{"text": "\\ud800"}', "x.jsonl doesn't fit a table"),
+        ("x.jsonl", '{"text": "a"}\n{"text": "\\ud800"}', "Line 2 of .*x.jsonl is not a JSON object: .* surrogates"),
         (
             "x.json",
             '{"text": "a"}\n{"text": "b"}\n',
@@ -138,6 +140,16 @@ def test_columns_that_the_first_row_lacks_are_kept(tmp_path):
         ("x.jsonl", '{"messages": [{"role": "user", "content": ""}]}', "without a role or without text"),
         ("x.jsonl", '{"messages": [{"role": "user", "content": null}]}', "without a role or without text"),
         ("x.jsonl", '{"messages": [{"content": "a"}]}', "without a role or without text"),
+        (
+            "x.jsonl",
+            '{"messages": [{"role": "user", "content": "a"}], "tools": {"name": "weather"}}',
+            "Row 1 of .*x.jsonl has 'tools' that are no list of objects; describe each tool by one.",
+        ),
+        (
+            "x.jsonl",
+            '{"messages": [{"role": "user", "content": "a"}], "tools": "weather"}',
+            "Row 1 of .*x.jsonl has 'tools' that are not JSON: Expecting value",
+        ),
         (
             "x.jsonl",
             '{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}',
@@ -252,6 +264,52 @@ def test_parquet_metadata_does_not_decide_what_a_column_is(tmp_path):
     table = pa.table({"text": ["a"]}).replace_schema_metadata({"huggingface": "{not json"})
     pq.write_table(table, tmp_path / "x.parquet")
     assert load_examples(str(tmp_path / "x.parquet")).to_list() == [{"text": "a"}]
+
+
+def calling(name, arguments):
+    """A chat with a call of a tool that takes what no other does."""
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    parameters = {"type": "object", "properties": {key: {"type": "string"} for key in arguments}}
+    tool = {"type": "function", "function": {"name": name, "parameters": parameters}}
+    answer = {"role": "assistant", "tool_calls": [call]}
+    return {"messages": [*SAY_HI, answer, {"role": "tool", "content": "ok"}, *HELLO], "tools": [tool]}
+
+
+CALLS = [calling("weather", {"city": "Paris"}), calling("mail", {"to": "Bob", "copy": None})]
+CALLS += [{"messages": SAY_HI + HELLO, "tools": None}]
+
+
+def test_tool_calls_of_a_line_have_no_arguments_of_other_tools(tmp_path):
+    dataset = training_columns(load_examples(jsonl(tmp_path / "x.jsonl", *CALLS)))
+    assert dataset.to_list() == CALLS
+    write_jsonl(concatenate([dataset.select([0, 2]), dataset.select([1])]), tmp_path / "y.jsonl")
+    assert load_examples(str(tmp_path / "y.jsonl")).to_list() == [CALLS[0], CALLS[2], CALLS[1]]
+
+
+@pytest.mark.parametrize("team", [{}, {"team": "red", "size": None}])
+def test_tool_calls_of_parquet_lose_what_its_columns_filled_in(tmp_path, team):
+    rows = [CALLS[0] | team, calling("mail", {"to": "Bob"}) | team, calling("ping", {}) | team, CALLS[2] | team]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    assert load_examples(str(tmp_path / "x.parquet")).to_list() == rows
+
+
+def test_tools_may_be_json_and_mean_nothing_where_there_is_no_chat(tmp_path):
+    row = CALLS[0] | {"tools": json.dumps(CALLS[0]["tools"])}
+    assert training_columns(load_examples(jsonl(tmp_path / "x.jsonl", row))).to_list() == [row]
+    dataset = load_examples(jsonl(tmp_path / "y.jsonl", {"text": "a", "tools": "hammer"}))
+    assert training_columns(dataset).column_names == ["text"]
+
+
+def test_a_column_beside_the_examples_may_mix_types(tmp_path):
+    rows = [{"text": "a", "id": 1, "about": {"n": 1}}, {"text": "b", "id": "x", "about": {"n": "one"}}]
+    assert load_examples(jsonl(tmp_path / "x.jsonl", *rows)).to_list() == rows
+
+
+def test_a_value_of_csv_may_be_long(tmp_path):
+    limit = csv.field_size_limit()
+    (tmp_path / "x.csv").write_text("text\n" + "word " * 30_000)
+    assert len(load_examples(str(tmp_path / "x.csv"))[0]["text"]) == 150_000
+    assert csv.field_size_limit() == limit
 
 
 # Writing

@@ -76,7 +76,12 @@ def test_a_sound_one_passes_and_is_tried_once_in_a_process_of_its_own(package, t
     assert templates._passed == {tokenizer.chat_template}
     check_rendering(LOOPS, [{"text": "nothing to render"}], {})
     check_rendering(None, CHAT, {})
-    check_rendering({"default": tokenizer.chat_template, "rag": LOOPS}, CHAT, {})
+    several = {"default": tokenizer.chat_template, "rag": LOOPS, "tool_use": "{{ 'x' * 10**6 if tools else '' }}"}
+    check_rendering(several, CHAT, {})
+    monkeypatch.undo()
+    del several["default"]
+    with pytest.raises(ArtifactError, match="made a text longer than the example"):
+        check_rendering(several, [CHAT[0] | {"tools": '[{"name": "weather"}]'}], {})
 
 
 def test_one_that_is_too_long_is_not_loaded(package, tmp_path):

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from hf_fedlarge.budget import parse_bytes
-from hf_fedlarge.data import FORMS, from_rows
+from hf_fedlarge.data import FORMS, TOOLS, from_rows
 from hf_fedlarge.errors import ConfigError, OutputError
 from hf_fedlarge.evaluation import IGNORED, encode_example
 from hf_fedlarge.package import save_adapter
@@ -147,7 +147,7 @@ class StreamingLoraTrainer(SFTTrainer):
         a step of a small client. A test compares the two.
         """
         is_plain = formatting_func is None and all(getattr(args, name) == value for name, value in _PLAIN.items())
-        if is_plain and set(dataset.column_names or ()) in map(set, FORMS):
+        if is_plain and set(dataset.column_names or ()) - {TOOLS} in map(set, FORMS):
             longest = sys.maxsize if packing or args.max_length is None else args.max_length
             rows = [encode_example(row, processing_class, longest) for row in dataset]
             rows = [row for row in rows if packing or any(label != IGNORED for label in row["labels"])]
