@@ -2,14 +2,16 @@
 
 Everything is read off an empty model built from its configuration, so that any decoder-only `AutoModelForCausalLM`
 works without a table of families. A model that doesn't fit is refused by name, with the reason: encoder-decoders,
-mixtures of experts, state-space and multimodal models, and remote code, which is never run.
+mixtures of experts, state-space and multimodal models, and such as need remote code, which is never run.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_fedlarge.errors import ArchitectureError, ArtifactError
 from hf_fedlarge.untrusted import printable, read_json
+
+logger = logging.getLogger(__name__)
 
 _MAX_CONFIG_BYTES = 2**20
 _MAX_LABELS = 10_000
@@ -142,6 +146,8 @@ class Architecture:
         for name in self.parameters:
             bare = name.removeprefix(f"{self.prefix}.")
             found = stored_as.get(name, stored_as.get(bare))
+            if found is None and self.tied and name == f"{self.embedding}.weight":
+                found = self.tied_head(stored_as.values())  # a tied matrix may be stored under either name
             if found is None:
                 raise ArtifactError(f"{where} lacks the tensor {name} of a {self.model_type} model; fetch it again.")
             names[name] = found
@@ -152,22 +158,30 @@ class Architecture:
                 raise ArtifactError(f"{where} holds {name}, but its config says that there are {self.layers} layers.")
         return names
 
+    def tied_head(self, stored: Iterable[str]) -> str | None:
+        """The name under which a checkpoint also has the head that is tied; None: it has not, or none is tied."""
+        names = (name for name in stored if self.tied and self._current_name(name) == f"{self.head}.weight")
+        return next(names, None)
+
     def _current_name(self, stored: str) -> str:
         for renaming in self.renamings:
             stored, _ = renaming.rename_source_key(stored)
         return stored
 
 
-def load_config(directory: Path, *, quantized: bool = False) -> PretrainedConfig:
-    """The configuration of a checkpoint or package directory; custom code is refused, not run.
+def load_config(directory: Path, *, of_package: bool = False) -> PretrainedConfig:
+    """The configuration of a checkpoint or package directory; custom code is never run.
+
+    A checkpoint of a family that transformers has may name its authors' code as well, as Phi-3's do: transformers' own
+    is used, and nothing of that is in what is returned.
 
     Args:
         directory: what `config.json` is in.
-        quantized: its weights may be, as a package's are.
+        of_package: it was made by `shrink`: its weights may be quantized, and it names no code.
 
     Raises:
         ArtifactError: no readable `config.json`.
-        ArchitectureError: the model wants custom code, or is none that transformers knows how to configure.
+        ArchitectureError: the model needs custom code, or is none that transformers knows how to configure.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -175,8 +189,12 @@ def load_config(directory: Path, *, quantized: bool = False) -> PretrainedConfig
     raw = read_json(path, _MAX_CONFIG_BYTES)
     if not isinstance(raw, dict):
         raise ArtifactError(f"{path} is not a JSON object; expected a model's configuration.")
+    model_type = raw.get("model_type")
+    is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
     if "auto_map" in raw:
-        raise ArchitectureError(f"{path} asks for custom code (auto_map), which is never run; use a stock model.")
+        if of_package or not is_known:
+            raise ArchitectureError(f"{path} asks for custom code (auto_map), which is never run; use a stock model.")
+        _say_unused(path, model_type)
     for key, value in raw.items():
         if "implementation" in key and "/" in str(value):  # transformers would fetch and run a kernel of that name
             raise ArchitectureError(f"{path} asks for code of the Hub ({key!r:.80}), which is never run; remove it.")
@@ -184,16 +202,24 @@ def load_config(directory: Path, *, quantized: bool = False) -> PretrainedConfig
     labels = raw.get("num_labels") or 0
     if not isinstance(labels, int) or labels > _MAX_LABELS:
         raise ArchitectureError(f"{path} has {labels!r:.80} labels; a language model has none: remove num_labels.")
-    if "quantization_config" in raw and not quantized:
+    if "quantization_config" in raw and not of_package:
         method = raw["quantization_config"].get("quant_method") if isinstance(raw["quantization_config"], dict) else "?"
         raise ArchitectureError(f"{directory} is quantized already ({method}); shrink and merge need the full weights.")
-    model_type = raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+    if not is_known:
         raise ArchitectureError(f"{path} names the unknown architecture {model_type!r:.80}.")
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # each family's checks raise what they like
         raise ArchitectureError(f"{path} is no configuration of {model_type}: {_line(error)}.") from error
+    if hasattr(config, "auto_map"):
+        del config.auto_map
+    return config
+
+
+@cache
+def _say_unused(path: Path, model_type: str) -> None:
+    """Once for a file that is read many times."""
+    logger.warning("%s names custom code, which isn't run; transformers' own %s is used.", path, model_type)
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -243,6 +269,8 @@ def describe(config: PretrainedConfig) -> Architecture:
 
     layers = getattr(config, "num_hidden_layers", None)
     model = empty_model(config, torch.bfloat16)
+    if model._is_stateful:
+        raise refuse("it is a state-space or recurrent model")
     stacks = [
         path
         for path, module in model.named_modules()

@@ -1,9 +1,9 @@
 """Folding an adapter into the full-depth, full-precision checkpoint, a few megabytes at a time.
 
 The output has the base's shards: the same files, tensors, order, dtypes and index, every matrix under an adapter
-replaced by W + scale · B A and everything else copied. A merged value is the fp64 result rounded once to the
-checkpoint's dtype, so nothing is lost that the dtype could hold. `peft` and `transformers` would need the whole model
-in memory; here it is one block of rows, besides the adapter itself.
+replaced by W + scale · B A and everything else copied; only custom code isn't, and the config no longer names it. A
+merged value is the fp64 result rounded once to the checkpoint's dtype, so nothing is lost that the dtype could hold.
+`peft` and `transformers` would need the whole model in memory; here it is one block of rows, besides the adapter.
 
 A merge that was killed goes on where it stopped: a finished shard is renamed into the staging directory and recorded
 there, and the same merge run again takes it over after checking its digest.
@@ -14,6 +14,7 @@ safetensors. Two merges into one output at the same time are not kept apart.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Set
@@ -25,7 +26,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from hf_fedlarge.adapters import ADAPTER_WEIGHTS, expected_shapes, read_state, tensor_shapes
-from hf_fedlarge.architectures import Architecture, describe, load_config
+from hf_fedlarge.architectures import Architecture
 from hf_fedlarge.artifacts import (
     CARRY_WEIGHTS,
     MANIFEST_NAME,
@@ -41,6 +42,7 @@ from hf_fedlarge.artifacts import (
     write_manifest,
 )
 from hf_fedlarge.blocks import ROUNDED_DTYPES, add_product, in_order, workers
+from hf_fedlarge.checkpoints import open_checkpoint
 from hf_fedlarge.config import LoraSettings, Record
 from hf_fedlarge.entries import BaseModelEntry, Digest, FileEntry, FileName
 from hf_fedlarge.errors import ArtifactError, OutputError
@@ -154,9 +156,8 @@ def plan_merge(checkpoint: Path, adapter: Path) -> MergePlan:
     """
     manifest = read_manifest(adapter, AdapterManifest)
     verify_files(adapter, manifest, published=True, unneeded=UNPUBLISHED_FILES)
-    architecture = describe(load_config(checkpoint))
-    reader = CheckpointReader(checkpoint)
-    names = architecture.tensor_names(reader.infos, checkpoint)
+    base = open_checkpoint(checkpoint)
+    architecture, reader, names = base.architecture, base.reader, base.names
     found = checkpoint_digest(checkpoint)
     if found != manifest.base.digest:
         raise ArtifactError(
@@ -263,6 +264,7 @@ def merge(
             _save_state(staging, plan, shards)
         for name in plan.copied:
             shutil.copyfile(checkpoint / name, staging / name)
+        _name_no_code(staging / "config.json")
         files = shards | {name: file_entry(staging / name) for name in plan.copied}
         manifest = CheckpointManifest(
             files=dict(sorted(files.items())),
@@ -314,6 +316,13 @@ def _other_files(checkpoint: Path, reader: CheckpointReader) -> tuple[tuple[str,
             stale = name != INDEX_NAME or reader.index is None
         (left_out if stale or not _is_file_name(name) else copied).append(name)
     return tuple(copied), tuple(left_out)
+
+
+def _name_no_code(path: Path) -> None:
+    """Take from a configuration the custom code that it names; transformers may look for it."""
+    config = json.loads(path.read_bytes())
+    if config.pop("auto_map", None) is not None:
+        write_json(path, config)
 
 
 def _is_file_name(name: str) -> bool:

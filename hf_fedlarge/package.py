@@ -23,6 +23,7 @@ from transformers import (
 from hf_fedlarge.adapters import adapter_parameters, get_factors, write_adapter
 from hf_fedlarge.architectures import Architecture, describe, empty_model, load_config, logit_transform
 from hf_fedlarge.artifacts import PackageManifest, read_manifest, verify_files
+from hf_fedlarge.checkpoints import open_checkpoint
 from hf_fedlarge.config import LoraSettings
 from hf_fedlarge.corrections import corrected, is_correctable
 from hf_fedlarge.entries import HealedEntry
@@ -36,7 +37,6 @@ from hf_fedlarge.rounding import RoundedWeight
 from hf_fedlarge.streaming import attach
 from hf_fedlarge.surrogate import bias_name, second_name, weight_name
 from hf_fedlarge.templates import check_length
-from hf_fedlarge.tensors import CheckpointReader
 
 
 class MappedTensors:
@@ -199,11 +199,9 @@ def stream_checkpoint(
         ArtifactError: not a whole checkpoint.
         ArchitectureError: a family that can't be streamed.
     """
-    config = load_config(directory)
-    architecture = describe(config)
-    reader = CheckpointReader(directory)
-    stored = architecture.tensor_names(reader.infos, directory)
-    tensors = MappedTensors(directory, reader.files, stored)
+    checkpoint = open_checkpoint(directory)
+    config, architecture = checkpoint.config, checkpoint.architecture
+    tensors = MappedTensors(directory, checkpoint.reader.files, checkpoint.names)
     ends = {f"{architecture.embedding}.weight", f"{architecture.head}.weight"}
     matrices = {name for layer in range(architecture.layers) for name in architecture.linear_weights(layer)}
     codecs = dict.fromkeys(matrices | (ends & set(architecture.parameters)), "dense")
@@ -281,7 +279,7 @@ def package_config(directory: Path) -> PretrainedConfig:
         ArtifactError: no readable `config.json`.
         ArchitectureError: the model wants custom code, or is none that transformers knows how to configure.
     """
-    config = load_config(directory, quantized=True)
+    config = load_config(directory, of_package=True)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config

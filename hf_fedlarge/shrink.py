@@ -30,6 +30,7 @@ from hf_fedlarge.artifacts import (
 )
 from hf_fedlarge.blocks import in_order, workers
 from hf_fedlarge.cards import read_license
+from hf_fedlarge.checkpoints import open_checkpoint
 from hf_fedlarge.config import Embeddings
 from hf_fedlarge.entries import BaseModelEntry, FileEntry, LayerEntry
 from hf_fedlarge.errors import ArtifactError, ConfigError
@@ -162,16 +163,14 @@ def plan_shrink(
     """
     if embeddings not in ("int8", "nf4", "bf16"):
         raise ConfigError(f"--embeddings {embeddings} is not known; expected int8, nf4 or bf16.")
-    config = load_config(checkpoint)
-    full = describe(config)
+    base = open_checkpoint(checkpoint)
+    full, reader, stored = base.architecture, base.reader, base.names
     wanted = parse_layers(keep_layers, full.layers)
     kept = wanted if isinstance(wanted, list) else choose_layers(full.layers, wanted)
-    reader = CheckpointReader(checkpoint)
-    stored = full.tensor_names(reader.infos, checkpoint)
     widths = keep_neurons if isinstance(keep_neurons, Mapping) else dict.fromkeys(kept, _width(full, keep_neurons))
     assert set(widths) == set(kept), "widths of other layers"
     widths = {layer: count for layer, count in widths.items() if count < full.neuron_count}
-    small = describe(shrink_config(config, kept))
+    small = describe(shrink_config(base.config, kept))
     small = replace(small, neurons={kept.index(layer): torch.arange(count) for layer, count in widths.items()})
 
     sources, codecs, package_bytes = {}, {}, 0
@@ -243,6 +242,7 @@ def shrink(
     """
     check_output(output, overwrite)
     config = load_config(plan.checkpoint)
+    config.tie_word_embeddings = plan.architecture.tied
     fitted = fitted or Fitted()
     assert set(plan.widths) == set(fitted.neurons), "the fit is of another plan"
     small_config = shrink_config(config, list(plan.kept))

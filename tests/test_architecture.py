@@ -45,6 +45,7 @@ LEVELS = [
     },
     {
         "experience",
+        "checkpoints",
         "linear",
         "norm",
         "sequences",

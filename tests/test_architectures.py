@@ -1,6 +1,7 @@
 """Every family is described as it is, what does not fit is refused, and dropping layers changes no other layer."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -169,7 +170,8 @@ def test_the_logits_transform_is_what_the_model_does(model_type, options):
         ("t5", {}, ["T5", "encoder-decoder"]),
         ("mixtral", {}, ["mixtral", "mixture of experts"]),
         ("qwen3_moe", {}, ["qwen3_moe", "mixture of experts"]),
-        ("mamba", {}, ["mamba", "A_log"]),
+        ("mamba", {}, ["mamba", "state-space"]),
+        ("xlstm", {}, ["xlstm", "state-space or recurrent"]),
         ("bert", {}, ["bert", "both directions"]),
         ("gemma3", {}, ["gemma3", "multimodal"]),
         ("git", {}, ["git", "multimodal"]),
@@ -221,7 +223,7 @@ def test_a_checkpoint_s_config_is_read(tmp_path):
     [
         ({"model_type": "made_up"}, ["unknown architecture", "'made_up'"]),
         ({"model_type": None}, ["unknown architecture"]),
-        ({"auto_map": {"AutoConfig": "evil.Config"}}, ["custom code", "never run"]),
+        ({"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "made_up"}, ["custom code", "never run"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantized already (gptq)"]),
         ({"quantization_config": "?"}, ["quantized already"]),
     ],
@@ -237,6 +239,22 @@ def test_custom_code_is_not_run(tmp_path):
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
     refusal(load_config, write_config(tmp_path, model_type="evil", auto_map={"AutoConfig": "evil.Config"}))
     assert not (tmp_path / "ran").exists()
+
+
+def test_custom_code_beside_a_family_of_transformers_is_not_run_nor_handed_on(tmp_path, caplog):
+    make_config("phi3").save_pretrained(tmp_path)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
+    auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    write_config(tmp_path, auto_map=auto_map)
+    for _ in range(2):
+        config = load_config(tmp_path)
+    assert not (tmp_path / "ran").exists()
+    assert "auto_map" not in config.to_dict()
+    assert "auto_map" not in shrink_config(config, [0]).to_diff_dict()
+    assert [record.message.partition("config.json ")[2] for record in caplog.records] == [
+        "names custom code, which isn't run; transformers' own phi3 is used."
+    ]
+    assert "custom code" in refusal(partial(load_config, of_package=True), tmp_path)  # a client's
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "[" * 99_999, None])

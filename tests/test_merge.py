@@ -251,6 +251,19 @@ def test_files_beside_the_weights(llama):
     assert list(output.parent.glob(".*")) == []
 
 
+def test_code_that_is_left_out_is_not_named_either(llama):
+    checkpoint, _, output = llama
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "configuration_x.Config"}}))
+    (checkpoint / "configuration_x.py").write_text("class Config: pass\n")
+    make_adapter(checkpoint.parent / "own", checkpoint, make_config("llama"))
+    manifest = merge(checkpoint, checkpoint.parent / "own", output)
+    assert json.loads((output / "config.json").read_text()) == config
+    assert "configuration_x.py" not in manifest.files
+    verify_files(output, manifest)
+    AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)  # which would look for the code
+
+
 def test_a_hub_snapshot_of_links_becomes_files(llama):
     checkpoint, adapter, output = llama
     blobs = checkpoint.parent / "blobs"
@@ -438,7 +451,8 @@ def test_a_matrix_in_integers_is_refused(tmp_path):
 def test_a_quantized_or_custom_checkpoint_is_refused(llama):
     checkpoint, adapter, output = llama
     config = json.loads((checkpoint / "config.json").read_text())
-    for extra in ({"quantization_config": {"quant_method": "gptq"}}, {"auto_map": {"AutoModel": "x.Y"}}):
+    custom = {"auto_map": {"AutoModel": "x.Y"}, "model_type": "x"}
+    for extra in ({"quantization_config": {"quant_method": "gptq"}}, custom):
         (checkpoint / "config.json").write_text(json.dumps(config | extra))
         with pytest.raises(ArchitectureError, match=r"quantized already|custom code"):
             merge(checkpoint, adapter, output)
