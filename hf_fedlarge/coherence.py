@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from hf_fedlarge.config import FederationConfig
 
 ON_FACTORS = ("fedavg", "ffa", "alternate")
+ROBUST = ("median", "trimmed_mean", "krum", "multi_krum")
 
 
 def refuse(what: str, causes: dict[str, bool]) -> None:
@@ -38,8 +39,13 @@ def check_federation(config: FederationConfig) -> None:
     if config.scaffold and (config.codec != "fp32" or config.late == "buffer"):
         what = "late updates" if config.late == "buffer" else f"the codec {config.codec}"
         raise ValueError(f"scaffold can't be used with {what}: what it sums up has to arrive whole and in its round")
-    if config.tiers and (config.aggregator in ON_FACTORS or config.aggregator in ("krum", "multi_krum")):
+    if config.tiers and config.aggregator in ON_FACTORS:
         raise ValueError(f"tiers have adapters of their own shapes, which {config.aggregator} can't compare; use exact")
+    if config.tiers and config.aggregator in ROBUST:
+        raise ValueError(
+            f"tiers leave what only the largest packages have to few clients, among whom {config.aggregator} can't "
+            "outvote hostile ones; use exact, or leave out tiers"
+        )
     if config.cohort is not None and config.fewest_updates > config.cohort:
         raise ValueError(
             f"{config.aggregator} needs {config.fewest_updates} updates to stand {config.byzantine} hostile clients, "

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from hf_fedlarge.coherence import ON_FACTORS, check_federation, refuse
+from hf_fedlarge.coherence import ON_FACTORS, ROBUST, check_federation, refuse
 from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.records import Record, checked, first_problem
 
@@ -134,7 +134,6 @@ class SelectionSettings(Record):
     late: Literal["refuse", "buffer"] = "refuse"
 
 
-ROBUST = ("median", "trimmed_mean", "krum", "multi_krum")
 ADAPTIVE = ("adam", "yogi", "adagrad")
 WEIGHTINGS = ("tokens", "examples", "equal", "loss")
 
@@ -243,6 +242,11 @@ class AggregationSettings(Record):
             raise ValueError(
                 f"scaffold keeps mean gradients of factors, which {name} doesn't leave in place from round to round; "
                 "use fedavg or ffa"
+            )
+        if self.scaffold and self.clip is not None:
+            raise ValueError(
+                "clip bounds the change of a client's adapter, not of its control variate, by which it would still "
+                "move every other client's steps; leave out clip or scaffold"
             )
         if self.privacy:
             refuse(

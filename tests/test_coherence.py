@@ -23,6 +23,22 @@ def test_packing_that_splits_texts_needs_max_steps(strategy):
     read(training=training | {"packing_strategy": "bfd"})
 
 
+@pytest.mark.parametrize("aggregator", ["median", "trimmed_mean", "krum", "multi_krum"])
+def test_hostile_clients_are_not_to_be_outvoted_where_only_some_have_a_layer(aggregator):
+    hostile = {} if aggregator == "median" else {"byzantine": 1}
+    robust = {"aggregator": aggregator, "weighting": "equal"} | hostile
+    with pytest.raises(ConfigError, match=f"tiers leave .* to few clients, among whom {aggregator} can't outvote"):
+        read(**robust, tiers={"phone": {"memory": "3GB"}})
+    read(**robust)
+
+
+@pytest.mark.parametrize("clip", [0.5, "median"])
+def test_control_variates_are_not_clipped(clip):
+    with pytest.raises(ConfigError, match=r"clip bounds .* not of its control variate"):
+        read(aggregator="ffa", scaffold=True, clip=clip)
+    read(aggregator="ffa", clip=clip)
+
+
 ROBUST = {"weighting": "equal", "byzantine": 1}
 THREE = {"clients": {"ann": 5, "ben": 5, "cleo": 5}}
 
