@@ -6,10 +6,11 @@ result divided by m, however many answered:
 
     next = before + (Σ clipped changes + N(0, (z C)² I)) / m
 
-Two federations are neighbours if they differ in one client, replaced by any other (or by one that doesn't answer). That
-moves the sum by up to 2 C, so for the accountant the noise multiplier is z / 2. A cohort is drawn evenly of N clients
-without replacement by what nobody can foresee, which amplifies the promise (Wang et al., 1808.00087) as long as
-nobody but the server learns whom it drew.
+Two federations are neighbours if they differ in one client, replaced by any other (or by one that doesn't answer, but
+for secure aggregation). That moves the sum by up to 2 C, so for the accountant the noise multiplier is z / 2. A cohort
+is drawn evenly of N clients without replacement by what nobody can foresee, which amplifies the promise (Wang et al.,
+1808.00087) as long as nobody but the server learns whom it drew. With secure aggregation it isn't counted: attempts are
+drawn until one has enough clients that are there, who are so more likely to be in it than m of N.
 
 A round that is done again after a kill draws new noise. That spends nothing more: `RoundServer.close` evaluates and
 publishes an adapter only after its directory was renamed whole, and from then on takes that one. Noise of an adapter

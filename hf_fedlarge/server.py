@@ -147,9 +147,14 @@ class RoundServer:
 
     @property
     def draw(self) -> Draw | None:
-        """What chance had to do with the last attempt; None: there is no privacy to count it for."""
+        """What chance had to do with the last attempt; None: there is no privacy to count it for.
+
+        Nothing with secure aggregation, where attempts are drawn until one has enough clients that are there.
+        """
+        if not self.config.privacy:
+            return None
         last = self._of("selected")[-1]
-        return Draw(cohort=last["goal"], of=last["of"]) if self.config.privacy else None
+        return Draw(cohort=last["goal"], of=last["goal"] if self.config.secure else last["of"])
 
     def earlier(self, number: int) -> RoundServer:
         """An earlier round of the same run, for updates that come late."""

@@ -27,7 +27,7 @@ from hf_fedlarge.artifacts import AdapterManifest, UpdateManifest, read_manifest
 from hf_fedlarge.cards import PRIVACY, render_card
 from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import AggregationSettings, DataConfig, FederationConfig, PrivacySettings, load_federation
-from hf_fedlarge.errors import ArtifactError, ConfigError
+from hf_fedlarge.errors import ArtifactError, ConfigError, UpdateRefusedError
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.ledger import Draw, PrivacyEntry, drawn_again
 from hf_fedlarge.lineage import start_adapter
@@ -309,8 +309,8 @@ def test_its_noise_has_the_deviation_that_is_claimed_and_is_another_one_every_ti
     assert manifest.energy_dropped == 0
 
 
-def open_round(where, clients):
-    config = {"cohort": 2, "aggregator": "fedavg", "weighting": "equal", "privacy": PRIVACY_OF}
+def open_round(where, clients, **more):
+    config = {"cohort": 2, "aggregator": "fedavg", "weighting": "equal", "privacy": PRIVACY_OF} | more
     config = FederationConfig(checkpoint="c", data=DataConfig(source="s"), **config)
     validate = lambda number, client, update: read_manifest(update, UpdateManifest)  # noqa: E731
     server = RoundServer(where / "rounds", 1, Journal(where / "journal.jsonl"), config, validate)
@@ -345,6 +345,15 @@ def test_nobody_can_foresee_whom_a_round_asks(tmp_path):
         assert server.draw == Draw(cohort=2, of=300)
         drawn.append(order.clients)
     assert len(set(drawn)) > 5  # though the federation's seed is the same
+
+
+def test_with_secure_aggregation_chance_is_not_counted_for_attempts_are_drawn_until_one_has_enough(tmp_path):
+    server, order = open_round(tmp_path, [f"{index}" for index in range(300)], secure={})
+    with pytest.raises(UpdateRefusedError):
+        server.abandon(order, "0 clients have trained and advertised keys; at least 2 are needed.")
+    assert server.open([CheckIn(f"{index}", 10) for index in range(300)]).attempt == 2
+    assert server.draw == Draw(cohort=2, of=2)
+    assert spent(settings(), [server.draw]).epsilon == epsilon(1.0, 300, 300, 1) > epsilon(1.0, 2, 300, 1)
 
 
 # Refusals
