@@ -552,6 +552,21 @@ def test_a_name_belongs_to_the_node_that_has_it(cohort):
     assert len(cohort.grid.nodes[-1].seen) == 1  # and is not asked again
 
 
+def test_a_node_that_was_killed_is_its_client_again_once_its_former_life_is_over(cohort):
+    """A SuperNode that nobody registered has another number when it is started again; for a minute both are listed."""
+    cohort.serve(clients=dict.fromkeys(CLIENTS, 12))
+    again = Node(99, cohort.answering("ann"))
+    cohort.grid.nodes.append(again)
+    for _ in range(3):
+        assert len(cohort.mailbox.names("check_ins")) == len(CLIENTS)
+    assert len(again.seen) == 1
+    cohort.nodes["ann"].online = False
+    assert "ann.json" not in cohort.mailbox.names("check_ins")
+    assert "ann.json" in cohort.mailbox.names("check_ins")
+    assert len(again.seen) == 2
+    assert sum("can't take part" in line for line in cohort.said) == 1
+
+
 def test_a_node_is_who_it_was_registered_as(cohort):
     cohort.nodes["ann"].name = "ann"
     cohort.nodes["ben"].name = "lab-9"

@@ -124,7 +124,7 @@ class Mailbox(Store):
         self.url = "Flower"  # where people see what comes in
         self._grid, self._report, self._key = grid, report, key
         self._clients: dict[str, _Node] = {}
-        self._strangers: set[_Node] = set()
+        self._strangers: dict[_Node, str | None] = {}  # who is not asked again, until a name is free that another had
         self._letters: dict[str, _Letter] = {}
 
     def names(self, path: str) -> list[str]:
@@ -146,6 +146,9 @@ class Mailbox(Store):
     def _online(self) -> list[_Node]:
         nodes = [_Node(node.node_id, node.last_activated_at, node.name) for node in self._reach(self._grid.get_nodes)]
         self._clients = {client: node for client, node in self._clients.items() if node in nodes}
+        self._strangers = {
+            node: taken for node, taken in self._strangers.items() if taken is None or taken in self._clients
+        }
         for name in super().names(CHECK_INS):  # also of whoever was there for a server that was killed
             if name.removesuffix(".json") not in self._clients:
                 self.remove(f"{CHECK_INS}/{name}")
@@ -153,7 +156,7 @@ class Mailbox(Store):
 
     def _ask_who(self, nodes: list[_Node]) -> None:
         known = {letter.node for letter in self._letters.values() if letter.client is None}
-        known |= self._strangers | set(self._clients.values())
+        known |= self._strangers.keys() | set(self._clients.values())
         for node in nodes:
             if node in known:
                 continue
@@ -168,7 +171,8 @@ class Mailbox(Store):
         client = _CHECK_IN.fullmatch(path)["client"]
         if node.name not in ("", client):
             raise ArtifactError(f"it says that it is {client}; it is registered as {node.name!a:.200}.")
-        if client in self._clients:
+        if client in self._clients:  # for a while also of a node that was killed and is there again as this one
+            self._strangers[node] = client
             raise ArtifactError(f"it says that it is {client}, as another node did; give each a name of its own.")
         self._clients[client] = node
 
@@ -309,7 +313,7 @@ class Mailbox(Store):
 
     def _refuse(self, letter: _Letter, reason: str) -> None:
         if letter.client is None:
-            self._strangers.add(letter.node)
+            self._strangers.setdefault(letter.node, None)
             self._report(printable(f"node {letter.node.id} can't take part: {reason}"))
         elif letter.place:
             write_document(self, f"{letter.place}/{FAILED}", failure(reason))
