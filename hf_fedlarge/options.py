@@ -19,7 +19,11 @@ AGGREGATION: dict[str, tuple[Any, str]] = {
         str,
         "exact (products), svd, fedavg (factors), ffa, alternate, median, trimmed_mean, krum or multi_krum (exact)",
     ),
-    "weighting": (str, "tokens, examples, equal, loss, or a function of yours as module:function (tokens)"),
+    "weighting": (
+        str,
+        "tokens, examples, equal, loss, or a function of yours as module:function (tokens); nothing bounds here what "
+        "updates claim of tokens and examples, so give equal where you don't trust them",
+    ),
     "carry_rank": (int, "the largest rank of what exact carries on (four times the adapter's)"),
     "carry_energy": (float, "end the carry where this share of the energy is left (0)"),
     "clip": (_bound, "bound the norm of each client's change: a number, or median (no bound)"),
