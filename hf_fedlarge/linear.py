@@ -241,12 +241,13 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(
             adapter_input_NI if keeps_input else None, up_NI if keeps_input else None, u_NR if trains_B else None, A, B
         )
+        # What is given is no view, as Falcon adds to it in place.
         if linear.value_unused:
-            return x.new_zeros(()).expand(*x.shape[:-1], linear.outputs)
+            return x.new_zeros(*x.shape[:-1], linear.outputs)
         y_NO = linear.multiply(x_NI, x)
         if adapted:
             y_NO.addmm_(u_NR, B.to(casts.dtype).t())
-        return y_NO.to(x.dtype).view(*x.shape[:-1], linear.outputs)
+        return torch.ops.aten._unsafe_view(y_NO.to(x.dtype), [*x.shape[:-1], linear.outputs])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

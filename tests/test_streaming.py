@@ -8,7 +8,7 @@ import torch
 from families import FAMILIES, PAD, make_dense, make_package
 from peft import LoraConfig, get_peft_model
 from peft.helpers import rescale_adapter_scale
-from transformers import AutoModelForCausalLM, BloomConfig
+from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from hf_fedlarge import engine
@@ -564,6 +564,28 @@ def test_arguments_that_mix_sequences_and_heads_are_refused_in_micro_batches_onl
     streamed.engine.micro_batch_size = 3
     with pytest.raises(ArchitectureError, match="can't be divided; set --gradient_accumulation_steps 1"):
         gradient_of(streamed, some_batch())
+
+
+def test_a_family_that_adds_to_a_product_in_place(tmp_path, monkeypatch):
+    config = FalconConfig(
+        vocab_size=300,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.1,
+        bos_token_id=0,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "full")
+    shrink(plan_shrink(tmp_path / "full", keep_layers="0,1"), tmp_path / "package")
+    loss, expected = gradient_of(with_adapter(make_dense(tmp_path / "package")), some_batch())
+    streamed = with_adapter(load_package(tmp_path / "package", dtype=torch.float32))
+    for size, kept in ((None, 0), (3, 0), (3, 2)):  # a batch is in one piece, or in three
+        streamed.engine.micro_batch_size = size
+        monkeypatch.setattr(engine, "plan_activations", lambda *args, kept=kept: Plan(group_tokens=30, kept=kept))
+        for _ in range(2):  # in the second step the output projections' values are not computed again
+            found = gradient_of(streamed, some_batch())
+            assert found[0] == pytest.approx(loss, rel=1e-5)
+            assert distance(found[1], expected) <= 1e-5
 
 
 def test_position_biases_of_as_many_heads_as_sequences_are_not_taken_for_sequences():
