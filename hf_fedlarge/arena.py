@@ -27,6 +27,10 @@ PIECE_BYTES = 2**24
 _ALIGNMENT = 64  # rows, so that a piece begins and ends with a block of NF4
 
 
+def _buffers(device: torch.device, whole_blocks: bool) -> int:
+    return 2 if device.type == "cuda" and whole_blocks else 1
+
+
 @dataclass
 class Counters:
     """What a streamed model did so far.
@@ -69,9 +73,9 @@ class Arena:
         self.whole_blocks, self._dtype = whole_blocks, dtype
         self._blocks, self._counters, self._casts = blocks, counters, Casts(products)
         self._numbers = {linear: number for number, linears in enumerate(blocks) for linear in linears}
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" and whole_blocks else None
-        count = 1 if self._stream is None else 2
-        size = self.bytes_needed(blocks, products, whole_blocks) // products.itemsize
+        count = _buffers(device, whole_blocks)
+        self._stream = torch.cuda.Stream(device) if count > 1 else None
+        size = self.bytes_needed(blocks, products, device, whole_blocks) // products.itemsize // count
         self._buffers = [torch.empty(size, dtype=products, device=device) for _ in range(count)]
         # A buffer's block, or its matrix and the first of its rows; what the second stream has to wait for, and what
         # has to wait for it.
@@ -91,10 +95,13 @@ class Arena:
                 start += linear.count
 
     @staticmethod
-    def bytes_needed(blocks: list[list[FrozenLinear]], products: torch.dtype, whole_blocks: bool) -> int:
-        """Size of one buffer, for products of this dtype."""
+    def bytes_needed(
+        blocks: list[list[FrozenLinear]], products: torch.dtype, device: torch.device, whole_blocks: bool
+    ) -> int:
+        """Size of the buffers, for products of this dtype."""
         if whole_blocks:
-            return products.itemsize * max(sum(linear.count for linear in linears) for linears in blocks)
+            values = max(sum(linear.count for linear in linears) for linears in blocks)
+            return products.itemsize * values * _buffers(device, whole_blocks)
         matrices = [linear for linears in blocks for linear in linears]
         fewest = products.itemsize * _ALIGNMENT * max(linear.weight.shape[1] for linear in matrices)
         return min(products.itemsize * max(linear.count for linear in matrices), max(fewest, PIECE_BYTES))

@@ -17,7 +17,7 @@ inside blocks, and a KV cache while gradients are computed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -73,20 +73,23 @@ class StreamingEngine:
         self._held = 0
         self._plan = Plan(group_tokens=0, kept=0)
         self._available: int | None = None
+        self._largest: list[int] = []
         self._token_bytes: float | None = None
         self.linear_of = {linear.module: linear for linears in self.linears for linear in linears}
         products = product_dtype(dtype, device)
         # In fp32 a block takes twice as much.
-        self.hold(products == dtype or Arena.bytes_needed(self.linears, products, True) <= UNASKED_BLOCK_BYTES)
+        needed = Arena.bytes_needed(self.linears, products, device, True)
+        self.hold(products == dtype or needed <= UNASKED_BLOCK_BYTES)
         for block in self.blocks:
             block.forward = partial(self._forward, block, block.forward, inspect.signature(block.forward))
 
-    def set_memory_budget(self, budget: int) -> None:
+    def set_memory_budget(self, budget: int, largest: Sequence[int] = ()) -> None:
         """Hold as much of the forward pass as fits into `budget` bytes, and no whole block where that is too much.
 
         The budget is for this process's own memory (on CUDA: for the device's): libraries, adapters, their gradients
         and optimizer state, arena and activations. Mapped package files are left out, as the system takes their pages
         back when it needs them. What fits decides how sequences are grouped, so the rounding of two runs may differ.
+        The first batch is refused where the largest to come, of sequences of the lengths `largest`, would not fit.
 
         Raises:
             ConfigError: not even some rows of a matrix at a time fit.
@@ -96,7 +99,7 @@ class StreamingEngine:
         own = used_bytes(self.device) - self.arena.held_bytes + 12 * sum(p.numel() for p in trainable)
         available = budget - own
         products = product_dtype(self.dtype, self.device)
-        sizes = {whole: Arena.bytes_needed(self.linears, products, whole) for whole in (True, False)}
+        sizes = {whole: Arena.bytes_needed(self.linears, products, self.device, whole) for whole in (True, False)}
         # At least as much again as the arena has is left to activations.
         whole_blocks = 2 * sizes[True] <= available
         if 2 * sizes[whole_blocks] > available:
@@ -106,7 +109,7 @@ class StreamingEngine:
                 f"{(own + 2 * sizes[False]) / 1e6:.0f} MB."
             )
         self.hold(whole_blocks)
-        self._available = available - self.counters.arena_bytes
+        self._available, self._largest = available - self.counters.arena_bytes, list(largest)
 
     def hold(self, whole_blocks: bool) -> None:
         """Hold a whole block's dense matrices at a time, or some rows of a matrix (see `Arena`)."""
@@ -115,7 +118,7 @@ class StreamingEngine:
     def start_over(self) -> None:
         """Forget what was learned and counted, as if nothing had been computed so far; a memory budget stays."""
         self._outputs.clear()
-        self._token_bytes, self._held, self._pass = None, 0, None
+        self._token_bytes, self._held, self._pass, self._largest = None, 0, None, []
         arena_bytes = self.counters.arena_bytes
         vars(self.counters).update(vars(Counters(arena_bytes=arena_bytes)))
 
@@ -210,18 +213,32 @@ class StreamingEngine:
         return [_Part(part, part.lay(call.arguments)) for part in rows]
 
     def _make_plan(self, call: _BlockCall, hidden: torch.Tensor, spans: list[Span]) -> None:
+        plan = partial(self._planned, call.number, hidden[0, 0].nbytes)
         if self._token_bytes is None and not torch.is_inference_mode_enabled():
             self._token_bytes = self._measure(call, hidden, spans[0])
+            if self._largest:  # now, and not in the middle of training
+                plan(self._largest, len(self.blocks))
         self._held = 0
-        self._plan = plan_activations(
-            [len(span) for span in spans],
-            len(self.blocks) if call.differentiable else 1,  # else no block's input is kept
-            self.micro_batch_size,
-            self._available if self._token_bytes is not None else None,
-            self._token_bytes or 0.0,
-            hidden[0, 0].nbytes,
-            self.arena.cast_bytes,
-        )
+        blocks = len(self.blocks) if call.differentiable else 1  # else no block's input is kept
+        self._plan = plan([len(span) for span in spans], blocks)
+
+    def _planned(self, number: int, boundary_bytes: int, lengths: list[int], blocks: int) -> Plan:
+        """The plan for a batch, within the visit of a block. Where a whole block leaves no room, rows are held."""
+        token_bytes, available = self._token_bytes or 0.0, None if self._token_bytes is None else self._available
+        known = self.micro_batch_size, available, token_bytes, boundary_bytes, self.arena.cast_bytes
+        try:
+            return plan_activations(lengths, blocks, *known)
+        except ConfigError:
+            if not self.arena.whole_blocks:
+                raise
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # another stream may write to what is given back now
+        self.arena.leave(number, None)
+        self._available += self.counters.arena_bytes
+        self.hold(whole_blocks=False)
+        self._available -= self.counters.arena_bytes
+        self.arena.enter(number, None)
+        return self._planned(number, boundary_bytes, lengths, blocks)
 
     def _measure(self, call: _BlockCall, hidden: torch.Tensor, span: Span) -> float:
         """Bytes that the graph of a block holds for a token, from its forward for one sequence."""

@@ -8,9 +8,11 @@ import torch
 from families import make_package
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from hf_fedlarge import engine as engine_module
 from hf_fedlarge.adapters import attach_lora
+from hf_fedlarge.arena import Arena
 from hf_fedlarge.budget import FULL_RATE_TOKENS, WORKING, parse_bytes, plan_activations
 from hf_fedlarge.config import LoraSettings
 from hf_fedlarge.errors import ConfigError
@@ -133,6 +135,62 @@ def test_a_budget_too_small_for_a_block_holds_one_matrix_at_a_time(tmp_path, mon
     assert not engine.arena.whole_blocks
     assert engine.counters.arena_bytes == 64 * 128 * 4  # the largest matrix
     assert engine.arena.cast_bytes == 0
+
+
+def test_a_batch_that_fits_beside_some_rows_and_not_beside_a_block_is_computed(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_fedlarge.engine.used_bytes", lambda device: 10**9)
+    model, plain = adapted(tmp_path), adapted(tmp_path / "plain")
+    set_peft_model_state_dict(plain, get_peft_model_state_dict(model))
+    engine, block = model.engine, model.engine.counters.arena_bytes
+    moments = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    engine.set_memory_budget(10**9 + moments + 2 * block)
+    rows = 64 * 128 * 4
+
+    def holds_a_block_for(length):
+        ids = torch.randint(4, 260, (2, length), generator=torch.Generator().manual_seed(length))
+        for each in (model, plain):
+            each.zero_grad()
+            each(input_ids=ids, labels=ids).loss.backward()
+        for ours, expected in zip(model.parameters(), plain.parameters(), strict=True):
+            if ours.requires_grad:
+                torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-6)
+        return engine.arena.whole_blocks
+
+    def longest(room):  # besides a block's graph there are the states between three blocks
+        return int(room / (WORKING * engine._token_bytes + 2 * 64 * 4 * (3 + 2)))
+
+    assert holds_a_block_for(4)
+    assert holds_a_block_for(longest(block))
+    assert engine._available == block
+    assert not holds_a_block_for(longest(block) + 1)
+    assert engine._available == 2 * block - rows
+    assert not holds_a_block_for(longest(2 * block - rows))
+    with pytest.raises(ConfigError, match="leaves 0 MB for activations"):
+        holds_a_block_for(longest(2 * block - rows) + 1)
+
+
+def test_two_buffers_of_a_gpu_count_twice(tmp_path):
+    linears = adapted(tmp_path).engine.linears
+    sizes = [
+        Arena.bytes_needed(linears, torch.float32, torch.device(kind), whole)
+        for whole in (True, False)
+        for kind in ("cpu", "cuda")
+    ]
+    assert sizes == [36864 * 4, 2 * 36864 * 4, 64 * 128 * 4, 64 * 128 * 4]
+
+
+def test_the_largest_batch_to_come_is_refused_with_the_first(tmp_path):
+    model = adapted(tmp_path)
+    engine = model.engine
+    budget = used_bytes(engine.device) + 2**30
+    engine.set_memory_budget(budget, [64, 32])
+    some_step(model)
+    engine.start_over()
+    engine.set_memory_budget(budget, [10**6])
+    with torch.no_grad(), pytest.raises(ConfigError, match="a batch of 1000000 tokens"):
+        model(input_ids=torch.arange(9)[None], labels=torch.arange(9)[None])
+    engine.start_over()  # another training may have other batches
+    some_step(model)
 
 
 def test_what_products_of_another_dtype_pass_through_counts(tmp_path, monkeypatch):
