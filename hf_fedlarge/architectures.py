@@ -64,8 +64,8 @@ class Architecture:
         parameters: shape of every parameter, a tied head's weight left out, with all neurons.
         prefix: the base model's attribute, which some checkpoints leave out of their tensors' names.
         renamings: transformers' own, of names that checkpoints keep from earlier versions (GPT-NeoX's `embed_out`).
-        feed_forward: a block's feed-forward layer, None where its neurons can't be told apart (Phi-3 has gate and up in
-            one matrix).
+        feed_forward: a block's feed-forward layer, None where it isn't recognized (Phi-3 has gate and up in one matrix,
+            Bloom an activation of its own).
         attention_output: path, inside a block, of the matrix that leads back from its attention; None: not found.
         neurons: the number of a block → which of its neurons stay, sorted; blocks that are not listed have all.
     """

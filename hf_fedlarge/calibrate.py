@@ -199,7 +199,7 @@ def make_package(
         return shrink(plan, output, **options)
     sequences = plan.sequences or calibration_text(plan.checkpoint, settings)
     full = plan.architecture
-    widths = {layer: plan.widths.get(layer, full.neuron_count) for layer in plan.kept if full.feed_forward}
+    widths = {layer: plan.widths.get(layer, full.neuron_count) for layer in plan.kept}
     fit_plan = FitPlan(
         kept=plan.kept, surrogate_codec=surrogate_codec, widths=widths, surrogate_rank=settings.surrogate_rank
     )

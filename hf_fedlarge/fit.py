@@ -46,7 +46,8 @@ class FitPlan:
         kept: global numbers of the layers that stay; the first layer is among them where any surrogate is wanted.
         surrogate_codec: how surrogates are stored: `nf4`, `int8` or `dense` (bf16); None: nothing stands for dropped
             layers.
-        widths: layer → how many of its neurons stay, for the kept layers whose matrices are fitted.
+        widths: layer → how many of its neurons stay (0: they can't be told apart), for the kept layers whose matrices
+            are fitted.
         matrix_codec: how those are stored; in `nf4` errors make up for one another.
         surrogate_ridge, surrogate_rank: see `surrogate.store_surrogate`.
     """
@@ -151,8 +152,6 @@ def _fit_block(
     `truth` and `after` are the full model's states before and after it, `states` the small one's before it.
     """
     block, attention, feed_forward = student.block(layer), architecture.attention_output, architecture.feed_forward
-    others = {attention, *feed_forward.inputs, feed_forward.output}
-    first = [path for path in architecture.linears if path not in others]
     found: dict[str, FrozenWeight] = {}
     kept_K: torch.Tensor | None = None
 
@@ -187,16 +186,25 @@ def _fit_block(
         return {path: weight}
 
     with ExitStack() as fitted:
-        fitted.enter_context(student.storing(layer, reround(first)))
-        if attention:
-            # With a silent feed-forward layer a block gives the states between the two.
-            silent = feed_forward.output
-            with hooked(teacher.block(layer), silent, _silence), hooked(block, silent, _silence):
-                between = (teacher.step(layer, hidden) for hidden in truth)
-                given = refit(attention, student.dense(layer, attention).shape[0], between)
-            fitted.enter_context(student.storing(layer, given))
-        fitted.enter_context(student.storing(layer, reround(feed_forward.inputs)))
-        fitted.enter_context(student.storing(layer, refit(feed_forward.output, plan.widths[layer], after)))
+
+        def put(matrices: dict[str, FrozenWeight]) -> None:
+            fitted.enter_context(student.storing(layer, matrices))
+
+        if feed_forward is None:  # nor are the states in front of it known: all matrices are rounded, none is fitted
+            for path in architecture.linears:
+                put(reround([path]))
+        else:
+            others = {attention, *feed_forward.inputs, feed_forward.output}
+            put(reround([path for path in architecture.linears if path not in others]))
+            if attention:
+                # With a silent feed-forward layer a block gives the states between the two.
+                silent = feed_forward.output
+                with hooked(teacher.block(layer), silent, _silence), hooked(block, silent, _silence):
+                    between = (teacher.step(layer, hidden) for hidden in truth)
+                    given = refit(attention, student.dense(layer, attention).shape[0], between)
+                put(given)
+            put(reround(feed_forward.inputs))
+            put(refit(feed_forward.output, plan.widths[layer], after))
         states = [student.step(layer, hidden) for hidden in states]
     result = {}
     for path, weight in found.items():

@@ -208,8 +208,8 @@ def _width(architecture: Architecture, share: float) -> int:
         raise ConfigError(f"--keep-neurons {share} is out of range; expected a share above 0 and up to 1.")
     if share < 1 and architecture.feed_forward is None:
         raise ConfigError(
-            f"The feed-forward layers of {architecture.model_type} can't lose neurons, as gate and up are one matrix "
-            "there; use --keep-neurons 1 and fewer layers."
+            f"The feed-forward layers of {architecture.model_type} can't lose neurons, as they aren't recognized (gate "
+            "and up may be one matrix); use --keep-neurons 1 and fewer layers."
         )
     return min(architecture.neuron_count, max(BLOCK, round(share * architecture.neuron_count / BLOCK) * BLOCK))
 

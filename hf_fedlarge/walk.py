@@ -1,8 +1,8 @@
 """A streamed model's decoder blocks one at a time, over sequences of one length, outside of its own forward.
 
 Walking by layers instead of by sequences visits every block once, and two models can be walked side by side. What a
-block is given besides the hidden states (positions, masks) is recorded once: for whole sequences of one length, each by
-itself, it is always the same.
+block is given besides the hidden states (positions, masks) is recorded once for each number of sequences: where all are
+whole and of one length, it is always the same.
 
 Shapes: B sequences of S tokens, D hidden.
 """
@@ -35,15 +35,21 @@ class Walk:
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, ids: torch.Tensor) -> None:
-        self._model = model
+        self._model, self._ids = model, ids
         # A block is stepped through many times; meanwhile the next one's pages would only lie there.
         model.engine.reads_ahead = False
         self._blocks = list(model.get_submodule(model.architecture.blocks))
-        self._given: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        # By how many sequences there are: Bloom's position biases have as many rows, and XGLM's masks.
+        self._given: dict[int, dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._returns_tuple = isinstance(self._record(1), tuple)
+
+    def _record(self, count: int) -> Any:
+        """Find out what blocks are given besides the states of `count` sequences; what the first one returns then."""
+        found = self._given[count] = {}
         outputs: list[Any] = []
 
         def given(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._given[block] = args[1:], kwargs
+            found[block] = args[1:], kwargs
 
         hooks = [block.register_forward_pre_hook(given, with_kwargs=True) for block in self._blocks]
         hooks.append(self._blocks[0].register_forward_hook(lambda block, args, output: outputs.append(output)))
@@ -51,12 +57,12 @@ class Walk:
         try:
             # What the blocks are given besides doesn't depend on the states, so one of them computes for all.
             with self._forwards(self._blocks[1:], lambda *args, **kwargs: outputs[0]):
-                model.base_model(ids.to(self._device), use_cache=False)
+                self._model.base_model(self._ids.expand(count, -1).to(self._device), use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
-        self._returns_tuple = isinstance(outputs[0], tuple)
         self.forget()
+        return outputs[0]
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -79,6 +85,8 @@ class Walk:
     @torch.no_grad()
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """What the first block is given: (B, S, D) of token ids (B, S)."""
+        if len(ids) not in self._given:  # before somebody else has hooks in the first block
+            self._record(len(ids))
 
         def stop(block: nn.Module, args: tuple[Any, ...]) -> None:
             raise _ReachedError(args[0])
@@ -96,7 +104,9 @@ class Walk:
     def step(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
         """The output (B, S, D) of block `number` for any number of sequences."""
         block = self._blocks[number]
-        args, kwargs = self._given[block]
+        if len(hidden) not in self._given:
+            self._record(len(hidden))
+        args, kwargs = self._given[len(hidden)][block]
         output = block(hidden, *args, **kwargs)
         return output[0] if self._returns_tuple else output
 

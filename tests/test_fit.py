@@ -1,6 +1,7 @@
 """Fitting a small model against the full one, block by block."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,9 +78,10 @@ def test_fitted_outputs_make_the_small_model_more_like_the_full_one(family, tmp_
     assert errors[0] < errors[1]
 
 
-def test_errors_of_rounding_make_up_for_one_another(tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["llama", "phi3"])  # with gate and up in one matrix
+def test_errors_of_rounding_make_up_for_one_another(family, tmp_path, monkeypatch):
     """Nothing is left out here, so rounding is all that is lost."""
-    checkpoint = make_checkpoint(tmp_path / "full", "llama", layers=3)
+    checkpoint = make_checkpoint(tmp_path / "full", family, layers=3)
     plan = plan_shrink(checkpoint, keep_layers="1.0")
     many = torch.randint(4, 260, (64, 1, 32), generator=torch.Generator().manual_seed(1))
     errors = []
@@ -138,6 +140,17 @@ def test_what_is_left_of_another_fit_is_not_used(tmp_path):
     assert steps == [1, 2, 3, 4]
     # To whole blocks of 64 neurons, both shares are the same.
     assert plan_package(checkpoint, wide).widths == plan.widths
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_every_matrix_of_a_package_with_surrogates_is_rounded_so(family, tmp_path, monkeypatch):
+    checkpoint = make_checkpoint(tmp_path / "full", family, layers=3)
+    rounded = []
+    monkeypatch.setattr("hf_fedlarge.fit.compensated", lambda W, gram: rounded.append(W.shape) or W)
+    settings = PackageSettings(keep_layers="0,2")
+    plan = replace(plan_shrink(checkpoint, keep_layers="0,2"), sequences=list(IDS))
+    assert calibrated_package(plan, settings, tmp_path / "package").surrogates
+    assert len(rounded) == 2 * len(plan.architecture.linears)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.5, -1.0])
