@@ -20,7 +20,14 @@ import yaml
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from hf_fedlarge.artifacts import AdapterManifest, CheckpointManifest, PackageManifest, manifest_kind, read_manifest
+from hf_fedlarge.artifacts import (
+    CARRY_WEIGHTS,
+    AdapterManifest,
+    CheckpointManifest,
+    PackageManifest,
+    manifest_kind,
+    read_manifest,
+)
 from hf_fedlarge.entries import BaseModelEntry, Contribution
 from hf_fedlarge.errors import ArtifactError
 from hf_fedlarge.layers import format_ranges
@@ -208,7 +215,7 @@ def _neurons(manifest: PackageManifest) -> str:
 
 
 def _adapter_facts(manifest: AdapterManifest, run: Summary) -> list[tuple[str, Any]]:
-    lora = manifest.lora
+    lora, carried = manifest.lora, f"{manifest.energy_carried:.3g}"
     return [
         ("round", manifest.round),
         ("layers with an adapter", f"{len(manifest.layers)}: {format_ranges(manifest.layers)}"),
@@ -217,6 +224,7 @@ def _adapter_facts(manifest: AdapterManifest, run: Summary) -> list[tuple[str, A
         ("aggregator", manifest.aggregator or run.aggregator),
         ("weighting", manifest.weighting),
         ("energy dropped by truncation", f"{manifest.energy_dropped:.3g}"),
+        *([(f"energy in {CARRY_WEIGHTS}, which peft leaves out", carried)] if CARRY_WEIGHTS in manifest.files else []),
         ("size", _bytes(manifest.total_bytes)),
         ("digest of the package trained on", _code(manifest.package)),
         ("digest of the adapter before this round", _code(manifest.parent) if manifest.parent else "none: the first"),

@@ -1,4 +1,4 @@
-"""A full model's directory: its configuration, its architecture, and which of its tensors each parameter is.
+"""A full model's directory: its configuration, its architecture, where its parameters are, and what else it has.
 
 A configuration may say that the head is the embedding where a fine-tuned head of its own is stored. What is stored
 counts, as it does in transformers.
@@ -6,6 +6,8 @@ counts, as it does in transformers.
 
 from __future__ import annotations
 
+import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +15,25 @@ import torch
 from transformers import PretrainedConfig
 
 from hf_fedlarge.architectures import Architecture, describe, load_config
+from hf_fedlarge.entries import is_file_name
 from hf_fedlarge.tensors import CheckpointReader
+from hf_fedlarge.untrusted import CODE_SUFFIXES
+
+logger = logging.getLogger(__name__)
 
 _COMPARED_BYTES = 4 * 2**20
+# Everything besides config and weights that a model directory needs to be used; never code.
+_COMPANIONS = (
+    "tokenizer*",
+    "*.model",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+)
 
 
 @dataclass(frozen=True)
@@ -60,3 +78,15 @@ def _same(reader: CheckpointReader, name: str, other: str) -> bool:
         torch.equal(reader.read_rows(name, *rows), reader.read_rows(other, *rows))
         for rows in reader.row_ranges(name, _COMPARED_BYTES)
     )
+
+
+def copy_companions(checkpoint: Path, target: Path) -> None:
+    """Copy what a model directory needs besides config and weights; a name that no manifest can list is left out."""
+    for pattern in _COMPANIONS:
+        for path in sorted(checkpoint.glob(pattern)):
+            if not path.is_file() or path.name.lower().endswith(CODE_SUFFIXES):
+                continue
+            if is_file_name(path.name):
+                shutil.copyfile(path, target / path.name)
+            else:
+                logger.warning("%s is left out; expected a name of letters, digits, '.', '_' and '-'.", path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from hf_fedlarge.records import Growing, Record
 from hf_fedlarge.untrusted import without_code
@@ -14,6 +14,15 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 # A mean cross-entropy is far from the bound, and rounded it may be just below 0. What losses weigh stays finite.
 Loss = Annotated[float, Field(ge=-1e6, le=1e6)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=255)]
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a manifest can list a file of this name: hidden ones and those with spaces can't be."""
+    try:
+        TypeAdapter(FileName).validate_python(name)
+    except ValidationError:
+        return False
+    return True
 
 
 class FileEntry(Record):

@@ -54,7 +54,8 @@ _CHECKPOINT_FILES = [
     "NOTICE*",
     "README.md",
 ]
-# The patterns' star matches slashes too; folders hold other formats, and `consolidated` the same weights once more.
+# The patterns' star matches slashes too; folders hold other formats or chat templates besides the default one, and
+# `consolidated` the same weights once more.
 _NOT_OURS = ["*/*", "consolidated*", "*.py", "*.bin", "*.pt"]
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from hf_fedlarge.adapters import ADAPTER_WEIGHTS, expected_shapes, read_state, tensor_shapes
 from hf_fedlarge.architectures import Architecture
@@ -44,7 +44,7 @@ from hf_fedlarge.artifacts import (
 from hf_fedlarge.blocks import ROUNDED_DTYPES, add_product, in_order, workers
 from hf_fedlarge.checkpoints import open_checkpoint
 from hf_fedlarge.config import LoraSettings, Record
-from hf_fedlarge.entries import BaseModelEntry, Digest, FileEntry, FileName
+from hf_fedlarge.entries import BaseModelEntry, Digest, FileEntry, FileName, is_file_name
 from hf_fedlarge.errors import ArtifactError, OutputError
 from hf_fedlarge.tensors import (
     INDEX_NAME,
@@ -102,7 +102,7 @@ class MergePlan:
         shards: the files that are rewritten.
         nbytes: bytes of all tensors in them.
         copied: the files that are copied as they are.
-        left_out: the files that are not.
+        left_out: the files that are not, and the folders: other formats, or chat templates besides the default one.
     """
 
     checkpoint: Path
@@ -186,7 +186,7 @@ def plan_merge(checkpoint: Path, adapter: Path) -> MergePlan:
             f"{architecture.model_type} model in {checkpoint}."
         )
     for shard in reader.files:
-        if not _is_file_name(shard):
+        if not is_file_name(shard):
             raise ArtifactError(
                 f"{checkpoint} has a shard called {shard!r}; expected letters, digits, '.', '_' and '-'."
             )
@@ -305,16 +305,18 @@ def _target(architecture: Architecture, module: str, info: TensorInfo, checkpoin
 
 
 def _other_files(checkpoint: Path, reader: CheckpointReader) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of the files to copy, and of those to leave out; folders are in neither."""
+    """The names of the files to copy, and of those to leave out, all folders among them."""
     copied, left_out = [], []
     for path in sorted(checkpoint.iterdir()):
         name = path.name
+        if path.is_dir():
+            left_out.append(f"{name}/")
         if not path.is_file() or name in reader.files:
             continue
         stale = path.suffix in _OTHER_WEIGHTS or name in _OF_THE_BASE
         if name.endswith(".index.json"):
             stale = name != INDEX_NAME or reader.index is None
-        (left_out if stale or not _is_file_name(name) else copied).append(name)
+        (left_out if stale or not is_file_name(name) else copied).append(name)
     return tuple(copied), tuple(left_out)
 
 
@@ -323,15 +325,6 @@ def _name_no_code(path: Path) -> None:
     config = json.loads(path.read_bytes())
     if config.pop("auto_map", None) is not None:
         write_json(path, config)
-
-
-def _is_file_name(name: str) -> bool:
-    """Whether a manifest can list it: hidden files and names with spaces can't be."""
-    try:
-        TypeAdapter(FileName).validate_python(name)
-    except ValidationError:
-        return False
-    return True
 
 
 def _write_shard(

@@ -8,7 +8,6 @@ dropped layer's place, and which neurons the others keep, is fitted before (`fit
 from __future__ import annotations
 
 import math
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,7 @@ from hf_fedlarge.artifacts import (
 )
 from hf_fedlarge.blocks import in_order, workers
 from hf_fedlarge.cards import read_license
-from hf_fedlarge.checkpoints import open_checkpoint
+from hf_fedlarge.checkpoints import copy_companions, open_checkpoint
 from hf_fedlarge.config import Embeddings
 from hf_fedlarge.entries import BaseModelEntry, FileEntry, LayerEntry
 from hf_fedlarge.errors import ArtifactError, ConfigError
@@ -46,24 +45,11 @@ from hf_fedlarge.tensors import (
     plan_shards,
     shard_names,
 )
-from hf_fedlarge.untrusted import CODE_SUFFIXES
 
 MAX_SHARD_BYTES = 2**30
 FITTED_NAME = "fitted.safetensors"
 CORRECTIONS_NAME = "corrections.safetensors"
 _ROW_BLOCK_VALUES = 2 * 2**20
-# Everything besides config and weights that a model directory needs to be used; never code.
-_COMPANIONS = (
-    "tokenizer*",
-    "*.model",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-)
 
 
 @dataclass(frozen=True)
@@ -284,7 +270,7 @@ def shrink(
         if extras:
             files[FITTED_NAME] = write_tensors(staging / FITTED_NAME, extras)
         _write_config(staging, small_config, small, plan, stock=stock and plan.embeddings == "bf16" and not extras)
-        _copy_companions(plan.checkpoint, staging)
+        copy_companions(plan.checkpoint, staging)
         manifest = PackageManifest(
             files=files | {path.name: file_entry(path) for path in sorted(staging.iterdir()) if path.name not in files},
             base=BaseModelEntry(
@@ -390,10 +376,3 @@ def _write_config(
         # A method that stock loaders don't know makes them refuse; they would take the integers for weights.
         values["quantization_config"] = {"quant_method": "hf_fedlarge", "embeddings": plan.embeddings}
     write_json(staging / "config.json", values)
-
-
-def _copy_companions(checkpoint: Path, staging: Path) -> None:
-    for pattern in _COMPANIONS:
-        for path in sorted(checkpoint.glob(pattern)):
-            if path.is_file() and not path.name.lower().endswith(CODE_SUFFIXES):
-                shutil.copyfile(path, staging / path.name)

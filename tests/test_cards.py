@@ -64,8 +64,8 @@ def make_package(directory, embeddings="int8", **fields):
     return make_artifact(directory, PackageManifest, files, embeddings=embeddings, codecs=codecs, **fields)
 
 
-def make_adapter(directory, weights=b"adapter", **fields):
-    files = {"adapter_config.json": b"{}", "adapter_model.safetensors": weights}
+def make_adapter(directory, weights=b"adapter", files=(), **fields):
+    files = {"adapter_config.json": b"{}", "adapter_model.safetensors": weights, **dict(files)}
     contributions = [Contribution(client="carla", digest="c" * 64, weight=1.0, examples=8, tokens=80)]
     fields = {"parent": None, "round": 4, "layers": [0, 1, 3], "contributions": contributions} | fields
     lora = LoraSettings(rank=8, alpha=16.0, targets=["q_proj"])
@@ -188,6 +188,17 @@ def test_adapter_card_without_a_summary_uses_the_manifest_and_invents_nothing(tm
     assert "Sent to clients: not recorded. Sent by clients: not recorded." in card
     assert f'AutoModelForCausalLM.from_pretrained("org/base", revision="{"b" * 40}")' in card
     assert 'PeftModel.from_pretrained(base, "me/adapter")' in card
+
+
+def test_adapter_card_says_what_peft_does_not_load(tmp_path):
+    fact = "energy in carry.safetensors, which peft leaves out"
+    fields = {"files": {"carry.safetensors": b"rest"}, "carry_rank": 8, "energy_carried": 0.1234}
+    card = render_card(make_adapter(tmp_path / "a", **fields), "me/adapter", SUMMARY)
+    assert [fact, "0.123"] in rows(card)
+    assert "`hf-fedlarge merge BASE ADAPTER -o merged`" in card.partition("PeftModel.from_pretrained")[2]
+    plain = render_card(make_adapter(tmp_path / "b"), "me/adapter", SUMMARY)
+    assert "carry.safetensors" not in plain
+    assert "hf-fedlarge merge" not in plain
 
 
 def test_a_card_says_who_saw_updates_where_that_is_known(tmp_path):

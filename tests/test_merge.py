@@ -226,12 +226,13 @@ def test_files_beside_the_weights(llama):
     dropped += ["modeling_x.py", "consolidated.safetensors", "adapter_config.json", ".gitattributes", "two words.txt"]
     for name in [*kept[3:], *dropped]:
         (checkpoint / name).write_text(f"content of {name}\n")
-    (checkpoint / "onnx").mkdir()
-    (checkpoint / "onnx" / "model.onnx").write_text("another format")
+    for folder, name in (("onnx", "model.onnx"), ("additional_chat_templates", "tool_use.jinja")):
+        (checkpoint / folder).mkdir()
+        (checkpoint / folder / name).write_text("another format")
 
     plan = plan_merge(checkpoint, adapter)
     assert sorted(plan.copied) == sorted(kept)
-    assert sorted(plan.left_out) == sorted(dropped)
+    assert sorted(plan.left_out) == sorted([*dropped, "onnx/", "additional_chat_templates/"])
     assert plan.nbytes == sum(tensor.nbytes for tensor in read_all(checkpoint).values())
     assert len(plan.shards) > 2
     said = plan.describe()

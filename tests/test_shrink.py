@@ -211,14 +211,17 @@ def test_a_package_in_several_shards_is_the_same_model(checkpoint, tmp_path, mon
     assert distance(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "sharded")), expected) < 0.03
 
 
-def test_what_a_model_directory_needs_comes_along_and_code_does_not(checkpoint, tmp_path):
+def test_what_a_model_directory_needs_comes_along_and_code_does_not(checkpoint, tmp_path, caplog):
     (checkpoint / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
     (checkpoint / "LICENSE.txt").write_text("terms")
-    for name in ("tokenizer_evil.py", "modeling_evil.py", "pytorch_model.bin", "notes.txt"):
+    for name in ("tokenizer_evil.py", "modeling_evil.py", "pytorch_model.bin", "notes.txt", "LICENSE (1).txt"):
         (checkpoint / name).write_text("x")
     manifest = shrink(plan_shrink(checkpoint), tmp_path / "package", base_id="org/model", revision="v1")
     names = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "LICENSE.txt"}
     assert set(manifest.files) == names | {"config.json", "model.safetensors"}
+    assert [record.message.partition("full/")[2] for record in caplog.records] == [
+        "LICENSE (1).txt is left out; expected a name of letters, digits, '.', '_' and '-'."
+    ]
     assert (manifest.base.id, manifest.base.revision, manifest.base.license) == ("org/model", "v1", "apache-2.0")
     assert load_tokenizer(tmp_path / "package").decode([1, 88]) == load_tokenizer(checkpoint).decode([1, 88])
     assert load_package(tmp_path / "package").generation_config.eos_token_id == 0
