@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -256,11 +256,14 @@ class Jobs:
             number: the round.
             down: what goes down of adapters.
         """
-        tier = self.tier_of(client, number)
-        asked = [entry["round"] for entry in journal.find("asked", client=client) if entry["round"] < number]
-        had = [past for past in asked if self.tier_of(client, past) is tier]  # another tier's are of no use
         whole = down == "offered" and not self.is_offered(journal, client, number)
-        return self.download_bytes(client, number, had[-1] if had else None, whole)
+        return self.download_bytes(client, number, self.last_asked(journal, client, number), whole)
+
+    def last_asked(self, journal: Journal, client: str, number: int) -> int | None:
+        """The last round before `number` that a client was asked in and has the package of; None: there is none."""
+        asked = [entry["round"] for entry in journal.find("asked", client=client) if entry["round"] < number]
+        tier = self.tier_of(client, number)
+        return next((past for past in reversed(asked) if self.tier_of(client, past) is tier), None)
 
     def has_previous(self, journal: Journal, client: str, number: int) -> bool:
         """Whether a client answered in the round before `number`, so that it has that round's adapter."""
@@ -278,10 +281,20 @@ class Jobs:
         directory = self._adapter_of(number - 1).with_name("changes") / f"{self.tiers.index(tier)}"
         return directory, self._write_changes(self.adapter(tier, number), self.adapter(tier, number - 1), directory)
 
-    def check_budget(self, journal: Journal, clients: list[str], number: int, down: Down) -> None:
+    def check_budget(
+        self, journal: Journal, clients: list[str], number: int, down: Down, late: Sequence[str] = ()
+    ) -> None:
         """Refuse a round that could overstep the budget, before anything of it is sent.
 
-        A client that is offered what changed may have lost what it had, so that the whole adapter goes down.
+        A client that is offered what changed may have lost what it had, so that the whole adapter goes down. A package
+        that is fetched again is counted when it is, and there is no room for it before.
+
+        Args:
+            journal: of the run.
+            clients: of whom the round waits.
+            number: the round.
+            down: what goes down of adapters.
+            late: of whom an update for the round before may still come.
 
         Raises:
             BudgetError: it could.
@@ -298,6 +311,7 @@ class Jobs:
             if down == "offered" and client not in whole and self.is_offered(journal, client, number):
                 needed += self.whole_bytes(client, number)
         needed += sum(self.upload_bytes(client, number) for client in clients)
+        needed += sum(self.upload_bytes(client, number - 1) for client in late)
         if self.config.secure:
             needed += len(clients) * (MAX_NOTE_BYTES + CLIENT_BYTES * len(clients))
         Budget(parse_bytes(self.config.budget), spent).spend(needed, f"Round {number} with {len(clients)} clients")

@@ -12,7 +12,7 @@ from pathlib import Path
 from hf_fedlarge.artifacts import SERVER_FILES, AdapterManifest, file_entry, read_manifest
 from hf_fedlarge.errors import ArtifactError
 from hf_fedlarge.jobs import Jobs, Tier
-from hf_fedlarge.orders import WHOLE, Change, FailureDocument, Work, inbox, read_document
+from hf_fedlarge.orders import PACKAGE, WHOLE, Change, FailureDocument, Work, inbox, read_document
 from hf_fedlarge.retention import discard
 from hf_fedlarge.server import Order, RoundServer
 from hf_fedlarge.store import Store, object_path
@@ -63,15 +63,20 @@ class Offers:
         return Change(since=since, files=changed, clients=holders)
 
     def hear(self, jobs: Jobs, server: RoundServer, order: Order, client: str) -> None:
-        """Count the whole adapter for a client that says it fetched that in place of what changed, once.
+        """Count, once, what a client says it fetched beyond what is counted: a package again, all of an adapter.
 
         Raises:
             ArtifactError: it says it in another form.
             StoreError: the store can't be read.
         """
+        place = inbox(order.round, client, order.attempt)
+        had = jobs.last_asked(server.journal, client, order.round)  # None: the package is counted as it was asked
+        if had is not None and read_document(self._store, f"{place}/{PACKAGE}", FailureDocument):
+            size = jobs.tier_of(client, order.round).manifest.total_bytes
+            server.told(order, client, "down", "package", size)
         if not jobs.is_offered(server.journal, client, server.number):
             return
-        if read_document(self._store, f"{inbox(order.round, client, order.attempt)}/{WHOLE}", FailureDocument):
+        if read_document(self._store, f"{place}/{WHOLE}", FailureDocument):
             server.told(order, client, "down", "adapter", jobs.whole_bytes(client, order.round))
 
     def forget(self, run: Path, number: int, say: Callable[[str], None]) -> None:

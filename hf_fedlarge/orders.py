@@ -3,7 +3,8 @@
     order.json                              what the federation asks for now; only the server writes it
     check_ins/CLIENT.json                   a client that is there
     inbox/0001/CLIENT/1/                    its update for an attempt at a round, or failed.json; whole.json, where it
-                                            fetched the whole adapter though the order has what changed for it
+                                            fetched the whole adapter though the order has what changed for it;
+                                            package.json, where it fetched the package after the first round
     verdicts/0001/CLIENT/1.json             what became of that, for this client alone; only the server writes it
     secure/0001/1/                          with secure aggregation: who takes part, and what each client is to get
 
@@ -42,12 +43,14 @@ VERDICTS = "verdicts"
 SECURE = "secure"
 FAILED = "failed.json"
 WHOLE = "whole.json"
+PACKAGE = "package.json"
 KEYS, SHARES, AGREED, REVEALED = "keys.json", "shares.json", "agreed.json", "revealed.json"
 ROSTER, AGREEMENT = "roster.json", "agreement.json"
 PATIENCE_SECONDS = 7 * 86400.0  # that either side waits for the other
 MAX_ORDER_BYTES = 4 * 2**20  # some ten thousand names
 MAX_NOTE_BYTES = 2**15  # a reason of 2,000 letters, each as two escapes
-CLIENT_BYTES = 1024  # for each client that a message of secure aggregation is about; its name and keys are less
+# For each client that messages of secure aggregation are about: all of them together say less of one of 128 letters.
+CLIENT_BYTES = 2048
 
 _Steps = Annotated[int, Field(ge=1, le=10**6)]
 _Batch = Annotated[int, Field(ge=1, le=4096)]
@@ -259,7 +262,7 @@ class CheckInDocument(Record):
 
 
 class FailureDocument(Record):
-    """Why a client gives no update, or fetched a whole adapter."""
+    """Why a client gives no update, or fetched a whole adapter or a package."""
 
     reason: Reason
 

@@ -304,7 +304,11 @@ class _Federation:
     def _ask(self, server: RoundServer, order: Order) -> None:
         """Hand what the order's clients answer to the round, until it has what it wants."""
         down = self.clients.down
-        self.jobs.check_budget(self.journal, server.waiting(order), order.round, down)
+        late: list[str] = []
+        if self.config.late == "buffer" and down == "offered" and order.round > 1:
+            past = server.earlier(order.round - 1)
+            late = past.unheard(past.last_order)
+        self.jobs.check_budget(self.journal, server.waiting(order), order.round, down, late)
 
         def asked(client: str) -> None:
             tier = self.jobs.tiers.index(self.jobs.tier_of(client, order.round))

@@ -714,16 +714,21 @@ def test_who_was_in_the_round_before_is_sent_what_changed_and_the_journal_counts
     assert {weights_of(job.adapter) for job in cohort.trained if job.round == 2} == {weights_of(now)}
 
 
-def test_who_cannot_use_what_changed_is_sent_the_whole_adapter_once_and_it_is_counted(home, cohort, capsys):
+@pytest.mark.parametrize("lost", [["clients"], ["clients", "packages"]])
+def test_who_cannot_use_what_changed_is_sent_the_whole_adapter_once_and_it_is_counted(home, cohort, capsys, lost):
+    """And the package that it fetches again with it."""
+
     def lose():
-        shutil.rmtree(cohort.path / "cache-ben" / "clients")
+        for name in lost:
+            shutil.rmtree(cohort.path / "cache-ben" / name)
 
     server, [partial, whole] = second_round(home, cohort, lose)
     now = server.adapter(1)
     assert weights_of(now) in whole.keys() - partial.keys()
     assert capsys.readouterr().out.count("round 2: fetching the whole adapter: ") == 1
     down = traffic(server.journal, 2)["bytes_by_client"]
-    assert down["ben"]["down"] == changed_bytes(now, None)
+    again = server.jobs.tiers[0].manifest.total_bytes if "packages" in lost else 0
+    assert down["ben"]["down"] == changed_bytes(now, None) + again
     assert down["ann"]["down"] == changed_bytes(now, server.adapter(0))
     assert sorted(job.client for job in cohort.trained if job.round == 2) == list(CLIENTS)
 

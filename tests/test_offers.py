@@ -3,6 +3,7 @@
 import json
 import shutil
 import uuid
+from types import SimpleNamespace
 
 import pytest
 from federation import LORA, make_examples, make_federation, make_update
@@ -19,8 +20,10 @@ from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.orders import KEYS, ORDER, WHOLE, FailureDocument, OrderDocument, inbox, read_document, write_document
 from hf_fedlarge.plan import CheckIn
 from hf_fedlarge.report import traffic
+from hf_fedlarge.rounds import _Federation
 from hf_fedlarge.secagg import Keys
 from hf_fedlarge.secure_serve import SecureRound
+from hf_fedlarge.server import RoundServer
 from hf_fedlarge.store import Store, artifact_path, object_path
 from hf_fedlarge.traffic import apply_change, changed_bytes, write_changes
 from hf_fedlarge.trainers.join import join
@@ -253,6 +256,47 @@ def test_a_whole_adapter_that_was_counted_is_not_reserved_again(rounds):
     server.jobs.config = server.config.model_copy(update={"budget": f"{needed - 1}B"})
     with pytest.raises(BudgetError):
         server.jobs.check_budget(server.journal, ["ann"], 2, down="offered")
+
+
+def test_a_package_that_is_fetched_again_is_counted_once(rounds):
+    first = rounds.run(1, ["ann"])
+    assert not rounds.server.journal.find("told")
+    rounds.run(2, ["ann"])
+    shutil.rmtree(rounds.path / "ann" / "packages")
+    down = rounds.run(3, ["ann"])
+    [told] = rounds.server.journal.find("told", what="package")
+    package = rounds.server.jobs.tiers[0].manifest.total_bytes
+    assert told["bytes"] == package < first["ann"]
+    assert down["ann"] == package + changed_bytes(rounds.server.adapter(2), rounds.server.adapter(1))
+
+
+def test_a_package_is_not_counted_twice_for_who_is_asked_for_the_first_time(home, tmp_path, monkeypatch):
+    rounds = Rounds(home, tmp_path, monkeypatch, clients=("ben",))
+    rounds.run(1, ["ben"])
+    rounds.names = ("ann", "ben")
+    rounds.serve()
+    down = rounds.run(2, ["ann", "ben"])
+    assert not rounds.server.journal.find("told", what="package")
+    package = rounds.server.jobs.tiers[0].manifest.total_bytes
+    assert down["ann"] == package + changed_bytes(rounds.server.adapter(1), None)
+
+
+def test_a_budget_has_room_for_what_may_still_come_of_the_round_before(rounds, monkeypatch):
+    rounds.run(1, ["ann"])
+    server = rounds.server
+    server.open(2)
+    monkeypatch.setattr(RoundServer, "unheard", lambda self, order: ["ann"])
+    monkeypatch.setattr(server.clients, "answers", lambda *_: [])
+    federation = SimpleNamespace(clients=server.clients, jobs=server.jobs, journal=server.journal)
+    needed = sum(entry["bytes"] for entry in server.journal.find("asked", "received", "told"))
+    needed += changed_bytes(server.adapter(1), None) + server.jobs.upload_bytes("ann", 2)
+    for late, more in (("refuse", 0), ("buffer", server.jobs.upload_bytes("ann", 1))):
+        federation.config = server.config.model_copy(update={"late": late})
+        server.jobs.config = server.config.model_copy(update={"budget": f"{needed + more}B"})
+        _Federation._ask(federation, server.round, server.order)
+        server.jobs.config = server.config.model_copy(update={"budget": f"{needed + more - 1}B"})
+        with pytest.raises(BudgetError):
+            _Federation._ask(federation, server.round, server.order)
 
 
 def test_where_every_tensor_changed_nothing_is_offered_and_the_whole_is_counted(rounds, monkeypatch):

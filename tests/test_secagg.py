@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from hf_fedlarge import ciphers, secagg
+from hf_fedlarge.agreement import Agreed, Agreement
 from hf_fedlarge.errors import ArtifactError
 from hf_fedlarge.fixed_point import count_told, levels, mean_of, quantized, weight_level
-from hf_fedlarge.keys import AllowedKeys, allow, new_key, read_allowed, read_key
+from hf_fedlarge.keys import AllowedKeys, Signature, allow, new_key, read_allowed, read_key
+from hf_fedlarge.orders import CLIENT_BYTES, MAX_NOTE_BYTES, as_bytes
 
 CONTEXT = "f" * 32 + "/1/1"
 
@@ -199,6 +201,19 @@ def test_a_masked_vector_looks_like_noise_and_so_do_two_of_the_same():
     # The test can fail: with the masks off there are nothing but zeros.
     attempt.reveal(names(3))
     assert not attempt.total().any()
+
+
+def test_what_is_reserved_for_messages_is_enough_for_a_hundred_long_names():
+    names = [f"{number:04d}".ljust(128, "x") for number in range(100)]
+    signature = Signature(key="a" * 16, signature="b" * 128)
+    digits, box = "a" * 64, "a" * 120
+    keys = [secagg.Keys(client=name, box=digits, mask=digits, commitment=digits, signature=signature) for name in names]
+    up = [keys[0], secagg.Shares(boxes=dict.fromkeys(names, box)), Agreed(signature=signature)]
+    up.append(secagg.Revealed(seeds=dict.fromkeys(names, "a" * 32), masks={}))
+    roster = secagg.Roster(context="x" * 110, threshold=67, clients=keys)
+    down = [roster, up[1], Agreement(signatures=dict.fromkeys(names, signature))]
+    told = sum(len(as_bytes(message)) for message in (*up, *down))
+    assert 2**17 < told < MAX_NOTE_BYTES + 100 * CLIENT_BYTES
 
 
 def test_the_server_never_has_both_shares_and_no_vector_of_a_client_alone():

@@ -38,6 +38,7 @@ from hf_fedlarge.keys import read_allowed, read_key
 from hf_fedlarge.orders import (
     CHECK_INS,
     FAILED,
+    PACKAGE,
     PATIENCE_SECONDS,
     WHOLE,
     CheckInDocument,
@@ -313,6 +314,9 @@ class _Member:
         package, adapter = self._cache / "packages" / work.package, update.with_name("adapter")
         if not package.exists():
             self._report(f"fetching a package of {work.package_bytes / 1e6:.1f} MB")
+            if order.round > 1:  # said before, so that one that is fetched again is counted
+                place = inbox(order.round, self._client, order.attempt)
+                write_document(self._store, f"{place}/{PACKAGE}", failure("it was not here"))
         self._package_store.get(work.package, package, PackageManifest, most_bytes=work.package_bytes)
         self._get_adapter(order, work, home, adapter)
         terms, trained = order.terms(work), update.with_name(_TRAINED)

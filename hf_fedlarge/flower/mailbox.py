@@ -41,6 +41,7 @@ from hf_fedlarge.orders import (
     MAX_NOTE_BYTES,
     MAX_ORDER_BYTES,
     ORDER,
+    PACKAGE,
     ROSTER,
     VERDICTS,
     WHOLE,
@@ -96,7 +97,7 @@ class _Letter:
     """A message that is not answered yet; without a client it asks the node who it is.
 
     `answer` is the file at `place` that will complete the answer; with `partial` it brings what changed in an adapter,
-    and may be answered with `WHOLE` alone.
+    and may be answered with `WHOLE`, and `PACKAGE` if need be, alone.
     """
 
     node: _Node
@@ -302,7 +303,7 @@ class Mailbox(Store):
         files = take_out(reply.content, letter.allowed, letter.most_bytes)
         if letter.client is None:
             self._welcome(letter.node, files)
-        elif letter.partial and files.keys() == {f"{letter.place}/{WHOLE}"}:
+        elif letter.partial and files.keys() - {f"{letter.place}/{PACKAGE}"} == {f"{letter.place}/{WHOLE}"}:
             pass  # then the order is sent again, with the whole adapter
         elif files and not {f"{letter.place}/{name}" for name in (FAILED, letter.answer)} & files.keys():
             raise ArtifactError(f"its message lacks {letter.answer}, which it was asked for.")
