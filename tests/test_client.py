@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, IterableDataset, Value
 from federation import LORA, TRAINING, make_examples, make_federation, make_update
 from filelock import FileLock
 from safetensors.torch import load_file
@@ -270,6 +270,16 @@ def test_interrupted_training_resumes_from_its_checkpoint_with_the_same_bytes(ho
     assert resumed.digest == whole.digest
 
 
+def test_with_another_memory_budget_training_goes_on_from_its_checkpoint(home, tmp_path, monkeypatch, caplog):
+    calls = cut_in_the_fourth_step(monkeypatch)
+    with pytest.raises(PowerCut):
+        train(home, tmp_path / "cut", max_steps=6, save_steps=2, memory_budget="30GB")
+    assert "budget" not in caplog.text
+    train(home, tmp_path / "cut", max_steps=6, save_steps=2, memory_budget="40GB")
+    assert calls[4:] == [2, 3, 4, 5]
+    assert caplog.text.count("The memory budget is another") == 1
+
+
 @pytest.mark.parametrize("state", [None, '{"epoch": 1.'])
 def test_an_unfinished_checkpoint_is_removed_and_the_one_before_it_resumed(home, tmp_path, monkeypatch, state):
     """transformers writes `trainer_state.json` last: a power cut leaves it missing or cut short."""
@@ -371,6 +381,80 @@ def test_a_client_without_an_adapter_starts_its_own(home, tmp_path):
     assert manifest.adapter is None
     assert {tuple(t.shape) for n, t in weights(tmp_path / "update").items() if "lora_A" in n} == {(2, 64)}
     assert all("q_proj" in name for name in weights(tmp_path / "update"))
+
+
+@pytest.mark.parametrize(
+    ("options", "apart", "expected"),
+    [
+        ({}, True, [6, 31, 31]),
+        ({"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1}, True, [6, 31, 31]),
+        ({"neftune_noise_alpha": 5.0}, True, [31] * 3),
+        ({}, False, [31] * 3),
+        ({"padding_free": True, "max_length": None}, True, [6, 31, 31]),
+        ({"padding_free": True, "max_length": None}, False, [6 + 31 + 31]),
+        ({"packing": True}, True, [17, 31, 31, 31]),  # rows of 37, 37 and 36 tokens
+        ({"packing": True, "packing_strategy": "wrapped"}, True, [30, 40, 40]),
+    ],
+)
+def test_a_budget_is_measured_behind_tokenizing_for_the_largest_batch(
+    home, tmp_path, monkeypatch, options, apart, expected
+):
+    model = load_package(home / "package")
+    monkeypatch.setattr(model.engine, "takes_apart", apart)
+    asked = []
+    monkeypatch.setattr(model.engine, "set_memory_budget", lambda *args: asked.append(args))
+    data = Dataset.from_list([{"text": "a" * (30 if index in (3, 9) else 5)} for index in range(10)])
+    options = {"per_device_train_batch_size": 3, "max_length": 40, "disable_tqdm": True} | options
+    StreamingLoraTrainer(
+        attach_lora(model, model.architecture, LORA),
+        StreamingLoraConfig(output_dir=str(tmp_path / "x"), memory_budget="3GB", **options),
+        train_dataset=data,
+        processing_class=load_tokenizer(home / "package"),
+    )
+    assert [budget for budget, _ in asked] == [3 * 10**9]
+    assert sorted(asked[0][1]) == expected
+
+
+def test_a_batch_too_large_for_the_budget_is_refused_before_the_first_step(home, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_fedlarge.engine.used_bytes", lambda device: 0)
+    model = load_package(home / "package")
+    adapted = attach_lora(model, model.architecture, LORA)
+    moments = 12 * sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    rows = [{"text": "short"}] * 20 + [{"text": "long" * 100}]
+    for data in (rows[:20], rows):
+        config = StreamingLoraConfig(
+            output_dir=str(tmp_path / "x"), memory_budget=str(moments + 600_000), **TRAINING | {"max_length": 512}
+        )
+        model.engine.start_over()
+        trainer = StreamingLoraTrainer(
+            adapted, config, train_dataset=Dataset.from_list(data), processing_class=load_tokenizer(home / "package")
+        )
+        if data == rows:
+            with pytest.raises(ConfigError, match="raise --memory_budget"):
+                trainer.train()
+            assert trainer.state.global_step == 0
+        else:
+            trainer.train()
+
+
+def test_a_stream_of_examples_is_not_read_before_training(home, tmp_path):
+    read = []
+
+    def examples():
+        for number in range(1000):
+            read.append(number)
+            yield {"text": f"line {number}"}
+
+    model = load_package(home / "package")
+    trainer = StreamingLoraTrainer(
+        attach_lora(model, model.architecture, LORA),
+        StreamingLoraConfig(output_dir=str(tmp_path / "x"), memory_budget="30GB", **TRAINING | {"max_steps": 1}),
+        train_dataset=IterableDataset.from_generator(examples, features=Features({"text": Value("string")})),
+        processing_class=load_tokenizer(home / "package"),
+    )
+    assert len(read) < 10
+    trainer.train()
+    assert trainer.state.global_step == 1
 
 
 LONG = [{"role": "user", "content": "a" * 80}, {"role": "assistant", "content": "b" * 80}]

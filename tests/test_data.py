@@ -5,6 +5,7 @@ import json
 import os
 import re
 import tempfile
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from trl.data_utils import is_conversational
 from hf_fedlarge import data, stdlib_corpus
 from hf_fedlarge.data import (
     concatenate,
+    from_tokens,
+    list_lengths,
     load_examples,
     training_columns,
     write_jsonl,
@@ -431,3 +434,26 @@ def test_no_other_module_of_the_library_needs_datasets():
     assert data.datasets is datasets
     source = Path(stdlib_corpus.__file__).read_text(encoding="utf-8")
     assert "datasets" not in source
+
+
+class Example(dict):
+    """An example that can be watched."""
+
+
+def test_tokens_become_a_table_a_thousand_examples_at_a_time():
+    made, alive = [], []
+
+    def examples():
+        for number in range(2500):
+            example = Example(input_ids=[number] * (number % 7), labels=[-100] * (number % 7))
+            made.append(weakref.ref(example))
+            if number % 100 == 0:
+                alive.append(sum(each() is not None for each in made))
+            yield example
+
+    dataset = from_tokens(examples())
+    assert max(alive) <= 1002
+    assert {str(field.type) for field in dataset.data.schema} == {"list<item: int32>"}
+    assert dataset[1003] == {"input_ids": [1003] * 2, "labels": [-100] * 2}
+    assert list_lengths(dataset.select([8, 0, 2004]), "labels") == [1, 0, 2]
+    assert len(from_tokens([])) == 0

@@ -205,6 +205,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
     config.output_dir = str(work)
     state = {"client": asdict(client), "package": package.digest, "adapter": fresh.adapter, "config": config.to_dict()}
     state["examples"] = [None if rows is None else digest_of(rows) for rows in (data, held_out)]
+    state["memory_budget"] = state["config"].pop("memory_budget")
     checkpoint = prepare_work(work, json.loads(json.dumps(state, default=str)), config)
 
     layers = package.kept_layers

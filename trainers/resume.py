@@ -19,14 +19,21 @@ logger = logging.getLogger(__name__)
 def prepare_work(work: Path, state: dict[str, Any], config: StreamingLoraConfig) -> str | None:
     """The checkpoint to resume from, if `work` holds one of the very same training; otherwise `work` is emptied.
 
+    Another `memory_budget` is the same training, though it may round otherwise: a budget that turns out too small is
+    raised without losing what was trained.
+
     Only the first process changes anything: the others' `state` may differ from its.
     """
     with config.main_process_first(local=False, desc="preparing the work directory"):
         if config.process_index == 0:
-            if _read_json(work / "client.json") != state:
-                if work.exists():
-                    shutil.rmtree(work)
-                work.mkdir(parents=True)
+            before, budget = _read_json(work / "client.json"), {"memory_budget": state["memory_budget"]}
+            if before != state:
+                if not isinstance(before, dict) or before | budget != state:
+                    if work.exists():
+                        shutil.rmtree(work)
+                    work.mkdir(parents=True)
+                else:
+                    logger.warning("The memory budget is another; the last bits of what is trained may be, too.")
                 write_json(work / "client.json", state)
             for checkpoint in work.glob("checkpoint-*"):
                 if not _is_whole(checkpoint):

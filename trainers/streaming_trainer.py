@@ -25,9 +25,10 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from hf_fedlarge.budget import parse_bytes
-from hf_fedlarge.data import FORMS, TOOLS, from_rows
+from hf_fedlarge.data import FORMS, TOOLS, from_tokens, list_lengths
 from hf_fedlarge.errors import ConfigError, OutputError
 from hf_fedlarge.evaluation import IGNORED, encode_example
+from hf_fedlarge.memory import give_back_freed_memory
 from hf_fedlarge.package import save_adapter
 
 # What rests on dense logits or weights, which a streamed model has not, or would recompute its blocks once more.
@@ -97,7 +98,8 @@ class StreamingLoraTrainer(SFTTrainer):
         kwargs: as for SFTTrainer, but for what needs logits.
 
     Raises:
-        ConfigError: an argument that needs logits, or a memory budget that is too small.
+        ConfigError: an argument that needs logits, or a memory budget that is too small: now, or in the first batch
+            where it is for the largest one.
     """
 
     _saves_checkpoint = False
@@ -109,8 +111,6 @@ class StreamingLoraTrainer(SFTTrainer):
                     f"{name} needs logits, which a streamed model doesn't make in training; leave it out."
                 )
         model.engine.micro_batch_size = args.per_device_train_batch_size
-        if args.memory_budget is not None:
-            model.engine.set_memory_budget(parse_bytes(args.memory_budget))
         # Where a batch is one row, only an engine that takes it apart again can compute it in pieces.
         one_row = args.padding_free or (args.packing and args.packing_strategy.startswith("bfd"))
         if model.engine.takes_apart or not one_row:
@@ -126,6 +126,9 @@ class StreamingLoraTrainer(SFTTrainer):
             # Frozen weights are the same everywhere and hold placeholders: there is nothing to broadcast.
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen + buffers)
         super().__init__(model=model, args=args, **kwargs)
+        if args.memory_budget is not None:
+            give_back_freed_memory()  # what making tokens took
+            model.engine.set_memory_budget(parse_bytes(args.memory_budget), self._largest_batch(one_row))
         # Now, as training may begin by loading a checkpoint.
         self._proximal, self._centre = proximal, []
         if proximal:
@@ -147,15 +150,34 @@ class StreamingLoraTrainer(SFTTrainer):
         a step of a small client. A test compares the two.
         """
         is_plain = formatting_func is None and all(getattr(args, name) == value for name, value in _PLAIN.items())
-        if is_plain and set(dataset.column_names or ()) - {TOOLS} in map(set, FORMS):
+        is_stream = not hasattr(dataset, "__len__")
+        if is_plain and not is_stream and set(dataset.column_names or ()) - {TOOLS} in map(set, FORMS):
             longest = sys.maxsize if packing or args.max_length is None else args.max_length
-            rows = [encode_example(row, processing_class, longest) for row in dataset]
-            rows = [row for row in rows if packing or any(label != IGNORED for label in row["labels"])]
-            if rows:
-                dataset = from_rows(rows)
+            rows = (encode_example(row, processing_class, longest) for row in dataset)
+            tokens = from_tokens(row for row in rows if packing or any(label != IGNORED for label in row["labels"]))
+            if len(tokens):
+                dataset = tokens
                 if not packing:
                     return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+    def _largest_batch(self, one_row: bool) -> list[int]:
+        """Lengths of the sequences in the largest batch there can be, as a block computes it; empty where unknown.
+
+        `one_row`: whether a batch is laid in one row.
+        """
+        data = self.train_dataset
+        if not hasattr(data, "__len__") or "input_ids" not in data.column_names:
+            return []
+        rows = sorted(list_lengths(data, "input_ids"))[-self.args.train_batch_size :]
+        if not self.model.engine.takes_apart:
+            return [sum(rows)] if one_row else [rows[-1]] * len(rows)
+        if self.args.neftune_noise_alpha is not None:
+            return [rows[-1]] * len(rows)
+        if "seq_lengths" not in data.column_names:
+            return rows
+        longest, total = max(map(max, data["seq_lengths"])), sum(rows)
+        return [longest] * (total // longest) + [total % longest]
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Loss and gradient of a batch; the proximal term's gradient comes once an optimizer step, without a graph."""
