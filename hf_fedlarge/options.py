@@ -125,7 +125,7 @@ def add_joining(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="URL", help="where the server is met: any fsspec URL")
     parser.add_argument("--client", required=True, help="this client's name")
     parser.add_argument("--data", required=True, help="its examples: a file, or a Hub data set")
-    parser.add_argument("--eval-data", help="its held-out examples (a tenth of --data)")
+    parser.add_argument("--eval-data", help="its held-out examples (a tenth of --data at most)")
     parser.add_argument("--cache", type=Path, help="for packages and unfinished work (~/.cache/hf_fedlarge)")
     parser.add_argument(
         "--memory-budget", metavar="BYTES", help="memory of its own that training may take, such as 2GiB (little)"

@@ -18,11 +18,19 @@ if TYPE_CHECKING:
 _MAX_NAME = 128  # an update's manifest takes no longer client name
 
 
-def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset | None]:
+def hold_out(
+    dataset: Dataset, fraction: float, seed: int, at_most: int | None = None
+) -> tuple[Dataset, Dataset | None]:
     """Shuffle by `seed`, then set `fraction` of the examples aside for evaluation, at least one and never all.
 
+    Args:
+        dataset: the examples.
+        fraction: in [0, 1).
+        seed: of the order.
+        at_most: examples that are used, so that no more are set aside; None: all are.
+
     Returns:
-        The rest and the held-out examples; the data set as it was and None for the fraction 0 or a single example.
+        The rest and the held-out examples; the data set as it was and None where none are wanted, or of one example.
 
     Raises:
         ConfigError: the fraction is outside [0, 1).
@@ -30,9 +38,10 @@ def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dat
     if not 0 <= fraction < 1:
         raise ConfigError(f"The held-out fraction is {fraction}; it must be at least 0 and below 1.")
     total = len(dataset)
-    if fraction == 0 or total < 2:
+    at_most = total if at_most is None else at_most
+    if fraction == 0 or total < 2 or at_most <= 0:
         return dataset, None
-    size = min(max(round(fraction * total), 1), total - 1)
+    size = min(max(round(fraction * total), 1), total - 1, at_most)
     order = np.random.default_rng(seed).permutation(total)
     return dataset.select(order[size:]), dataset.select(order[:size])
 

@@ -15,6 +15,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 from federation import LORA, TRAINING, make_examples, make_federation, make_update
 from filelock import FileLock
 from safetensors.torch import load_file
+from transformers.integrations import INTEGRATION_TO_CALLBACK, TensorBoardCallback
 from trl import SFTTrainer
 
 from hf_fedlarge.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, attach_lora
@@ -376,6 +377,72 @@ def test_every_form_of_data_trains(home, tmp_path, form):
     assert manifest.examples == 7  # one was held out
 
 
+@pytest.mark.parametrize(("eval_examples", "trained"), [(0, 16), (1, 15), (64, 12)])
+def test_no_more_is_held_out_than_is_evaluated(home, tmp_path, eval_examples, trained):
+    how = {"eval_data": None, "held_out": 0.25, "eval_examples": eval_examples}
+    manifest = train(home, tmp_path / "update", how, max_steps=1)
+    assert manifest.examples == trained
+    assert (manifest.loss_after is None) == (eval_examples == 0)
+
+
+@pytest.mark.parametrize("form", ["plain", "packed", "split", "by trl"])
+def test_examples_that_lose_all_labels_are_said_and_not_counted(home, tmp_path, caplog, form):
+    options = {
+        "plain": {},
+        "packed": {"packing": True},
+        "split": {"packing": True, "packing_strategy": "bfd_split"},
+        "by trl": {"dataset_num_proc": 1},
+    }[form]
+    rows = [{"prompt": "x" * 200, "completion": "never trained"}] * 6 + [{"prompt": "hi", "completion": "there"}] * 2
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    how = {"data": str(tmp_path / "data.jsonl"), "eval_examples": 0}
+    manifest = train(home, tmp_path / "update", how, max_steps=1, **options)
+    said = "6 of 8 examples (train) have no labelled token within max_length (64) tokens and are left out."
+    assert (manifest.examples, said in caplog.text) == ((8, False) if form == "split" else (2, True))
+
+
+def test_held_out_examples_are_evaluated_while_training_where_it_is_asked_for(home, tmp_path, capsys):
+    how = {"eval_strategy": "steps", "eval_steps": 1}
+    manifest = train(home, tmp_path / "update", max_steps=2, logging_strategy="steps", **how)
+    losses = re.findall(r"'eval_loss': '([0-9.]+)'", capsys.readouterr().out)
+    assert len(losses) == 2
+    assert float(losses[1]) == pytest.approx(manifest.loss_after, abs=1e-3)
+    with pytest.raises(ConfigError, match=r"--eval_strategy steps has no held-out examples .* give --eval_data, or"):
+        train(home, tmp_path / "other", {"eval_data": None, "eval_examples": 0}, **how)
+
+
+def test_the_best_checkpoint_may_be_the_last(home, tmp_path):
+    last = train(home, tmp_path / "last", max_steps=2)
+    how = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    best = train(home, tmp_path / "best", max_steps=2, **how)
+    assert best.loss_after == last.loss_after
+
+
+class Board(TensorBoardCallback):
+    """Without tensorboard: a line in place of its file."""
+
+    def __init__(self):
+        self.logging_dir, self.tb_writer = os.getenv("TENSORBOARD_LOGGING_DIR"), None
+
+    def on_train_begin(self, *args, **kwargs):
+        os.makedirs(self.logging_dir)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        with open(os.path.join(self.logging_dir, "events"), "a") as file:
+            file.write(f"{logs}\n")
+
+
+def test_what_tensorboard_logs_stays_beside_the_update(home, tmp_path, monkeypatch):
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Board)
+    how = {"max_steps": 1, "report_to": "tensorboard", "logging_strategy": "steps"}
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    train(home, tmp_path / "update", **how)
+    assert {path.name for path in tmp_path.iterdir()} == {"update", "update.logs"}
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "mine"))
+    train(home, tmp_path / "other", **how)
+    assert {path.name for path in tmp_path.iterdir()} == {"update", "update.logs", "other", "mine"}
+
+
 def test_a_client_without_an_adapter_starts_its_own(home, tmp_path):
     manifest = train(home, tmp_path / "update", {"adapter": None, "lora_rank": 2, "lora_targets": ["q_proj"]})
     assert manifest.adapter is None
@@ -577,6 +644,8 @@ def test_chats_without_a_template_that_takes_them_are_one_sentence(home, templat
         ({"loss_type": "dft"}, "--loss_type dft can't be used"),
         ({"memory_budget": "1MB"}, r"train: The memory budget of 1 MB is too small"),
         ({"fp16": "True", "bf16": "False"}, "--fp16 True can't be used"),
+        ({"output_dir": "mine"}, "--output_dir mine can't be used; leave it out: .* --output names"),
+        ({"resume_from_checkpoint": "mine"}, "--resume_from_checkpoint can't be used; leave it out: .* same command"),
     ],
 )
 def test_bad_input_gets_one_sentence_and_exit_code_2(home, tmp_path, capsys, options, sentence):
@@ -614,6 +683,7 @@ def test_a_federations_training_is_checked_before_anything_is_written(tmp_path, 
     wrong = {
         "no_such_thing": (1, "no_such_thing found, expected those of trl's SFTConfig"),
         "output_dir": ("x", "output_dir"),
+        "resume_from_checkpoint": ("x", "resume_from_checkpoint"),
         "max_length": (None, "max_length is null"),
         "max_steps": ("many", "--max_steps.*invalid int value: 'many'"),
         "packing": ("perhaps", "--packing"),

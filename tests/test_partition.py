@@ -42,6 +42,10 @@ def test_held_out_examples_are_the_wanted_share_and_no_other(count, fraction, se
         return
     assert len(held_out) == min(max(round(fraction * count), 1), count - 1)
     assert_partition(dataset, {"train": train, "heldout": held_out})
+    less, few = hold_out(dataset, fraction, seed, at_most=2)
+    assert few.to_list() == held_out.to_list()[:2]  # the same, and what isn't used is trained on
+    assert_partition(dataset, {"train": less, "heldout": few})
+    assert hold_out(dataset, fraction, seed, at_most=0) == (dataset, None)
     assert [part.to_list() for part in hold_out(dataset, fraction, seed)] == [train.to_list(), held_out.to_list()]
 
 

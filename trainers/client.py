@@ -9,7 +9,9 @@
         --max_steps 50 --per_device_train_batch_size 2 --gradient_accumulation_steps 4 --packing
 
 DATA is a .jsonl, .csv or .parquet file or a data set of the Hub with `messages`, `prompt` and `completion`, or `text`.
-Any argument of trl's SFTConfig may follow. Interrupted training resumes when the same command is given again.
+Any argument of trl's SFTConfig may follow but `output_dir` and `resume_from_checkpoint`: interrupted training resumes
+when the same command is given again. `--eval_strategy steps` evaluates the held-out examples while training, too, and
+`--report_to tensorboard` logs to UPDATE.logs unless TENSORBOARD_LOGGING_DIR says where.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class ClientArguments:
     adapter: str | None = field(default=None, metadata={"help": "The federation's adapter to start from."})
     eval_data: str | None = field(default=None, metadata={"help": "Held-out examples; else a share of --data."})
     held_out: float = field(default=0.1, metadata={"help": "Share of --data held out where --eval_data is not given."})
-    eval_examples: int = field(default=64, metadata={"help": "Held-out examples to evaluate at most; 0: none."})
+    eval_examples: int = field(default=64, metadata={"help": "Examples to hold out and evaluate at most; 0: none."})
     client: str = field(default="client", metadata={"help": "This client's name."})
     round: int = field(default=1, metadata={"help": "The round this update is for."})
     proximal: float = field(default=0.0, metadata={"help": "FedProx's mu: what leaving the round's adapter costs."})
@@ -112,6 +114,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
     import torch
     from jinja2 import TemplateError
     from pydantic import ValidationError
+    from transformers.integrations import TensorBoardCallback
 
     from hf_fedlarge.adapters import AdapterReader, expected_shapes, get_factors, initial_factors, parameter_values
     from hf_fedlarge.architectures import describe
@@ -141,6 +144,11 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
     from hf_fedlarge.wire import Wire
 
     started = time.monotonic()
+    if config.resume_from_checkpoint is not None:
+        raise ConfigError(
+            "--resume_from_checkpoint can't be used; leave it out: training that was interrupted resumes when the same "
+            "command is given again, and --adapter says where to start from."
+        )
     if not 0 <= client.proximal < float("inf"):
         raise ConfigError(f"--proximal {client.proximal} is out of range; expected 0 or more.")
     worker = worker or Worker()
@@ -197,9 +205,15 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
     if client.eval_data:
         held_out = load_examples(client.eval_data)
     else:
-        data, held_out = hold_out(data, client.held_out, seed=0)
+        data, held_out = hold_out(data, client.held_out, seed=0, at_most=client.eval_examples)
     if held_out is not None:
         held_out = held_out.select(range(min(client.eval_examples, len(held_out))))
+    evaluates = config.eval_strategy != "no"
+    if evaluates and not held_out:
+        raise ConfigError(
+            f"--eval_strategy {config.eval_strategy.value} has no held-out examples to evaluate; give --eval_data, or "
+            "--held_out and --eval_examples above 0."
+        )
 
     work = output.with_name(f".{output.name}.work")
     config.output_dir = str(work)
@@ -264,6 +278,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
                 opened.model,
                 config,
                 train_dataset=training_columns(data),
+                eval_dataset=training_columns(held_out) if evaluates else None,
                 processing_class=opened.tokenizer,
                 callbacks=[steps, corrected] if corrected else [steps],
                 proximal=client.proximal,
@@ -274,6 +289,9 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
             raise DataError(f"{client.data} can't be trained on: {error}") from error
         if len(trainer.train_dataset) == 0:
             raise DataError(f"{client.data} has no example with a labelled token within {config.max_length} tokens.")
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(output.with_name(f"{output.name}.logs"))  # `work` is removed at the end
         before = held_out_loss()
         trainer.train(resume_from_checkpoint=checkpoint)
         after = held_out_loss()
@@ -283,7 +301,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
     seconds = time.monotonic() - started
     manifest = fresh.model_copy(
         update={
-            "examples": len(data),
+            "examples": trainer.labelled_examples,
             "tokens": int(trainer.state.num_input_tokens_seen),
             "loss_before": before,
             "loss_after": after,
@@ -334,7 +352,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[ClientArguments
     """The command line as the client's arguments and a `StreamingLoraConfig`.
 
     Raises:
-        ConfigError: a training argument has a value that trl or transformers refuses.
+        ConfigError: a training argument has a value that trl or transformers refuses, or is the client's own.
     """
     from transformers import HfArgumentParser
 
@@ -342,10 +360,16 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[ClientArguments
 
     parser = HfArgumentParser((ClientArguments, StreamingLoraConfig), prog="hf-fedlarge train", allow_abbrev=False)
     parser.description = "Train LoRA adapters on a package with a client's own data, and write an update."
+    parser.set_defaults(output_dir="")
     try:
         client, config = parser.parse_args_into_dataclasses(arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"The training arguments are wrong: {error}") from error
+    if config.output_dir:
+        raise ConfigError(
+            f"--output_dir {config.output_dir} can't be used; leave it out: checkpoints lie beside the update, which "
+            "--output names, until it is whole."
+        )
     return client, config
 
 

@@ -87,7 +87,7 @@ def join(
         url: the store's.
         client: this client's name.
         data: its examples: a file, or a data set of the Hub.
-        eval_data: its held-out examples; None: a tenth of `data`.
+        eval_data: its held-out examples; None: a tenth of `data`, or fewer where the server wants fewer evaluated.
         cache: where packages and unfinished work are kept; None: `DEFAULT_CACHE`.
         once: leave after one round that this client was asked in.
         step: leave after one order, be it for a stage of a round; whoever calls looks to its deadline, and comes back

@@ -97,11 +97,12 @@ def _arguments(job: ClientJob) -> dict[str, Any]:
 
 def _training_config(training: dict[str, Any]) -> StreamingLoraConfig:
     """Parsed as words of a command line, so that `1e-4`, a string in YAML, means the same to every launcher."""
-    unknown = training.keys() - ({field.name for field in fields(StreamingLoraConfig)} - {"output_dir"})
+    clients_own = {"output_dir", "resume_from_checkpoint"}
+    unknown = training.keys() - ({field.name for field in fields(StreamingLoraConfig)} - clients_own)
     if unknown:
         raise ConfigError(
             f"The federation's training arguments are wrong: {', '.join(sorted(unknown))} found, expected those of "
-            "trl's SFTConfig other than output_dir; correct or remove it."
+            "trl's SFTConfig other than output_dir and resume_from_checkpoint; correct or remove it."
         )
     for name, value in training.items():
         if value is None:

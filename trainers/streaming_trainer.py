@@ -13,7 +13,9 @@ logging, checkpoints and data parallelism. What changes:
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +32,8 @@ from hf_fedlarge.errors import ConfigError, OutputError
 from hf_fedlarge.evaluation import IGNORED, encode_example
 from hf_fedlarge.memory import give_back_freed_memory
 from hf_fedlarge.package import save_adapter
+
+logger = logging.getLogger(__name__)
 
 # What rests on dense logits or weights, which a streamed model has not, or would recompute its blocks once more.
 _UNSUPPORTED = {
@@ -148,18 +152,50 @@ class StreamingLoraTrainer(SFTTrainer):
 
         trl takes five passes through Arrow, and a fingerprint of the whole tokenizer for each, which takes longer than
         a step of a small client. A test compares the two.
+
+        Examples without a labelled token within `max_length` are left out, which is said; how many of the training
+        data have one is `labelled_examples` afterwards.
         """
         is_plain = formatting_func is None and all(getattr(args, name) == value for name, value in _PLAIN.items())
         is_stream = not hasattr(dataset, "__len__")
         if is_plain and not is_stream and set(dataset.column_names or ()) - {TOOLS} in map(set, FORMS):
             longest = sys.maxsize if packing or args.max_length is None else args.max_length
-            rows = (encode_example(row, processing_class, longest) for row in dataset)
-            tokens = from_tokens(row for row in rows if packing or any(label != IGNORED for label in row["labels"]))
+            # Of the ways to pack, this one cuts what is too long.
+            within = None if packing and args.packing_strategy != "bfd" else args.max_length
+            labelled = 0
+
+            def encoded() -> Iterator[dict[str, list[int]]]:
+                nonlocal labelled
+                for row in dataset:
+                    tokens = encode_example(row, processing_class, longest)
+                    counts = any(label != IGNORED for label in tokens["labels"][:within])
+                    labelled += counts
+                    if counts or packing:
+                        yield tokens
+
+            tokens = from_tokens(encoded())
+            self._count_labelled(labelled, len(dataset), args, dataset_name)
             if len(tokens):
                 dataset = tokens
                 if not packing:
                     return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
-        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        if hasattr(prepared, "__len__"):  # not one that is streamed
+            self._count_labelled(len(dataset if packing else prepared), len(dataset), args, dataset_name)
+        return prepared
+
+    def _count_labelled(self, labelled: int, given: int, args: SFTConfig, dataset_name: str) -> None:
+        if dataset_name == "train":
+            self.labelled_examples = labelled
+        if 0 < labelled < given and args.process_index == 0:
+            logger.warning(
+                "%d of %d examples (%s) have no labelled token within max_length (%s) tokens and are left out.",
+                given - labelled,
+                given,
+                dataset_name,
+                args.max_length,
+            )
 
     def _largest_batch(self, one_row: bool) -> list[int]:
         """Lengths of the sequences in the largest batch there can be, as a block computes it; empty where unknown.

@@ -129,7 +129,8 @@ class Worker:
 
 
 class Steps(TrainerCallback):
-    """Times a client's optimizer steps, and keeps its Trainer from a checkpoint of the last: the update comes next.
+    """Times a client's optimizer steps, and keeps its Trainer from a checkpoint of the last, as the update comes next;
+    but not where the best one is loaded at the end.
 
     Attributes:
         seconds: the time of all steps so far.
@@ -145,7 +146,7 @@ class Steps(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop it."""
         if state.global_step >= state.max_steps:
-            control.should_save = False
+            control.should_save &= args.load_best_model_at_end
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
         self.seconds += time.perf_counter() - self._started
