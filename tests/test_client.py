@@ -641,6 +641,7 @@ def test_chats_without_a_template_that_takes_them_are_one_sentence(home, templat
         ({"output": "{home}/adapter"}, "exists already"),
         ({"client": "../x"}, "client: String should match pattern"),
         ({"max_length": 4}, "no example|fully masked|DataError|labelled"),
+        ({"max_length": 4, "memory_budget": "30GB"}, "has no example with a labelled token within 4 tokens"),
         ({"loss_type": "dft"}, "--loss_type dft can't be used"),
         ({"memory_budget": "1MB"}, r"train: The memory budget of 1 MB is too small"),
         ({"fp16": "True", "bf16": "False"}, "--fp16 True can't be used"),

@@ -203,7 +203,7 @@ class StreamingLoraTrainer(SFTTrainer):
         `one_row`: whether a batch is laid in one row.
         """
         data = self.train_dataset
-        if not hasattr(data, "__len__") or "input_ids" not in data.column_names:
+        if not hasattr(data, "__len__") or not len(data) or "input_ids" not in getattr(data, "column_names", ()):
             return []
         rows = sorted(list_lengths(data, "input_ids"))[-self.args.train_batch_size :]
         if not self.model.engine.takes_apart:
