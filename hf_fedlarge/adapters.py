@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from hf_fedlarge.architectures import Architecture
 from hf_fedlarge.artifacts import CARRY_WEIGHTS, write_json
 from hf_fedlarge.config import LoraSettings
+from hf_fedlarge.entries import BaseModelEntry
 from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.gated import Gated
 from hf_fedlarge.linear import Adapter, FrozenLinear
@@ -203,17 +204,17 @@ def factor_name(module: str, letter: str) -> str:
 
 
 def write_adapter(
-    directory: Path, factors: dict[str, Factors], lora: LoraSettings, architecture: Architecture, base_id: str
+    directory: Path, factors: dict[str, Factors], lora: LoraSettings, architecture: Architecture, base: BaseModelEntry
 ) -> None:
     """Write PEFT's two files of an adapter in global layer numbers into `directory`, which exists."""
-    write_config(directory, list(factors), lora, architecture, base_id)
+    write_config(directory, list(factors), lora, architecture, base)
     with AdapterWriter(directory) as writer:
         for module in sorted(factors):
             writer.write(module, factors[module])
 
 
 def write_config(
-    directory: Path, modules: list[str], lora: LoraSettings, architecture: Architecture, base_id: str
+    directory: Path, modules: list[str], lora: LoraSettings, architecture: Architecture, base: BaseModelEntry
 ) -> None:
     """Write PEFT's description of an adapter that has factors for `modules`."""
     config = _peft_config(
@@ -221,7 +222,8 @@ def write_config(
         lora,
         layers_to_transform=sorted({architecture.layer_of(f"{module}.") for module in modules}),
         layers_pattern=architecture.blocks.rpartition(".")[2],
-        base_model_name_or_path=base_id,
+        base_model_name_or_path=base.id,
+        revision=base.revision,  # of the base: peft's `AutoPeftModel` loads that one
         inference_mode=True,
     )
     # peft keeps the targets as a set and writes them in its order, which differs from one process to the next.

@@ -56,7 +56,8 @@ def calibration_sequences(
     """Calibration text as sequences of one length, each (1, S), that begin as training examples do.
 
     The first token draws the attention of all others and has states like no other, so there must be many of them: short
-    examples follow each other until S is reached, the next sequence begins with the next example; long ones are cut.
+    examples follow each other until S is reached, the next sequence begins with the next example; long ones are cut,
+    and what the tokenizer puts before a text (BOS) stands before each piece.
 
     Args:
         tokenizer: the model's.
@@ -69,9 +70,12 @@ def calibration_sequences(
     """
     sequences: list[list[int]] = []
     begun: list[int] = []
+    leading = _leading(tokenizer)
     for example in examples:
         ids = begun + encode_example(example, tokenizer, sys.maxsize)["input_ids"]
-        pieces = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+        head = leading if ids[: len(leading)] == leading else []  # a chat's template may begin in another way
+        step = length - len(head)
+        pieces = [head + ids[start : start + step] for start in range(len(head), len(ids) - step + 1, step)]
         sequences += pieces[:1] if begun else pieces
         begun = [] if pieces else ids
         if len(sequences) * length >= tokens:
@@ -79,6 +83,12 @@ def calibration_sequences(
     if not sequences:
         raise DataError(f"The calibration text has {len(begun)} tokens; expected {length} or more, better {TOKENS}.")
     return [torch.tensor(ids)[None] for ids in sequences[: max(1, tokens // length)]]
+
+
+def _leading(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens before every text."""
+    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    return whole[: whole.index(bare[0])] if bare else []
 
 
 def plan_package(

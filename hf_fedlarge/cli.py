@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_fedlarge.errors import ConfigError, FedLargeError, os_problem
+from hf_fedlarge.errors import ConfigError, FedLargeError, OutputError, os_problem
 from hf_fedlarge.options import (
     add_aggregation,
     add_evaluation,
@@ -110,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("model", help="a checkpoint (directory or Hub id) or a package directory")
     one.add_argument("--adapter", type=Path, help="an adapter to plug in")
     one.add_argument("--data", required=True, help="examples: a file, a Hub data set, or stdlib")
+    one.add_argument("--revision", help="the Hub revision of the checkpoint")
     add_evaluation(one)
 
     one = command("transfer", _transfer, "Compare what an adapter is worth on the package and on the full model.")
@@ -240,9 +241,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     from hf_fedlarge.evaluation import as_record, evaluate
     from hf_fedlarge.hub import resolve_checkpoint
 
-    local = Path(options.model)
+    model = Path(options.model)
+    is_package = manifest_kind(model) == "package"
+    if is_package and options.revision is not None:
+        raise ConfigError(f"{model} is a package, which has no revision {options.revision!r}; leave that out.")
     data, how = _evaluated(options)
-    model = local if manifest_kind(local) == "package" else resolve_checkpoint(options.model)[0]
+    if not is_package:
+        model, _ = resolve_checkpoint(options.model, options.revision)
     print(json.dumps(as_record(evaluate(model, data, adapter=options.adapter, **how))))
 
 
@@ -251,14 +256,16 @@ def _transfer(options: argparse.Namespace) -> None:
     from hf_fedlarge.tables import print_transfer
     from hf_fedlarge.transfer import gradient_agreement, transfer_report
 
+    if options.json and not options.json.parent.is_dir():
+        raise OutputError(f"--json {options.json} can't be written: {options.json.parent} is no directory; make it.")
     data, how = _evaluated(options)
     checkpoint, _ = resolve_checkpoint(options.checkpoint, options.revision)
     report = transfer_report(checkpoint, options.package, options.adapter, data, reference=options.reference, **how)
     if options.gradients:
         report["gradient_agreement"] = gradient_agreement(checkpoint, options.package, options.adapter, data, **how)
+    print_transfer(report)
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
-    print_transfer(report)
 
 
 def _evaluated(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:

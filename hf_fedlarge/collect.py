@@ -168,7 +168,7 @@ def aggregate_updates(
     with staged_directory(output, overwrite=overwrite) as staging:
         trained, cohort = parent.trains if parent else "both", draw.cohort if draw else None
         combined = combine(parts, previous, staging, lora, settings, trained, cohort)
-        write_config(staging, combined.modules, lora, architecture, small.base.id)
+        write_config(staging, combined.modules, lora, architecture, small.base)
         if settings.scaffold:
             write_common(staging, previous, [directory for directory, _, _ in accepted], population or len(accepted))
         told = {

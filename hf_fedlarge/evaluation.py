@@ -201,6 +201,7 @@ def encode_example(
     Raises:
         DataError: it is a chat, and the tokenizer's template is missing or refuses it.
     """
+    eos = tokenizer.eos_token or ""
     if "messages" in row:
         encoded = _chat(tokenizer, row["messages"], assistant_only, tools=tools_of(row))
         ids = encoded["input_ids"]
@@ -208,7 +209,7 @@ def encode_example(
     elif "prompt" in row:
         prompt, completion = row["prompt"], row["completion"]
         if isinstance(prompt, str):
-            ending = "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
+            ending = "" if completion.endswith(eos) else eos
             start = tokenizer(prompt)["input_ids"]
             ids = tokenizer(prompt + completion + ending)["input_ids"]
         else:
@@ -218,7 +219,7 @@ def encode_example(
         shared = next((place for place, (a, b) in enumerate(zip(start, ids, strict=False)) if a != b), len(start))
         counted = [0] * shared + [1] * (len(ids) - shared)
     else:
-        ending = "" if row["text"].endswith(tokenizer.eos_token) else tokenizer.eos_token
+        ending = "" if row["text"].endswith(eos) else eos
         ids = tokenizer(row["text"] + ending)["input_ids"]
         counted = [1] * len(ids)
     labels = [token if wanted else IGNORED for token, wanted in zip(ids, counted, strict=True)]
@@ -277,7 +278,8 @@ def _chat(
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    """Any token will do, as padding is masked."""
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
 
 
 def padded_batches(

@@ -51,7 +51,7 @@ def start_adapter(
     architecture = describe(package_config(package))
     factors = initial_factors(architecture, small.kept_layers, lora, seed)
     with staged_directory(output, overwrite=overwrite) as staging:
-        write_adapter(staging, factors, lora, architecture, small.base.id)
+        write_adapter(staging, factors, lora, architecture, small.base)
         if scaffold:
             write_control(staging, difference(factors, factors))
         return _sealed(

@@ -220,5 +220,5 @@ def aggregate_mean(
     with staged_directory(output) as staging:
         cohort = draw.cohort if draw else None
         combined = combine([part], previous, staging, parent.lora, settings, parent.trains, cohort)
-        write_config(staging, combined.modules, parent.lora, describe(package_config(package)), small.base.id)
+        write_config(staging, combined.modules, parent.lora, describe(package_config(package)), small.base)
         return seal(staging, small, parent, parent.lora, round_number, settings, draw)

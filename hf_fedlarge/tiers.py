@@ -176,7 +176,7 @@ def derive_adapter(adapter: Path, package: Path, lora: LoraSettings, output: Pat
         # Clients leave out what belongs to neurons they don't have, and send zeros there: no change.
         factors[module] = in_package(module, part, architecture, small.kept_layers)
     with staged_directory(output) as staging:
-        write_adapter(staging, factors, lora, architecture, small.base.id)
+        write_adapter(staging, factors, lora, architecture, small.base)
         manifest = AdapterManifest(
             files=describe_files(staging),
             base=small.base,

@@ -1,9 +1,8 @@
 """A client's update: written by the client, trusted by nobody.
 
-Validation happens here and nowhere else, before any arithmetic, in the order of what it costs: the manifest, its
-signature and its parents, the set of files, their sizes and digests, the header of the one safetensors file (bounded,
-its exact names, shapes and dtypes), and only then the numbers. `adapter_config.json` is one of the two files a client
-may send, but it is never parsed: what the adapter is stands in the manifest that the server checks against its own.
+Validation happens here and nowhere else, before any arithmetic, in the order of what it costs: manifest, signature,
+parents, the set of files, their sizes and digests, the header of the one safetensors file (bounded, its exact names,
+shapes and dtypes), then the numbers. `adapter_config.json` is never parsed: what counts stands in the manifest.
 
 An update in fp32 is an ordinary PEFT adapter; in any other codec it is one file that holds what changed (`wire.py`).
 """
@@ -41,6 +40,7 @@ from hf_fedlarge.artifacts import (
 )
 from hf_fedlarge.codec import Layout, decode, encode
 from hf_fedlarge.config import Codec, LoraSettings
+from hf_fedlarge.entries import BaseModelEntry
 from hf_fedlarge.errors import ArtifactError, ConfigError, UpdateRefusedError
 from hf_fedlarge.feedback import Lost, write_lost
 from hf_fedlarge.fixed_point import WORD_BYTES
@@ -107,7 +107,7 @@ def write_update(
     factors: dict[str, Factors],
     manifest: UpdateManifest,
     architecture: Architecture,
-    base_id: str,
+    base: BaseModelEntry,
     *,
     overwrite: bool = False,
     wire: Wire | None = None,
@@ -122,7 +122,7 @@ def write_update(
         output: the directory to make.
         factors: module → fp32 factors after training.
         manifest: what was trained; its codec is `wire`'s.
-        architecture, base_id: for the PEFT adapter that an update in fp32 is.
+        architecture, base: for the PEFT adapter that an update in fp32 is.
         overwrite: replace an update that is there already.
         wire: how to encode; None: fp32.
         lost: what training started with beyond `wire.parent`, as `feedback.read_lost` gave it.
@@ -143,7 +143,7 @@ def write_update(
         if wire:
             write_encoded(staging / ENCODED_WEIGHTS, encoded, wire)
         else:
-            write_adapter(staging, factors, manifest.lora, architecture, base_id)
+            write_adapter(staging, factors, manifest.lora, architecture, base)
         if control:
             write_control(staging, control)
         manifest = manifest.model_copy(update={"files": describe_files(staging)})

@@ -105,7 +105,7 @@ def make_update(
         tokens=tokens,
     )
     private = read_key(key) if key else None
-    write_update(output, factors, manifest, architecture, small.base.id, wire=wire, key=private)
+    write_update(output, factors, manifest, architecture, small.base, wire=wire, key=private)
     return factors
 
 

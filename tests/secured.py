@@ -62,7 +62,7 @@ def train(output, package, adapter, client, number, deviation=0.01, key=None):
         examples=10,
         tokens=TOKENS[client],
     )
-    write_update(output, factors, manifest, architecture, small.base.id, key=key)
+    write_update(output, factors, manifest, architecture, small.base, key=key)
 
 
 class SecureServer(Server):

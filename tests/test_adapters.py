@@ -24,12 +24,14 @@ from hf_fedlarge.adapters import (
 )
 from hf_fedlarge.architectures import describe
 from hf_fedlarge.config import LoraSettings
+from hf_fedlarge.entries import BaseModelEntry
 from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.package import load_package
 from hf_fedlarge.tensors import Factors
 
 KEPT = [0, 2, 3]
 LORA = LoraSettings(rank=4, alpha=10.0)
+BASE = BaseModelEntry(id="org/model", revision="a" * 40, digest="0" * 64)
 every_family = pytest.mark.parametrize("family", sorted(FAMILIES))
 IDS = torch.randint(4, 260, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -176,7 +178,7 @@ def test_targets_are_last_names_or_paths(tmp_path, family, targets, expected):
     assert found == list(architecture.linears) if targets is None else found == expected
     # peft, which matches by suffix, puts them nowhere else.
     factors = some_factors(architecture, KEPT, lora)
-    write_adapter(tmp_path, factors, lora, architecture, "org/model")
+    write_adapter(tmp_path, factors, lora, architecture, BASE)
     assert adapted_paths(plug_in(make_model(family, layers=4), tmp_path)) == set(factors)
     assert adapted_paths(attach_lora(model, architecture, lora)) == set(expected_shapes(architecture, range(4), lora))
 
@@ -203,7 +205,7 @@ def test_an_adapter_of_some_layers_loads_on_the_full_model_with_peft_alone(tmp_p
     # is an error here; unexpected ones would be missing among the paths.
     architecture = describe(make_config(family, layers=4))
     factors = some_factors(architecture)
-    write_adapter(tmp_path, factors, LORA, architecture, "org/model")
+    write_adapter(tmp_path, factors, LORA, architecture, BASE)
     plugged = plug_in(make_model(family, layers=4, dtype=torch.float32), tmp_path)
     assert adapted_paths(plugged) == set(factors)
     assert_equal(get_factors(plugged, architecture, list(range(4))), factors)
@@ -223,7 +225,7 @@ def test_peft_s_own_merge_adds_scale_b_a_the_right_way_round(tmp_path, family):
     base = make_model(family, layers=4, dtype=torch.float32)
     architecture, before = describe(base.config), {name: value.clone() for name, value in base.state_dict().items()}
     factors = some_factors(architecture)
-    write_adapter(tmp_path, factors, LORA, architecture, "org/model")
+    write_adapter(tmp_path, factors, LORA, architecture, BASE)
     after = plug_in(base, tmp_path).merge_and_unload().state_dict()
     for module, (A_RI, B_OR) in factors.items():
         delta = LORA.scale * B_OR @ A_RI
@@ -235,7 +237,7 @@ def test_peft_s_own_merge_adds_scale_b_a_the_right_way_round(tmp_path, family):
 def test_what_is_written_is_read_back_under_the_names_that_are_checked(tmp_path, family):
     architecture = describe(make_config(family, layers=4))
     factors = some_factors(architecture)
-    write_adapter(tmp_path, factors, LORA, architecture, "org/model")
+    write_adapter(tmp_path, factors, LORA, architecture, BASE)
     assert_equal(read_factors(tmp_path), factors)
     stored = load_file(tmp_path / ADAPTER_WEIGHTS)
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
@@ -246,11 +248,11 @@ def test_what_is_written_is_read_back_under_the_names_that_are_checked(tmp_path,
 def test_the_configuration_says_what_the_adapter_is_in_an_order_of_its_own(tmp_path):
     architecture = describe(make_config("llama", layers=4))
     lora = LoraSettings(rank=8, alpha=3.0, rslora=True, dropout=0.1)
-    write_adapter(tmp_path, some_factors(architecture, KEPT, lora), lora, architecture, "org/model")
+    write_adapter(tmp_path, some_factors(architecture, KEPT, lora), lora, architecture, BASE)
     found = LoraConfig.from_pretrained(tmp_path)
     assert (found.r, found.lora_alpha, found.use_rslora, found.lora_dropout) == (8, 3.0, True, 0.1)
     assert (found.layers_to_transform, found.layers_pattern) == (KEPT, "layers")
-    assert (found.base_model_name_or_path, found.inference_mode) == ("org/model", True)
+    assert (found.base_model_name_or_path, found.revision, found.inference_mode) == (BASE.id, BASE.revision, True)
     # A set's order differs from one process to the next, and with it the file's digest.
     raw = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
     assert raw["target_modules"] == sorted(architecture.linears)
@@ -261,6 +263,6 @@ def test_the_order_of_the_factors_does_not_change_the_file(tmp_path):
     factors = some_factors(architecture)
     for name, given in (("a", factors), ("b", dict(reversed(factors.items())))):
         (tmp_path / name).mkdir()
-        write_adapter(tmp_path / name, given, LORA, architecture, "org/model")
+        write_adapter(tmp_path / name, given, LORA, architecture, BASE)
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()

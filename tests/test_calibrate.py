@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from families import make_checkpoint, make_tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from hf_fedlarge.artifacts import PackageManifest, read_manifest, verify_files
@@ -13,6 +14,7 @@ from hf_fedlarge.choice import choose
 from hf_fedlarge.config import PackageSettings
 from hf_fedlarge.data import load_examples
 from hf_fedlarge.errors import ArtifactError, ConfigError, DataError
+from hf_fedlarge.evaluation import encode_example, padded_batches
 from hf_fedlarge.package import load_package, load_tokenizer
 from hf_fedlarge.stdlib_corpus import standard_library_prose
 
@@ -43,6 +45,37 @@ def test_text_becomes_sequences_of_one_length():
     assert len(calibration_sequences(make_tokenizer(), texts, tokens=16, length=8)) == 2
     with pytest.raises(DataError, match="has 51 tokens; expected 60"):
         calibration_sequences(make_tokenizer(), [{"text": "x" * 50}], tokens=100, length=60)
+
+
+def with_bos():
+    """A tokenizer that puts a token before every text."""
+    tokenizer = make_tokenizer()
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    return tokenizer
+
+
+def test_every_piece_of_a_long_text_begins_as_a_training_example_does():
+    tokenizer = with_bos()
+    [*texts] = ({"text": text} for text in ("0123456789ABCDEF", "short", "shorter"))
+    sequences = calibration_sequences(tokenizer, texts, tokens=40, length=8)
+    assert all(ids[0, 0] == tokenizer.bos_token_id for ids in sequences)
+    found = [tokenizer.decode(ids[0], skip_special_tokens=True) for ids in sequences]
+    assert found == ["0123456", "789ABCD", "short"]
+    [chat] = [{"messages": [{"role": "user", "content": "0123456789ABCDEF"}]}]  # whose template begins without it
+    first, second = calibration_sequences(tokenizer, [chat], tokens=16, length=8)
+    assert not (torch.cat([first, second]) == tokenizer.bos_token_id).any()
+
+
+def test_a_tokenizer_may_lack_an_end_of_text_token():
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = None
+    [ids] = calibration_sequences(tokenizer, [{"text": "abcd"}, {"prompt": "ef", "completion": "gh"}], length=8)
+    assert tokenizer.decode(ids[0]) == "abcdefgh"
+    examples = [encode_example({"text": text}, tokenizer, 8) for text in ("a", "bc")]
+    [batch] = padded_batches(examples, 2, tokenizer)
+    assert batch["input_ids"][0, 1] == 0
+    assert batch["attention_mask"].tolist() == [[1, 0], [1, 1]]
 
 
 def test_python_s_documentation_is_the_default_text(checkpoint, tmp_path):

@@ -118,6 +118,12 @@ def test_overwrite_replaces_only_what_is_ours(home, tmp_path, capsys):
         ("evaluate {home}/checkpoint --data {home}/data.jsonl --max-length 1", "labelled token"),
         ("evaluate {home}/checkpoint --data {home}/data.jsonl --batch-size 0", "--batch-size is 0"),
         ("evaluate {home}/checkpoint --adapter {home}/package --data {home}/data.jsonl", "expected an adapter"),
+        ("evaluate {home}/checkpoint --data {home}/data.jsonl --revision v1", "has no revision 'v1'"),
+        ("evaluate {home}/package --data {home}/data.jsonl --revision v1", "is a package, which has no revision 'v1'"),
+        (
+            "transfer {home}/checkpoint {home}/package {home}/start --data {home}/data.jsonl --json {out}/x/f.json",
+            "/output/x/f.json can't be written: ",
+        ),
         ("push {home}/checkpoint me/model", "fedlarge.json"),
         ("push {home}/package model", "names no owner"),
     ],

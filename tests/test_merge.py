@@ -37,6 +37,7 @@ from hf_fedlarge.tensors import INDEX_NAME, CheckpointReader, Factors, Safetenso
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LORA = LoraSettings(rank=4, alpha=8.0)
+BASE = BaseModelEntry(id="test/base", digest="0" * 64)
 PACKAGE = "0" * 64
 
 # Bits of precision and exponent of the smallest normal number.
@@ -69,7 +70,7 @@ def make_adapter(directory, checkpoint, config, lora=LORA, factors=None, base_di
             for module, (A_RI, B_OR) in initial_factors(architecture, layers, lora, seed=0).items()
         }
     directory.mkdir()
-    write_adapter(directory, factors, lora, architecture, "test/base")
+    write_adapter(directory, factors, lora, architecture, BASE)
     seal_adapter(directory, base_digest or checkpoint_digest(checkpoint), layers, lora)
     return factors
 
@@ -198,7 +199,7 @@ def test_an_adapter_on_some_matrices_leaves_the_others(tmp_path):
     factors = make_adapter(tmp_path / "adapter", checkpoint, make_config("llama"), lora)
     del factors["model.layers.0.mlp.down_proj"]
     (tmp_path / "adapter" / "fedlarge.json").unlink()
-    write_adapter(tmp_path / "adapter", factors, lora, describe(make_config("llama")), "test/base")
+    write_adapter(tmp_path / "adapter", factors, lora, describe(make_config("llama")), BASE)
     seal_adapter(tmp_path / "adapter", checkpoint_digest(checkpoint), lora=lora)
     manifest = merge(checkpoint, tmp_path / "adapter", tmp_path / "merged")
     after = read_all(tmp_path / "merged")

@@ -335,7 +335,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
             trained,
             manifest,
             opened.architecture,
-            package.base.id,
+            package.base,
             overwrite=client.overwrite,
             wire=wire,
             lost=lost,

@@ -165,7 +165,7 @@ def make(output: Path, client: str, adapter: AdapterManifest, architecture: Arch
         examples=100,
         tokens=100,
     )
-    return write_update(output, factors, manifest, architecture, adapter.base.id).total_bytes
+    return write_update(output, factors, manifest, architecture, adapter.base).total_bytes
 
 
 def _anonymous(pid: int) -> int:

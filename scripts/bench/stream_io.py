@@ -104,10 +104,11 @@ def make_inputs(options: argparse.Namespace, inputs: Path) -> None:
         for module, (A_RI, B_OR) in initial_factors(architecture, layers, lora, seed=0).items()
     }
     adapter.mkdir()
-    write_adapter(adapter, factors, lora, architecture, "bench/base")
+    base = BaseModelEntry(id="bench/base", digest=checkpoint_digest(checkpoint))
+    write_adapter(adapter, factors, lora, architecture, base)
     manifest = AdapterManifest(
         files=describe_files(adapter),
-        base=BaseModelEntry(id="bench/base", digest=checkpoint_digest(checkpoint)),
+        base=base,
         package="0" * 64,
         parent=None,
         round=1,
