@@ -63,6 +63,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=3, help="of a client in a round")
     parser.add_argument("--batch", type=int, default=4, help="examples of a step")
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="everybody's, central training's too")
     parser.add_argument("--max-examples", type=int, default=160, help="of a client")
     parser.add_argument("--eval-examples", type=int, default=128, help="held out, of all clients together")
     parser.add_argument("--keep-layers", help="make the package by leaving out layers (a third of the neurons)")
@@ -93,7 +94,7 @@ class Benchmark:
         if not self.methods:
             sys.exit("None of the methods is known to this version.")
         self.seeds = range(options.first_seed, options.first_seed + options.seeds)
-        common = ("rounds", "steps", "batch", "max_examples", "eval_examples", "keep_layers")
+        common = ("rounds", "steps", "batch", "learning_rate", "max_examples", "eval_examples", "keep_layers")
         self.rows = Rows(
             options.json,
             {name: getattr(options, name) for name in common},
@@ -154,7 +155,7 @@ class Benchmark:
         return {
             "max_steps": steps,
             "per_device_train_batch_size": self.options.batch,
-            "learning_rate": 5e-4,
+            "learning_rate": self.options.learning_rate,
             "max_length": MAX_LENGTH,
             "disable_tqdm": True,
             "logging_strategy": "no",
