@@ -336,7 +336,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     factors = get_factors(model, architecture, streamed.package.kept_layers)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_adapter(directory, factors, lora, architecture, streamed.package.base.id)
+    write_adapter(directory, factors, lora, architecture, streamed.package.base)
 
 
 def _set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:

@@ -63,7 +63,7 @@ from hf_fedlarge.voice import signed
 # How long after a round's end its messages live: for clients to say that they are late, and be free for the next one.
 GRACE_SECONDS = 60.0
 _LONG = 30 * 86400.0  # where there is no deadline, or late updates are kept
-_WHO_SECONDS = 300.0
+_WHO_SECONDS = 60.0  # a SuperLink that was killed may have lost the question or its answer
 _CHECK_IN = re.compile(rf"{CHECK_INS}/(?P<client>[A-Za-z0-9][A-Za-z0-9._-]{{0,127}})\.json")
 _NOTHING = re.compile(r"(?!)")
 _FILE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}"
