@@ -377,7 +377,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the program; bad input gets one sentence and the exit code 2."""
     try:
         client, config = parse_arguments(arguments)
-        manifest = train_client(client, config)
+        train_client(client, config)
     except FedLargeError as error:
         print(f"hf-fedlarge train: {error}", file=sys.stderr)
         return 2
@@ -389,7 +389,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"hf-fedlarge train: {where} can't be written: {reason}.", file=sys.stderr)
         return 2
     if config.process_index == 0:
-        print(f"{client.output}: {manifest.tokens} tokens, loss {manifest.loss_before} → {manifest.loss_after}")
+        from hf_fedlarge.update import outcome
+
+        print(f"{client.output}: {outcome(Path(client.output))}")
     return 0
 
 
