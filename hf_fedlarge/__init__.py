@@ -33,8 +33,9 @@ _HOME = {
     "FedLargeError": "errors",
     "load_package": "package",
     "load_tokenizer": "package",
+    "save_adapter": "package",
 }
-__all__ = ["FedLargeError", "load_package", "load_tokenizer"]
+__all__ = ["FedLargeError", "load_package", "load_tokenizer", "save_adapter"]
 
 
 def __getattr__(name: str) -> Any:
