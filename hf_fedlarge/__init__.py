@@ -11,7 +11,14 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from pathlib import Path
 from typing import Any
+
+# Installed, `trainers`, `scripts` and `model_cards` lie in this directory. In a checkout, where Python finds this one
+# first if it is started there, they lie beside it.
+_checkout = Path(__file__).parent.parent
+if not (_checkout / "hf_fedlarge" / "trainers").is_dir():
+    __path__.append(str(_checkout))
 
 # On import bitsandbytes, which peft imports too, warns that a kernel package which is not used here is absent.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

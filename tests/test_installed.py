@@ -65,6 +65,19 @@ def test_the_wheel_holds_the_library_and_nothing_at_the_top(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+def test_python_started_in_a_clone_finds_all_of_it_although_another_copy_is_installed(installed):
+    python, _ = installed
+    script = """
+import hf_fedlarge.api, hf_fedlarge.scripts, hf_fedlarge.trainers
+from importlib.resources import files
+
+print(files("hf_fedlarge.model_cards"))
+"""
+    result = run(python, "-c", script, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()) == ROOT / "model_cards"
+
+
 @pytest.mark.parametrize(
     "command",
     [
