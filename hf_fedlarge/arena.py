@@ -3,7 +3,8 @@
 A fresh tensor for every dequantized matrix costs page faults worth ten times the dequantization. The arena holds a
 whole block, which is dequantized once a visit, or, where memory is scarce, some rows of a matrix at a time, dequantized
 whenever a product needs them. On CUDA there are two arenas of a block: while one block computes, the next is copied and
-dequantized into the other on a second stream.
+dequantized into the other on a second stream. Where products take matrices as they are stored (`hf_fedlarge.packed`) it
+holds nothing.
 
 Products may have another dtype than all else (`hf_fedlarge.processor`); the arena has theirs.
 """
@@ -13,12 +14,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from hf_fedlarge.linear import Casts, FrozenLinear
 from hf_fedlarge.memory import fetch_pages
+from hf_fedlarge.packed import work_bytes
 from hf_fedlarge.processor import product_dtype
+
+Held = Literal["nothing", "rows", "block"]
 
 # Where no budget was set, a block in fp32 that takes no more than this is held whole.
 UNASKED_BLOCK_BYTES = 2**27
@@ -27,8 +32,23 @@ PIECE_BYTES = 2**24
 _ALIGNMENT = 64  # rows, so that a piece begins and ends with a block of NF4
 
 
-def _buffers(device: torch.device, whole_blocks: bool) -> int:
-    return 2 if device.type == "cuda" and whole_blocks else 1
+def _buffers(device: torch.device, held: Held) -> int:
+    return 2 if device.type == "cuda" and held == "block" else 1
+
+
+def least_held(
+    blocks: list[list[FrozenLinear]], dtype: torch.dtype, device: torch.device, room: int | None = None
+) -> Held:
+    """What to hold for a computation in `dtype`, with `room` for it and as much again; None: nobody asked for less."""
+    products = product_dtype(dtype, device)
+    linears = [linear for block in blocks for linear in block]
+    # In another dtype what is multiplied is cast through buffers.
+    if products == dtype and all(linear.can_stay_packed(products, device) for linear in linears):
+        return "nothing"
+    needed = Arena.bytes_needed(blocks, products, device, "block")
+    if room is None:  # in fp32 a block takes twice as much
+        return "block" if products == dtype or needed <= UNASKED_BLOCK_BYTES else "rows"
+    return "block" if 2 * needed <= room else "rows"
 
 
 @dataclass
@@ -37,7 +57,7 @@ class Counters:
 
     Attributes:
         visits: blocks visited.
-        dequantizations: matrices dequantized; of pieces of one, those that make it whole.
+        dequantizations: matrices dequantized, in an arena or a product; of pieces of one, those that make it whole.
         bytes_read: stored bytes that were read for them.
         arena_bytes: size of the buffers.
         activation_bytes: the most that was held from a forward pass for its backward.
@@ -57,7 +77,7 @@ class Arena:
         blocks: the matrices of every block.
         dtype: of the computation, and of what layers show as their weight outside of a visit.
         device: where to compute.
-        whole_blocks: hold a block at a time; else some rows of a matrix.
+        held: a block at a time, some rows of a matrix, or nothing, where all matrices can stay packed.
         counters: what to count in.
     """
 
@@ -66,16 +86,16 @@ class Arena:
         blocks: list[list[FrozenLinear]],
         dtype: torch.dtype,
         device: torch.device,
-        whole_blocks: bool,
+        held: Held,
         counters: Counters,
     ) -> None:
         products = product_dtype(dtype, device)
-        self.whole_blocks, self._dtype = whole_blocks, dtype
+        self.held, self._dtype = held, dtype
         self._blocks, self._counters, self._casts = blocks, counters, Casts(products)
         self._numbers = {linear: number for number, linears in enumerate(blocks) for linear in linears}
-        count = _buffers(device, whole_blocks)
+        count = _buffers(device, held)
         self._stream = torch.cuda.Stream(device) if count > 1 else None
-        size = self.bytes_needed(blocks, products, device, whole_blocks) // products.itemsize // count
+        size = self.bytes_needed(blocks, products, device, held) // products.itemsize // count
         self._buffers = [torch.empty(size, dtype=products, device=device) for _ in range(count)]
         # A buffer's block, or its matrix and the first of its rows; what the second stream has to wait for, and what
         # has to wait for it.
@@ -90,18 +110,18 @@ class Arena:
         for number, linears in enumerate(blocks):
             start = 0
             for linear in linears:
-                slot = self._buffers[number % count][start : start + linear.count] if whole_blocks else None
-                linear.place(slot, nothing, self._casts, self._pieces)
+                slot = self._buffers[number % count][start : start + linear.count] if held == "block" else None
+                linear.place(slot, nothing, self._casts, self._pieces, stays_packed=held == "nothing")
                 start += linear.count
 
     @staticmethod
-    def bytes_needed(
-        blocks: list[list[FrozenLinear]], products: torch.dtype, device: torch.device, whole_blocks: bool
-    ) -> int:
+    def bytes_needed(blocks: list[list[FrozenLinear]], products: torch.dtype, device: torch.device, held: Held) -> int:
         """Size of the buffers, for products of this dtype."""
-        if whole_blocks:
+        if held == "nothing":
+            return 0
+        if held == "block":
             values = max(sum(linear.count for linear in linears) for linears in blocks)
-            return products.itemsize * values * _buffers(device, whole_blocks)
+            return products.itemsize * values * _buffers(device, held)
         matrices = [linear for linears in blocks for linear in linears]
         fewest = products.itemsize * _ALIGNMENT * max(linear.weight.shape[1] for linear in matrices)
         return min(products.itemsize * max(linear.count for linear in matrices), max(fewest, PIECE_BYTES))
@@ -114,17 +134,19 @@ class Arena:
 
     @property
     def cast_bytes(self) -> int:
-        """What a token takes of the buffers through which inputs, gradients and products are cast (see `Casts`)."""
-        if self._casts.dtype == self._dtype:
-            return 0
+        """What a token takes of the buffers of a product, or through which its factors are cast (see `Casts`)."""
         widths = [(linear.inputs, linear.outputs) for linears in self._blocks for linear in linears]
         widest_in, widest_out = (max(sizes) for sizes in zip(*widths, strict=True))
+        if self.held == "nothing":
+            return work_bytes(max(widest_in, widest_out))
+        if self._casts.dtype == self._dtype:
+            return 0
         return self._casts.dtype.itemsize * (widest_in + widest_out + max(widest_in, widest_out))
 
     def enter(self, number: int, following: int | None) -> None:
         """Begin a visit of a block; `following` is the block that is likely to be visited next."""
         self._visited = number
-        if self.whole_blocks:
+        if self.held == "block":
             self._load(number)
             place = number % len(self._buffers)
             if (ready := self._ready[place]) is not None:
@@ -140,7 +162,7 @@ class Arena:
         """End a visit; on CUDA the following block is made ready while the work just queued is being done."""
         self._visited = None
         self._casts.forget()
-        if not self.whole_blocks:
+        if self.held != "block":
             return
         for linear in self._blocks[number]:
             linear.hide()
@@ -172,10 +194,15 @@ class Arena:
     def _pieces(self, linear: FrozenLinear) -> Iterator[tuple[slice, torch.Tensor]]:
         """A matrix as it is stored, some rows at a time, each valid until the next is asked for."""
         assert self._visited == self._numbers[linear], "a frozen matrix was used outside a visit of its block"
+        if self.held == "nothing":
+            self._count(linear)
+            return iter(())
+        if self.held == "block":
+            return iter([(slice(0, linear.weight.shape[0]), linear.slot)])
+        return self._rows(linear)
+
+    def _rows(self, linear: FrozenLinear) -> Iterator[tuple[slice, torch.Tensor]]:
         rows, columns = linear.weight.shape
-        if self.whole_blocks:
-            yield slice(0, rows), linear.slot
-            return
         (buffer,) = self._buffers
         step = rows if linear.count <= len(buffer) else len(buffer) // columns // _ALIGNMENT * _ALIGNMENT
         for start in range(0, rows, step):

@@ -1,19 +1,16 @@
-/* The gradient of causal attention, on the matrix registers of a processor with AMX: tiles of 16 rows of 64 bytes. What
-   a product's right factor has in two rows, one below the other, lies side by side there: a pair of bf16.
+/* The gradient of causal attention, on the matrix registers of a processor with AMX (amx.h).
 
    hf_fedlarge/kernels.py says what is computed. T tokens, H heads, G heads of keys and values, E values a head; all are
    contiguous. A head of keys is one thread's, so results don't depend on the number of threads. */
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__) && defined(__x86_64__)
-#include "bf16.h"
+#include "amx.h"
 
-#include <immintrin.h>
 #include <math.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #define LOG2_E 1.44269504f
-#define BLOCK 32 /* rows and columns of a product at a time: two by two tiles */
 #define STRIP 128 /* queries at a time */
 #define ACROSS (STRIP + 16) /* no power of two, whose rows would all lie in the same places of the cache */
 
@@ -40,10 +37,6 @@ static inline float power_of_two(float x) {
     memcpy(&power, &bits, sizeof power);
     return sum * power;
 }
-
-/* What is in memory is written before what follows, and read after it: GCC 12 doesn't know that the instructions for these
-   registers read and write it. */
-static inline void settle(void) { __asm__ volatile("" ::: "memory"); }
 
 /* c (rows, columns) = or += a (rows, inner) b (inner, columns), sizes multiples of BLOCK. */
 static void multiply(int adds, float *c, int64_t c_width, const bf16 *a, int64_t a_width, const uint32_t *b,
@@ -193,28 +186,6 @@ static void head_gradient(const workplace *w, const bf16 *q, const bf16 *out, co
     for (int64_t t = 0; t < T; t++)
 #pragma omp simd
         for (int64_t e = 0; e < E; e++) dq[t * step + e] = nearest_bf16(w->dq_turned[e * across + t]);
-}
-
-/* How the registers are set. */
-typedef struct {
-    uint8_t palette, unused[15];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} tiles;
-
-/* Others use these registers, too, and may rely on how they have set them: `theirs` is for `leave`. */
-static void enter(tiles *theirs) {
-    tiles ours = {.palette = 1};
-    for (int tile = 0; tile < 8; tile++) ours.row_bytes[tile] = 64, ours.rows[tile] = 16;
-    __asm__ volatile("sttilecfg %0" : "=m"(*theirs));
-    __asm__ volatile("ldtilecfg %0" ::"m"(ours));
-}
-
-static void leave(const tiles *theirs) {
-    if (theirs->palette)
-        __asm__ volatile("ldtilecfg %0" ::"m"(*theirs));
-    else
-        _tile_release();
 }
 
 /* Rows of E next to each other. */

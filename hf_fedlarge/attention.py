@@ -53,7 +53,7 @@ class _CausalAttention(torch.autograd.Function):
         *given, out_BTHE, lse_BHT = ctx.saved_tensors
         as_made = [x.contiguous() for x in (*(x.transpose(1, 2) for x in given), out_BTHE, grad_BTHE)]
         compiled = kernels_for(*as_made)
-        if compiled and compiled.has_attention_gradient and grad_BTHE.shape[-1] % 2 == 0:
+        if compiled and compiled.has_tiles and grad_BTHE.shape[-1] % 2 == 0:
             lse_BTH = lse_BHT.transpose(1, 2).contiguous()
             found = compiled.attention_gradient(*as_made, lse_BTH, ctx.scale)
             return *(gradient.transpose(1, 2) for gradient in found), None

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from hf_fedlarge.arena import UNASKED_BLOCK_BYTES, Arena, Counters
+from hf_fedlarge.arena import Arena, Counters, Held, least_held
 from hf_fedlarge.budget import Plan, plan_activations
 from hf_fedlarge.errors import ArchitectureError, ConfigError
 from hf_fedlarge.linear import FrozenLinear, output_products
@@ -76,10 +76,7 @@ class StreamingEngine:
         self._largest: list[int] = []
         self._token_bytes: float | None = None
         self.linear_of = {linear.module: linear for linears in self.linears for linear in linears}
-        products = product_dtype(dtype, device)
-        # In fp32 a block takes twice as much.
-        needed = Arena.bytes_needed(self.linears, products, device, True)
-        self.hold(products == dtype or needed <= UNASKED_BLOCK_BYTES)
+        self.hold(least_held(self.linears, dtype, device))
         for block in self.blocks:
             block.forward = partial(self._forward, block, block.forward, inspect.signature(block.forward))
 
@@ -98,22 +95,21 @@ class StreamingEngine:
         # A gradient and, at most, two fp32 moments for each trainable value.
         own = used_bytes(self.device) - self.arena.held_bytes + 12 * sum(p.numel() for p in trainable)
         available = budget - own
-        products = product_dtype(self.dtype, self.device)
-        sizes = {whole: Arena.bytes_needed(self.linears, products, self.device, whole) for whole in (True, False)}
         # At least as much again as the arena has is left to activations.
-        whole_blocks = 2 * sizes[True] <= available
-        if 2 * sizes[whole_blocks] > available:
+        held = least_held(self.linears, self.dtype, self.device, available)
+        needed = Arena.bytes_needed(self.linears, product_dtype(self.dtype, self.device), self.device, held)
+        if 2 * needed > available:
             raise ConfigError(
                 f"The memory budget of {budget / 1e6:.0f} MB is too small: {own / 1e6:.0f} MB are in use without any "
-                f"activation, and a matrix's rows take {sizes[False] / 1e6:.0f} MB; give at least "
-                f"{(own + 2 * sizes[False]) / 1e6:.0f} MB."
+                f"activation, and a matrix's rows take {needed / 1e6:.0f} MB; give at least "
+                f"{(own + 2 * needed) / 1e6:.0f} MB."
             )
-        self.hold(whole_blocks)
+        self.hold(held)
         self._available, self._largest = available - self.counters.arena_bytes, list(largest)
 
-    def hold(self, whole_blocks: bool) -> None:
-        """Hold a whole block's dense matrices at a time, or some rows of a matrix (see `Arena`)."""
-        self.arena = Arena(self.linears, self.dtype, self.device, whole_blocks, self.counters)
+    def hold(self, held: Held) -> None:
+        """Hold a whole block's dense matrices at a time, or some rows of a matrix, or nothing (see `Arena`)."""
+        self.arena = Arena(self.linears, self.dtype, self.device, held, self.counters)
 
     def start_over(self) -> None:
         """Forget what was learned and counted, as if nothing had been computed so far; a memory budget stays."""
@@ -229,13 +225,13 @@ class StreamingEngine:
         try:
             return plan_activations(lengths, blocks, *known)
         except ConfigError:
-            if not self.arena.whole_blocks:
+            if self.arena.held != "block":
                 raise
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # another stream may write to what is given back now
         self.arena.leave(number, None)
         self._available += self.counters.arena_bytes
-        self.hold(whole_blocks=False)
+        self.hold("rows")
         self._available -= self.counters.arena_bytes
         self.arena.enter(number, None)
         return self._planned(number, boundary_bytes, lengths, blocks)

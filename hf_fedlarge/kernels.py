@@ -1,9 +1,9 @@
-"""What C does of a step on a CPU: elementwise work in one pass over memory, and the gradient of attention.
+"""What C does of a step on a CPU: elementwise work in one pass over memory, attention's gradient, products with NF4.
 
 What torch computes in several operations goes through memory several times, and wakes its threads for each. Python
-calls these functions, of `kernels.c` and `attention.c`, through ctypes, as it does bitsandbytes'. GCC compiles them for
-this very processor when they are first needed, within seconds, and they are kept in the cache. Where there is no GCC
-torch's operations do the same work in more time; `HF_FEDLARGE_KERNELS=off` asks for that.
+calls these functions, of `kernels.c`, `attention.c` and `linear.c`, through ctypes, as it does bitsandbytes'. GCC
+compiles them for this very processor when they are first needed, within seconds, and they are kept in the cache. Where
+there is no GCC torch's operations do the same work in more time; `HF_FEDLARGE_KERNELS=off` asks for that.
 
 Numbers are those of torch's operations in fp32, rounded once, but for the last bits of e^x and of sums. So processes
 whose runs are to end with the same bytes have them all, or none.
@@ -17,11 +17,13 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+import math
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache, cached_property
 from itertools import takewhile
@@ -29,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "attention.c", "bf16.h")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "attention.c", "linear.c", "amx.h", "bf16.h")]
 # None that lets the compiler change a result: a product and a sum stay two roundings, and NaN stays NaN.
 _FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp"]
 _COMPILER_SECONDS = 120
@@ -45,8 +47,10 @@ _ARGUMENTS = {
     "nf4": "ppppppllfi",
     "attention_gradient": "pppppppppplllllfi",
     "attention_bytes": "ll",
+    "nf4_linear": "pppppppppppllllfii",
+    "nf4_linear_bytes": "llllii",
 }
-_RESULTS = {"attention_bytes": ctypes.c_int64}  # of the others, nothing
+_RESULTS = {"attention_bytes": ctypes.c_int64, "nf4_linear_bytes": ctypes.c_int64}  # of the others, nothing
 COMPUTED = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # what results may be in, and what C calls it
 
 _logger = logging.getLogger(__name__)
@@ -159,9 +163,44 @@ class Kernels:
         self._call("nf4", "", packed, codes, outer, code, table, out, *sizes)
 
     @cached_property
-    def has_attention_gradient(self) -> bool:
-        """Whether the processor has AMX, which it is written for, and the system lets this process use it."""
+    def has_tiles(self) -> bool:
+        """Whether the processor has AMX, and the system lets this process use it."""
         return hasattr(self._library, "may_use_tiles") and bool(self._library.may_use_tiles())
+
+    def nf4_linear(
+        self,
+        x_NK: torch.Tensor,
+        scales: Sequence[torch.Tensor],
+        offset: float,
+        shape: tuple[int, int],
+        turned: bool,
+        u_NR: torch.Tensor | None,
+        more: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """x W + u E + bias, (N, P), summed in fp32 and rounded once, or with `turned` x Wᵀ + u Eᵀ + bias. Needs tiles.
+
+        Args:
+            x_NK: the left factor.
+            scales: `packed`, `codes`, `outer`, `code` and `table` of `nf4`, for W.
+            offset: of the scales.
+            shape: of W as it is stored; columns are a multiple of 64.
+            turned: whether it is multiplied by W's transpose.
+            u_NR: of a second product; None: there is none.
+            more: E, stored as W is: (R, P), or (P, R).
+            bias: (P,).
+        """
+        (N, K), R = x_NK.shape, 0 if u_NR is None else u_NR.shape[1]
+        P, threads = shape[0 if turned else 1], torch.get_num_threads() if math.prod(shape) > _ALONE else 1
+        out_NP = x_NK.new_empty(N, P)
+        work = x_NK.new_empty(self.nf4_linear_bytes(N, K, P, R, turned, threads), dtype=torch.uint8)
+        given = x_NK, *scales, u_NR, more, bias
+        self._call("nf4_linear", "", *given, out_NP, work, N, K, P, R, offset, turned, threads)
+        return out_NP
+
+    def nf4_linear_bytes(self, N: int, K: int, P: int, R: int = 0, turned: bool = True, threads: int = 0) -> int:
+        """What such a product takes of memory beside its result; `threads` 0: as many as torch has."""
+        return self._call("nf4_linear_bytes", "", N, K, P, R, turned, threads or torch.get_num_threads())
 
     def attention_gradient(
         self,
@@ -197,7 +236,7 @@ class Kernels:
         self._call("attention_gradient", "", *given, *found, work, *sizes, scale, threads)
         return found
 
-    def _call(self, name: str, kind: str, *arguments: torch.Tensor | float) -> int | None:
+    def _call(self, name: str, kind: str, *arguments: torch.Tensor | float | None) -> int | None:
         # An attribute of the library, so that it is looked up and described once.
         function = getattr(self._library, name + kind)
         if function.argtypes is None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_fedlarge import packed
 from hf_fedlarge.gated import Activation, Gated, differentiate_gate, multiply_gate
 from hf_fedlarge.quantize import FrozenWeight
 
@@ -145,8 +146,17 @@ class FrozenLinear:
         """I."""
         return self.count // self.outputs
 
+    def can_stay_packed(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether products of `dtype` take the matrix as it is stored."""
+        return not self.stored_as_IO and packed.can_multiply(self.weight, dtype, device)
+
     def place(
-        self, slot: torch.Tensor | None, nothing: torch.Tensor, casts: Casts, pieces: Callable[..., Pieces]
+        self,
+        slot: torch.Tensor | None,
+        nothing: torch.Tensor,
+        casts: Casts,
+        pieces: Callable[..., Pieces],
+        stays_packed: bool = False,
     ) -> None:
         """Say where the matrix is dense.
 
@@ -155,9 +165,10 @@ class FrozenLinear:
             nothing: (1,), what the layer shows as its weight otherwise.
             casts: for products of another dtype than the computation's.
             pieces: gives a matrix as it is stored, some rows (p, Q) at a time, in the products' dtype.
+            stays_packed: it is multiplied as it is stored, as it `can_stay_packed`, and `pieces` gives nothing.
         """
         self.slot = None if slot is None else slot.view(self.weight.shape)
-        self.casts, self._pieces = casts, pieces
+        self.casts, self._pieces, self._stays_packed = casts, pieces, stays_packed
         shape = self.weight.shape[::-1] if self.transposed else self.weight.shape
         self.placeholder = nothing.expand(shape)
         self.module.weight = nn.Parameter(self.placeholder, requires_grad=False)
@@ -174,21 +185,43 @@ class FrozenLinear:
         """The dense matrix (I, O) within a visit, in an arena of whole blocks."""
         return self.slot if self.stored_as_IO else self.slot.t()
 
-    def multiply(self, x_NI: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """x Wᵀ + bias, (N, O), of an `x_NI` in the products' dtype.
+    def multiply(
+        self,
+        x_NI: torch.Tensor,
+        like: torch.Tensor,
+        u_NR: torch.Tensor | None = None,
+        B_OR: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x Wᵀ + bias + u Bᵀ, (N, O), of an `x_NI` in the products' dtype.
 
         Args:
             x_NI: from `casts`.
             like: what the caller will cast the result to; until then it may lie in a buffer that is used again.
+            u_NR: in the products' dtype, as B is; None: there is no adapter.
+            B_OR: the adapter's.
         """
         bias = None if self.module.bias is None else self.module.bias.to(x_NI.dtype)
+        pieces = self._pieces(self)
+        if self._stays_packed:
+            return packed.multiply(x_NI, self.weight, True, u_NR, B_OR, bias)
         out = self.casts.room((len(x_NI), self.outputs), "product", like)
-        return (_to_columns if self.stored_as_IO else _to_rows)(x_NI, self._pieces(self), self.outputs, bias, out)
+        y_NO = (_to_columns if self.stored_as_IO else _to_rows)(x_NI, pieces, self.outputs, bias, out)
+        return y_NO if u_NR is None else y_NO.addmm_(u_NR, B_OR.t())
 
-    def multiply_back(self, g_NO: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """g W, (N, I), likewise."""
+    def multiply_back(
+        self,
+        g_NO: torch.Tensor,
+        like: torch.Tensor,
+        v_NR: torch.Tensor | None = None,
+        A_RI: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """g W + v A, (N, I), likewise."""
+        pieces = self._pieces(self)
+        if self._stays_packed:
+            return packed.multiply(g_NO, self.weight, False, v_NR, A_RI)
         out = self.casts.room((len(g_NO), self.inputs), "product", like)
-        return (_to_rows if self.stored_as_IO else _to_columns)(g_NO, self._pieces(self), self.inputs, None, out)
+        x_NI = (_to_rows if self.stored_as_IO else _to_columns)(g_NO, pieces, self.inputs, None, out)
+        return x_NI if v_NR is None else x_NI.addmm_(v_NR, A_RI)
 
     def forward(self, x: torch.Tensor | Gated) -> torch.Tensor:
         """What the layer computes, without its adapter."""
@@ -244,9 +277,7 @@ class _Product(torch.autograd.Function):
         # What is given is no view, as Falcon adds to it in place.
         if linear.value_unused:
             return x.new_zeros(*x.shape[:-1], linear.outputs)
-        y_NO = linear.multiply(x_NI, x)
-        if adapted:
-            y_NO.addmm_(u_NR, B.to(casts.dtype).t())
+        y_NO = linear.multiply(x_NI, x, u_NR, None if B is None else B.to(casts.dtype))
         return torch.ops.aten._unsafe_view(y_NO.to(x.dtype), [*x.shape[:-1], linear.outputs])
 
     @staticmethod
@@ -261,9 +292,8 @@ class _Product(torch.autograd.Function):
         if wants_B:
             grad_B = g_NO.t() @ u_NR
         if wants_x or wants_up:
-            grad_NI = linear.multiply_back(g_NO, grad)
-            if v_NR is not None and not ctx.dropped:
-                grad_NI.addmm_(v_NR, A.to(casts.dtype))
+            adds = v_NR is not None and not ctx.dropped
+            grad_NI = linear.multiply_back(g_NO, grad, *((v_NR, A.to(casts.dtype)) if adds else ()))
             if ctx.activation is None:
                 grad_x = grad_NI.to(grad.dtype).view(ctx.shape)
             else:

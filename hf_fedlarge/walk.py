@@ -181,7 +181,7 @@ class Walk:
 
     def _hold(self) -> None:
         """Hold blocks whole, but none yet: one is stepped through many times in a row, and asked for its matrices."""
-        self._model.engine.hold(whole_blocks=True)
+        self._model.engine.hold("block")
 
     @property
     def head(self) -> StreamedHead:

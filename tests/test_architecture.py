@@ -43,6 +43,7 @@ LEVELS = [
         "passes",
         "subspace",
     },
+    {"packed"},
     {
         "experience",
         "checkpoints",

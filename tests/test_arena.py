@@ -8,6 +8,7 @@ from families import make_package
 
 from hf_fedlarge.adapters import attach_lora
 from hf_fedlarge.config import LoraSettings
+from hf_fedlarge.kernels import kernels
 from hf_fedlarge.memory import fetch_pages
 from hf_fedlarge.package import load_package
 
@@ -27,6 +28,7 @@ def step(model):
 
 def test_counters_of_a_step(model):
     counters, linears = model.engine.counters, model.engine.linears
+    model.engine.hold("block")
     step(model)
     stored = [sum(part.nbytes for linear in block for part in linear.weight.stored) for block in linears]
     assert counters.dequantizations == 7 * (2 * len(linears) - 1)  # the last block's stay
@@ -38,7 +40,7 @@ def test_counters_of_a_step(model):
 
 def test_one_matrix_at_a_time_is_dequantized_thrice_at_most(model):
     engine = model.engine
-    engine.hold(whole_blocks=False)
+    engine.hold("rows")
     assert engine.counters.arena_bytes == 2 * 64 * 128
     step(model)
     before = engine.counters.dequantizations
@@ -47,6 +49,16 @@ def test_one_matrix_at_a_time_is_dequantized_thrice_at_most(model):
     # Neither the output projections' values nor the first block's gradients are computed, and the last block's forward
     # is kept.
     assert 2 * matrices < engine.counters.dequantizations - before <= 3 * matrices
+
+
+def test_matrices_that_stay_packed_take_no_arena_and_are_dequantized_by_every_product(model):
+    if not (kernels() and kernels().has_tiles):
+        pytest.skip("the processor has no AMX, or there is no compiler")
+    counters = model.engine.counters
+    assert (model.engine.arena.held, counters.arena_bytes) == ("nothing", 0)
+    step(model)
+    matrices = sum(map(len, model.engine.linears))
+    assert 2 * matrices < counters.dequantizations <= 3 * matrices
 
 
 def test_a_matrix_used_outside_a_visit_is_our_own_mistake(model):

@@ -99,7 +99,7 @@ def test_a_generous_budget_keeps_every_activation(tmp_path, monkeypatch):
     matrices = sum(map(len, engine.linears))
     assert engine.counters.dequantizations - before <= 2 * matrices
     everything = engine.counters.activation_bytes
-    assert engine.arena.whole_blocks
+    assert engine.arena.held == "block"
     other = adapted(tmp_path / "other")
     monkeypatch.setattr("hf_fedlarge.budget.UNASKED_BYTES", 0)
     some_step(other)
@@ -132,7 +132,7 @@ def test_a_budget_too_small_for_a_block_holds_one_matrix_at_a_time(tmp_path, mon
     engine, block = model.engine, model.engine.counters.arena_bytes
     moments = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     engine.set_memory_budget(10**9 + moments + block)
-    assert not engine.arena.whole_blocks
+    assert engine.arena.held == "rows"
     assert engine.counters.arena_bytes == 64 * 128 * 4  # the largest matrix
     assert engine.arena.cast_bytes == 0
 
@@ -154,7 +154,7 @@ def test_a_batch_that_fits_beside_some_rows_and_not_beside_a_block_is_computed(t
         for ours, expected in zip(model.parameters(), plain.parameters(), strict=True):
             if ours.requires_grad:
                 torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-6)
-        return engine.arena.whole_blocks
+        return engine.arena.held == "block"
 
     def longest(room):  # besides a block's graph there are the states between three blocks
         return int(room / (WORKING * engine._token_bytes + 2 * 64 * 4 * (3 + 2)))
@@ -172,8 +172,8 @@ def test_a_batch_that_fits_beside_some_rows_and_not_beside_a_block_is_computed(t
 def test_two_buffers_of_a_gpu_count_twice(tmp_path):
     linears = adapted(tmp_path).engine.linears
     sizes = [
-        Arena.bytes_needed(linears, torch.float32, torch.device(kind), whole)
-        for whole in (True, False)
+        Arena.bytes_needed(linears, torch.float32, torch.device(kind), held)
+        for held in ("block", "rows")
         for kind in ("cpu", "cuda")
     ]
     assert sizes == [36864 * 4, 2 * 36864 * 4, 64 * 128 * 4, 64 * 128 * 4]

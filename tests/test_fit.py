@@ -43,7 +43,7 @@ def test_a_fit_holds_whole_blocks_also_where_training_would_not(tmp_path, monkey
     monkeypatch.setattr("torch.cpu.get_capabilities", dict)  # products of fp32
     found = []
     for name, limit in (("whole", 2**30), ("rows", 0)):
-        monkeypatch.setattr("hf_fedlarge.engine.UNASKED_BLOCK_BYTES", limit)
+        monkeypatch.setattr("hf_fedlarge.arena.UNASKED_BLOCK_BYTES", limit)
         plan, fit_plan = narrow_plan(checkpoint)
         (tmp_path / name).mkdir()
         found.append(fit_package(plan, fit_plan, list(IDS), tmp_path / name).matrices)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_fedlarge import gated, loss, quantize
+from hf_fedlarge import gated, loss, packed, quantize
 from hf_fedlarge import kernels as module
 from hf_fedlarge.architectures import LogitTransform
 from hf_fedlarge.gated import differentiate_gate, multiply_gate
@@ -195,7 +195,7 @@ def test_int8_rows(dtype, in_torch):
     [(1, 1, 1, 1, 2), (2, 31, 4, 2, 64), (1, 64, 3, 3, 80), (3, 130, 6, 2, 16), (1, 300, 2, 1, 128)],
 )
 def test_the_gradient_of_attention(threads, batch, tokens, heads, groups, size):
-    if not kernels().has_attention_gradient:
+    if not kernels().has_tiles:
         pytest.skip("this processor has no AMX, or the system doesn't let us use it")
     q, k, v = (some(batch, tokens, count, size, seed=seed) for seed, count in enumerate((heads, groups, groups)))
     grad, scale = some(batch, tokens, heads, size, seed=3), 1.5 / size**0.5
@@ -219,6 +219,35 @@ def test_the_gradient_of_attention(threads, batch, tokens, heads, groups, size):
     assert kernels().attention_gradient(q, k, v, value, grad, lse, scale)[0][-1, tokens // 2, 0].isnan().all()
 
 
+# One token and more than a block; parts of K; rows that are no whole tiles; ranks beside a step of 32.
+@needs_gcc
+@pytest.mark.parametrize("threads", [1, 3], indirect=True)
+@pytest.mark.parametrize(
+    ("tokens", "shape", "rank"),
+    [(1, (1, 64), 0), (1, (40, 128), 1), (70, (90, 128), 16), (33, (50, 2112), 40), (130, (2100, 64), 3)],
+)
+def test_products_with_nf4(threads, tokens, shape, rank):
+    (rows, columns), cpu = shape, torch.device("cpu")
+    weight = decode("w", "nf4", encode("w", shape, "nf4", [some(*shape, dtype=torch.float32)]))
+    if not packed.can_multiply(weight, torch.bfloat16, cpu):
+        pytest.skip("this processor has no AMX, or the system doesn't let us use it")
+    W = torch.empty(shape, dtype=torch.bfloat16)
+    weight.read_rows(0, rows, W)
+    x, g, u, bias = some(tokens, columns), some(tokens, rows, seed=1), some(tokens, rank, seed=2), some(rows, seed=3)
+    A, B = some(rank, columns, seed=4), some(rows, rank, seed=5)
+    calls = [
+        lambda: packed.multiply(x, weight, True, bias_P=bias, **({"u_NR": u, "more": B} if rank else {})),
+        lambda: packed.multiply(g, weight, False, **({"u_NR": u, "more": A} if rank else {})),
+    ]
+    found = [call() for call in calls]
+    exact = [part.double() for part in (x, W, u, B, g, A)]
+    truths = exact[0] @ exact[1].T + exact[2] @ exact[3].T + bias.double(), exact[4] @ exact[1] + exact[2] @ exact[5]
+    for ours, truth in zip(found, truths, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=ULP / 2, atol=1e-6 * truth.norm().item())
+    torch.set_num_threads(2)
+    assert all(torch.equal(call(), ours) for call, ours in zip(calls, found, strict=True))
+
+
 TILES = """
 #include <immintrin.h>
 #include <string.h>
@@ -235,7 +264,7 @@ int as_set(void) {
 @needs_gcc
 @pytest.mark.parametrize("threads", [1], indirect=True)
 def test_who_else_uses_the_matrix_registers_finds_them_as_they_were(threads, tmp_path):
-    if not kernels().has_attention_gradient:
+    if not kernels().has_tiles:
         pytest.skip("this processor has no AMX, or the system doesn't let us use it")
     (tmp_path / "tiles.c").write_text(TILES)
     command = ["gcc", "-O2", "-march=native", "-shared", "-fPIC", "tiles.c", "-o", "tiles.so"]
