@@ -17,23 +17,11 @@ from transformers import PretrainedConfig
 from hf_fedlarge.architectures import Architecture, describe, load_config
 from hf_fedlarge.entries import is_file_name
 from hf_fedlarge.tensors import CheckpointReader
-from hf_fedlarge.untrusted import CODE_SUFFIXES
+from hf_fedlarge.untrusted import is_companion
 
 logger = logging.getLogger(__name__)
 
 _COMPARED_BYTES = 4 * 2**20
-# Everything besides config and weights that a model directory needs to be used; never code.
-_COMPANIONS = (
-    "tokenizer*",
-    "*.model",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-)
 
 
 @dataclass(frozen=True)
@@ -82,11 +70,10 @@ def _same(reader: CheckpointReader, name: str, other: str) -> bool:
 
 def copy_companions(checkpoint: Path, target: Path) -> None:
     """Copy what a model directory needs besides config and weights; a name that no manifest can list is left out."""
-    for pattern in _COMPANIONS:
-        for path in sorted(checkpoint.glob(pattern)):
-            if not path.is_file() or path.name.lower().endswith(CODE_SUFFIXES):
-                continue
-            if is_file_name(path.name):
-                shutil.copyfile(path, target / path.name)
-            else:
-                logger.warning("%s is left out; expected a name of letters, digits, '.', '_' and '-'.", path)
+    for path in sorted(checkpoint.iterdir()):
+        if not path.is_file() or not is_companion(path.name):
+            continue
+        if is_file_name(path.name):
+            shutil.copyfile(path, target / path.name)
+        else:
+            logger.warning("%s is left out; expected a name of letters, digits, '.', '_' and '-'.", path)

@@ -33,7 +33,7 @@ from huggingface_hub.utils import get_session, validate_repo_id
 from hf_fedlarge.artifacts import MANIFEST_NAME, MAX_MANIFEST_BYTES, UNPUBLISHED_FILES, verify_files
 from hf_fedlarge.cards import MARKER, PublishedManifest, read_published, render_card
 from hf_fedlarge.errors import ArtifactError, ConfigError, FedLargeError, HubError
-from hf_fedlarge.untrusted import parse_json
+from hf_fedlarge.untrusted import CODE_SUFFIXES, COMPANIONS, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -42,21 +42,18 @@ CARD_NAME = "README.md"
 OTHER_CARD_NAME = "FEDLARGE.md"
 _ANSWER_SECONDS = 300  # without a byte
 
+# README.md declares the licence, and the manifest says what a published model was merged from.
 _CHECKPOINT_FILES = [
+    "config.json",
     "*.safetensors",
-    "*.json",  # config, index, tokenizer.json, vocab.json, generation config
-    "*.jinja",
-    "*.model",
-    "*.tiktoken",
-    "merges.txt",
-    "vocab.txt",
-    "LICENSE*",
-    "NOTICE*",
+    "*.safetensors.index.json",
     "README.md",
+    MANIFEST_NAME,
+    *COMPANIONS,
 ]
 # The patterns' star matches slashes too; folders hold other formats or chat templates besides the default one, and
 # `consolidated` the same weights once more.
-_NOT_OURS = ["*/*", "consolidated*", "*.py", "*.bin", "*.pt"]
+_NOT_OURS = ["*/*", "consolidated*", *(f"*{suffix}" for suffix in CODE_SUFFIXES)]
 
 
 def resolve_checkpoint(checkpoint: str, revision: str | None = None) -> tuple[Path, str | None]:

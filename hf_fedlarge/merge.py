@@ -1,9 +1,10 @@
 """Folding an adapter into the full-depth, full-precision checkpoint, a few megabytes at a time.
 
 The output has the base's shards: the same files, tensors, order, dtypes and index, every matrix under an adapter
-replaced by W + scale · B A and everything else copied; only custom code isn't, and the config no longer names it. A
-merged value is the fp64 result rounded once to the checkpoint's dtype, so nothing is lost that the dtype could hold.
-`peft` and `transformers` would need the whole model in memory; here it is one block of rows, besides the adapter.
+replaced by W + scale · B A and all other tensors copied. Of the files beside them come along those that a model needs
+(`untrusted.COMPANIONS`): not custom code, which the config no longer names. A merged value is the fp64 result rounded
+once to the checkpoint's dtype, so nothing is lost that the dtype could hold. `peft` and `transformers` would need the
+whole model in memory; here it is one block of rows, besides the adapter.
 
 A merge that was killed goes on where it stopped: a finished shard is renamed into the staging directory and recorded
 there, and the same merge run again takes it over after checking its digest.
@@ -29,7 +30,6 @@ from hf_fedlarge.adapters import ADAPTER_WEIGHTS, expected_shapes, read_state, t
 from hf_fedlarge.architectures import Architecture
 from hf_fedlarge.artifacts import (
     CARRY_WEIGHTS,
-    MANIFEST_NAME,
     UNPUBLISHED_FILES,
     AdapterManifest,
     CheckpointManifest,
@@ -55,18 +55,11 @@ from hf_fedlarge.tensors import (
     checkpoint_digest,
     read_header,
 )
+from hf_fedlarge.untrusted import is_companion
 
 STATE_NAME = ".merge.json"  # no copied file can be called so: their names start with a letter or a digit
 
 _BLOCK_BYTES = 4 * 2**20  # as stored; a few blocks for each thread exist at once
-
-# Weights of other formats would be the unmerged ones; the card, the manifest and an adapter beside the weights (which
-# transformers would load on top of them) spoke of the base.
-_OTHER_WEIGHTS = {
-    *(".bin", ".h5", ".msgpack", ".gguf", ".pt", ".pth", ".onnx", ".py"),
-    *(".safetensors", ".ckpt", ".pkl", ".pickle", ".tflite", ".ot"),
-}
-_OF_THE_BASE = {MANIFEST_NAME, "README.md", "adapter_config.json"}
 
 
 @dataclass(frozen=True)
@@ -102,7 +95,7 @@ class MergePlan:
         shards: the files that are rewritten.
         nbytes: bytes of all tensors in them.
         copied: the files that are copied as they are.
-        left_out: the files that are not, and the folders: other formats, or chat templates besides the default one.
+        left_out: the files that are not, and the folders: no model needs them, or not with its weights merged.
     """
 
     checkpoint: Path
@@ -306,6 +299,7 @@ def _target(architecture: Architecture, module: str, info: TensorInfo, checkpoin
 
 def _other_files(checkpoint: Path, reader: CheckpointReader) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The names of the files to copy, and of those to leave out, all folders among them."""
+    wanted = {"config.json"} | ({INDEX_NAME} if reader.index is not None else set())
     copied, left_out = [], []
     for path in sorted(checkpoint.iterdir()):
         name = path.name
@@ -313,10 +307,8 @@ def _other_files(checkpoint: Path, reader: CheckpointReader) -> tuple[tuple[str,
             left_out.append(f"{name}/")
         if not path.is_file() or name in reader.files:
             continue
-        stale = path.suffix in _OTHER_WEIGHTS or name in _OF_THE_BASE
-        if name.endswith(".index.json"):
-            stale = name != INDEX_NAME or reader.index is None
-        (left_out if stale or not is_file_name(name) else copied).append(name)
+        needed = name in wanted or is_companion(name)
+        (copied if needed and is_file_name(name) else left_out).append(name)
     return tuple(copied), tuple(left_out)
 
 

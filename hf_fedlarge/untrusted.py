@@ -1,4 +1,4 @@
-"""What others wrote: JSON bounded before it is read and without a key twice, text for a terminal, files without code.
+"""What others wrote: JSON bounded before it is read and without a key twice, text for a terminal, which files to take.
 
 Of a key that stands twice Python takes the last, other parsers the first: two programs would check different things.
 """
@@ -6,6 +6,7 @@ Of a key that stands twice Python takes the last, other parsers the first: two p
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,14 @@ from hf_fedlarge.errors import ArtifactError
 
 # Of files that some program might run if it found them; nothing here needs one.
 CODE_SUFFIXES = (".py", ".pyc", ".pyd", ".so", ".dll", ".pkl", ".pickle", ".joblib", ".bin", ".pt", ".pth", ".ckpt")
+# What a model needs besides config and weights, to be used and passed on. No other file is taken from its directory,
+# where training data, logs and credentials may lie, too.
+COMPANIONS = (
+    *("tokenizer.json", "tokenizer.*.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model*", "*.model", "*.tiktoken", "tekken.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *("LICENSE*", "NOTICE*", "Notice*", "USE_POLICY*"),
+)
 FilesT = TypeVar("FilesT", bound=dict[str, Any])
 
 
@@ -54,6 +63,12 @@ def parse_json(raw: bytes, what: str) -> Any:
 def printable(text: str) -> str:
     """`text` on one line, a question mark for what a terminal or a log would not show as it is, such as escapes."""
     return "".join(letter if letter.isprintable() else " " if letter.isspace() else "?" for letter in text)
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of this name is one of `COMPANIONS`, and no code."""
+    matches = any(fnmatchcase(name, pattern) for pattern in COMPANIONS)
+    return matches and not name.lower().endswith(CODE_SUFFIXES)
 
 
 def without_code(files: FilesT) -> FilesT:

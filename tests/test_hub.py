@@ -27,6 +27,7 @@ CHECKPOINT = {
     "chat_template.jinja": b"{{ messages }}",
     "merges.txt": b"a b",
     "LICENSE": b"Apache",
+    "NOTICE.md": b"thanks",
     "README.md": b"# base",
 }
 NEVER = {
@@ -37,6 +38,7 @@ NEVER = {
     "LICENSE.py": b"import re",
     "consolidated.safetensors": b"again",
     "onnx/config.json": b"{}",
+    "trainer_state.json": b"{}",
 }
 
 

@@ -223,8 +223,10 @@ def test_an_empty_product_gives_the_same_bytes(tmp_path):
 def test_files_beside_the_weights(llama):
     checkpoint, adapter, output = llama
     kept = ["config.json", "generation_config.json", INDEX_NAME, "tokenizer.json", "chat_template.jinja", "LICENSE"]
+    kept += ["NOTICE.md", "USE_POLICY.md", "tokenizer.model"]
     dropped = ["README.md", "fedlarge.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5"]
     dropped += ["modeling_x.py", "consolidated.safetensors", "adapter_config.json", ".gitattributes", "two words.txt"]
+    dropped += ["train.jsonl", "credentials.json", "wandb.log", "tokenizer_training.jsonl", "LICENSE (1).txt"]
     for name in [*kept[3:], *dropped]:
         (checkpoint / name).write_text(f"content of {name}\n")
     for folder, name in (("onnx", "model.onnx"), ("additional_chat_templates", "tool_use.jinja")):

@@ -213,12 +213,14 @@ def test_a_package_in_several_shards_is_the_same_model(checkpoint, tmp_path, mon
 
 def test_what_a_model_directory_needs_comes_along_and_code_does_not(checkpoint, tmp_path, caplog):
     (checkpoint / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
-    (checkpoint / "LICENSE.txt").write_text("terms")
-    for name in ("tokenizer_evil.py", "modeling_evil.py", "pytorch_model.bin", "notes.txt", "LICENSE (1).txt"):
+    for name in ("LICENSE.txt", "NOTICE"):
+        (checkpoint / name).write_text("terms")
+    code = ("tokenizer_evil.py", "modeling_evil.py", "LICENSE.py", "pytorch_model.bin")
+    for name in (*code, "notes.txt", "tokenizer_training.jsonl", "LICENSE (1).txt"):
         (checkpoint / name).write_text("x")
     manifest = shrink(plan_shrink(checkpoint), tmp_path / "package", base_id="org/model", revision="v1")
     names = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "LICENSE.txt"}
-    assert set(manifest.files) == names | {"config.json", "model.safetensors"}
+    assert set(manifest.files) == names | {"config.json", "model.safetensors", "NOTICE"}
     assert [record.message.partition("full/")[2] for record in caplog.records] == [
         "LICENSE (1).txt is left out; expected a name of letters, digits, '.', '_' and '-'."
     ]
