@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_fedlarge.budget import parse_bytes
 from hf_fedlarge.errors import ConfigError
@@ -12,6 +12,19 @@ if TYPE_CHECKING:
 
 ON_FACTORS = ("fedavg", "ffa", "alternate")
 ROBUST = ("median", "trimmed_mean", "krum", "multi_krum")
+# What the trainer takes for an argument of `training` that isn't given, as far as the server counts on it: with a wrong
+# value here it would refuse honest updates for the tokens that they claim.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "max_steps": -1,
+    "num_train_epochs": 3.0,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "max_length": 1024,
+    "packing": False,
+    "packing_strategy": "bfd",
+    "assistant_only_loss": False,
+}
 
 
 def refuse(what: str, causes: dict[str, bool]) -> None:
@@ -113,9 +126,9 @@ def _check_clients(config: FederationConfig) -> None:
 
 def _check_packing(config: FederationConfig) -> None:
     """An update may claim as many tokens as its client's examples can have (`jobs.Jobs.asked`)."""
-    training = config.training
-    strategy, steps = training.get("packing_strategy", "bfd"), training.get("max_steps", -1)
-    if training.get("packing") and strategy != "bfd" and not (isinstance(steps, int) and steps > 0):
+    training = TRAINING_DEFAULTS | config.training
+    strategy, steps = training["packing_strategy"], training["max_steps"]
+    if training["packing"] and strategy != "bfd" and not (isinstance(steps, int) and steps > 0):
         raise ValueError(
             f"packing_strategy {strategy} makes any number of sequences of a long text, so nobody could tell how many "
             "tokens a client can have trained on; set max_steps, or use packing_strategy: bfd"

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from hf_fedlarge.artifacts import AdapterManifest, read_manifest
 from hf_fedlarge.budget import parse_bytes
 from hf_fedlarge.clients import read_check_ins
+from hf_fedlarge.coherence import TRAINING_DEFAULTS
 from hf_fedlarge.collect import expected_from
 from hf_fedlarge.config import Codec, FederationConfig
 from hf_fedlarge.entries import FileEntry
@@ -221,11 +222,10 @@ class Jobs:
 
         No example makes more than one sequence, unless packing splits it; then `max_steps` is given (`coherence.py`).
         """
-        training, examples = self.config.training, self._said(client, number).examples
-        steps = training.get("max_steps", -1)
-        passes = math.ceil(training.get("num_train_epochs", 3))
+        training, examples = TRAINING_DEFAULTS | self.config.training, self._said(client, number).examples
+        steps, passes = training["max_steps"], math.ceil(training["num_train_epochs"])
         sequences = steps * batch(training) if steps > 0 else passes * examples
-        return Asked(client=client, examples=examples, tokens=sequences * max_length(training))
+        return Asked(client=client, examples=examples, tokens=sequences * training["max_length"])
 
     def download_bytes(self, client: str, number: int, has: int | None, whole: bool = False) -> int:
         """What a client downloads for a round: what changed in its adapter, and the package if it lacks it.

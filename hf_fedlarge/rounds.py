@@ -40,6 +40,7 @@ from hf_fedlarge.artifacts import (
     write_json,
 )
 from hf_fedlarge.clients import HELD_OUT, SimulatedClients
+from hf_fedlarge.coherence import TRAINING_DEFAULTS
 from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import FederationConfig
 from hf_fedlarge.data import load_examples
@@ -57,7 +58,7 @@ from hf_fedlarge.privacy import spent
 from hf_fedlarge.report import peaks, traffic
 from hf_fedlarge.secure_sum import aggregate_sum
 from hf_fedlarge.server import Order, RoundServer
-from hf_fedlarge.tier_packages import check_packages, make_tier_package, make_tiers, max_length
+from hf_fedlarge.tier_packages import check_packages, make_tier_package, make_tiers
 from hf_fedlarge.transfer import transfer_report
 from hf_fedlarge.update import outcome, validate_update
 from hf_fedlarge.weighting import weighing
@@ -376,11 +377,11 @@ class _Federation:
 
     def _how(self) -> dict[str, Any]:
         """Evaluation as training does it."""
-        training = self.config.training
+        training = TRAINING_DEFAULTS | self.config.training
         return {
-            "max_length": max_length(training),
-            "batch_size": training.get("per_device_eval_batch_size", 8),
-            "assistant_only": training.get("assistant_only_loss", False),
+            "max_length": training["max_length"],
+            "batch_size": training["per_device_eval_batch_size"],
+            "assistant_only": training["assistant_only_loss"],
         }
 
     def _sample(self, model: Path) -> str | None:

@@ -16,12 +16,11 @@ from hf_fedlarge.architectures import describe, load_config
 from hf_fedlarge.artifacts import PackageManifest, read_manifest
 from hf_fedlarge.budget import parse_bytes
 from hf_fedlarge.calibrate import check_plan, make_package, plan_package
+from hf_fedlarge.coherence import TRAINING_DEFAULTS
 from hf_fedlarge.config import FederationConfig, LoraSettings, PackageSettings
 from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.progress import by_tenths
 from hf_fedlarge.tiers import client_bytes, describe_fit, fit_memory
-
-DEFAULT_MAX_LENGTH = 1024  # of SFTConfig
 
 
 @dataclass(frozen=True)
@@ -149,14 +148,14 @@ def _wanted(checkpoint: Path, config: FederationConfig, needed_above: int) -> It
 
 def batch(training: dict[str, Any]) -> int:
     """Sequences of one optimizer step."""
-    return micro_batch(training) * training.get("gradient_accumulation_steps", 1)
+    return micro_batch(training) * (TRAINING_DEFAULTS | training)["gradient_accumulation_steps"]
 
 
 def micro_batch(training: dict[str, Any]) -> int:
     """Sequences that are computed together."""
-    return training.get("per_device_train_batch_size", 8)
+    return (TRAINING_DEFAULTS | training)["per_device_train_batch_size"]
 
 
 def max_length(training: dict[str, Any]) -> int:
     """Tokens of a sequence at the most."""
-    return training.get("max_length", DEFAULT_MAX_LENGTH)
+    return (TRAINING_DEFAULTS | training)["max_length"]

@@ -4,9 +4,11 @@ import re
 
 import pytest
 
+from hf_fedlarge.coherence import TRAINING_DEFAULTS
 from hf_fedlarge.config import FederationConfig
 from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.records import checked
+from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig
 
 
 def read(**values):
@@ -21,6 +23,11 @@ def test_packing_that_splits_texts_needs_max_steps(strategy):
     read(training=training | {"max_steps": 10})
     read(training=training | {"packing": False})
     read(training=training | {"packing_strategy": "bfd"})
+
+
+def test_the_server_counts_on_what_the_trainer_takes_where_nothing_is_said(tmp_path):
+    config = StreamingLoraConfig(output_dir=str(tmp_path))
+    assert {name: getattr(config, name) for name in TRAINING_DEFAULTS} == TRAINING_DEFAULTS
 
 
 @pytest.mark.parametrize("aggregator", ["median", "trimmed_mean", "krum", "multi_krum"])
