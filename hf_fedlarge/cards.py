@@ -41,8 +41,9 @@ _SEEN = {
     True: "Updates were securely aggregated: a server that kept to the protocol saw a round's sum, and no single one.",
     None: "Whether updates were securely aggregated is not recorded.",
 }
-_PRIVACY = "Differential privacy: none. {seen} Dropping layers and quantizing protects nothing by itself."
-PRIVACY = _PRIVACY.format(seen=_SEEN[False])
+NOT_RECORDED = "not recorded"
+_PRIVACY = "Differential privacy: {known}. {seen}Dropping layers and quantizing protects nothing by itself."
+PRIVACY = _PRIVACY.format(known="none", seen=f"{_SEEN[False]} ")
 _PRIVATE = (
     "Differential privacy of each client as a whole, one replaced by any other: {spent}, after {rounds}. Changes were "
     "clipped to the norm {clip:g}; the noise multiplier was {noise:g}; rounds asked {draws}. That holds against who "
@@ -50,7 +51,6 @@ _PRIVATE = (
     "on held-out data and the number of answers are not covered. No single client's figures are on this card. Dropping "
     "layers and quantizing protects nothing by itself."
 )
-NOT_RECORDED = "not recorded"
 
 PublishedManifest = PackageManifest | AdapterManifest | CheckpointManifest
 PUBLISHED_KINDS: dict[str, type[PackageManifest] | type[AdapterManifest] | type[CheckpointManifest]] = {
@@ -109,7 +109,7 @@ def render_card(directory: Path, repo_id: str, summary: dict[str, Any] | None) -
         .render(
             front_matter=Markup(_front_matter(manifest)),  # safe_dump has quoted it
             marker=Markup(MARKER),
-            privacy=_privacy(private, _SEEN[_is_secure(manifest, run)]),
+            privacy=_privacy(private, manifest, run),
             private=private is not None,
             repo_id=repo_id,
             manifest=manifest,
@@ -144,13 +144,16 @@ def _is_secure(manifest: PublishedManifest, run: Summary) -> bool | None:
     if run.rounds:
         return all(entry.secure is not None for entry in run.rounds)
     # An adapter that names what went into it was made of updates that somebody saw.
-    known = isinstance(manifest, PackageManifest) or (isinstance(manifest, AdapterManifest) and manifest.contributions)
-    return False if known else None
+    return False if isinstance(manifest, AdapterManifest) and manifest.contributions else None
 
 
-def _privacy(entry: PrivacyEntry | None, seen: str) -> str:
+def _privacy(entry: PrivacyEntry | None, manifest: PublishedManifest, run: Summary) -> str:
+    seen = _SEEN[_is_secure(manifest, run)]
     if entry is None:
-        return _PRIVACY.format(seen=seen)
+        # Of a merged checkpoint only the run's summary says it; a package is made before any update is.
+        unknown = isinstance(manifest, CheckpointManifest) and "privacy" not in run.model_fields_set
+        none = isinstance(manifest, PackageManifest) and not run.rounds
+        return _PRIVACY.format(known=NOT_RECORDED if unknown else "none", seen="" if none else f"{seen} ")
     rounds = sum(draw.rounds for draw in entry.draws)
     return _PRIVATE.format(
         seen=seen,

@@ -39,8 +39,14 @@ class Refusal(_Part):
     reason: str | None = None
 
 
+class SecureRow(_Part):
+    """What a round's secure aggregation summed up: so many clients' updates, and nobody's own."""
+
+    clients: int | None = None
+
+
 class RoundRow(_Part):
-    """A round; `secure` is what its secure aggregation summed up."""
+    """A round."""
 
     round: int | None = None
     loss_small: float | None = None
@@ -50,7 +56,7 @@ class RoundRow(_Part):
     seconds: float | None = None
     clients: list[ClientRow] = []
     refused: list[Refusal] = []
-    secure: dict[str, Any] | None = None
+    secure: SecureRow | None = None
 
 
 class PackageFacts(_Part):

@@ -120,8 +120,10 @@ def test_package_card_tells_layers_codecs_and_base(tmp_path):
     assert facts["digest of the base's weights (SHA-256)"] == BASE.digest
     assert facts["size"] == "13 B"
     assert MARKER in card
-    assert PRIVACY in card
+    assert "Differential privacy: none. Dropping layers" in card  # of updates there are none
     assert "## Rounds" not in card
+    trained = render_card(tmp_path / "p", "me/small", {"rounds": [{"round": 1}], "privacy": None})
+    assert PRIVACY in trained
 
 
 @pytest.mark.parametrize(
@@ -216,6 +218,23 @@ def test_a_card_says_who_saw_updates_where_that_is_known(tmp_path):
         (nobody, [], unknown),
     ):
         assert sentence in render_card(artifact, "me/it", {"rounds": rounds})
+
+
+def test_a_checkpoints_card_says_none_of_privacy_only_where_a_summary_does(tmp_path):
+    merged = make_checkpoint(tmp_path / "c")
+    for summary in (None, SUMMARY):
+        card = render_card(merged, "me/model", summary)
+        assert "Differential privacy: not recorded." in card
+        assert "Differential privacy: none" not in card
+    assert "Differential privacy: none." in render_card(merged, "me/model", SUMMARY | {"privacy": None})
+    assert "Differential privacy: none." in render_card(make_adapter(tmp_path / "a"), "me/it", None)
+
+
+def test_a_secure_round_had_the_clients_that_were_summed_up(tmp_path):
+    rounds = [{"round": 1, "clients": [], "secure": {"clients": 3, "of": 4, "lost": ["dora"]}}]
+    card = render_card(make_checkpoint(tmp_path / "c"), "me/model", {"rounds": rounds})
+    assert ["1", "3", "0", *["not recorded"] * 5] in rows(card)
+    assert "dora" not in card
 
 
 def test_checkpoint_card_takes_its_figures_from_the_summary(tmp_path):
