@@ -98,6 +98,7 @@ class SimulatedClients:
     """
 
     down = "changed"
+    simulated = True
 
     def __init__(self, train: Train) -> None:
         self._train = train

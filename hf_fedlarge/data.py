@@ -74,6 +74,12 @@ def load_examples(source: str, *, split: str = "train", revision: str | None = N
     return usable_columns(dataset, source)
 
 
+def public_name(source: str | None) -> str | None:
+    """What data may be called in public: an id of the Hub as it is, of a file its name alone, not where it lies."""
+    path = Path(source or "")
+    return path.name if path.suffix.lower() in _READERS else source
+
+
 def usable_columns(dataset: Dataset, source: str) -> Dataset:
     """Keep the columns of the preferred form and those of no form, after checking every value of the form.
 

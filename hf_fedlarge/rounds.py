@@ -43,7 +43,7 @@ from hf_fedlarge.clients import HELD_OUT, SimulatedClients
 from hf_fedlarge.coherence import TRAINING_DEFAULTS
 from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import FederationConfig
-from hf_fedlarge.data import load_examples
+from hf_fedlarge.data import load_examples, public_name
 from hf_fedlarge.errors import ConfigError, FedLargeError, OutputError, UpdateRefusedError
 from hf_fedlarge.evaluation import as_record, evaluate, generate_text, load_model
 from hf_fedlarge.hub import resolve_checkpoint
@@ -74,10 +74,11 @@ Report = Callable[[str], None]
 class Clients(Protocol):
     """How a run's clients are reached; `clients.SimulatedClients` and `serve.StoreClients` are two ways.
 
-    `down` says what goes down of adapters.
+    `down` says what goes down of adapters, `simulated` whether the server has the clients' data.
     """
 
     down: Down
+    simulated: bool
 
     def prepare(self, config: FederationConfig, run: Path, begin: Callable[[], None]) -> str | None:
         """Make the run's held-out examples, once: `begin` is called when all is found good, before anything is written.
@@ -342,17 +343,15 @@ class _Federation:
             "bytes_down": sum(entry["bytes_down"] for entry in rounds),
             "bytes_up": sum(entry["bytes_up"] for entry in rounds),
             "package_bytes": package.total_bytes,
-            "package": {
-                "layers": len(package.layers),
-                "kept": package.kept_layers,
-                "embeddings": package.embeddings,
-            },
+            "package": {"layers": len(package.layers), "kept": package.kept_layers, "embeddings": package.embeddings},
             "seconds": round(sum(entry["seconds"] for entry in rounds), 1),
             "peak_memory_bytes": max(entry["peak_memory_bytes"] for entry in rounds),
             "client_peak_memory_bytes": max(entry["client_peak_memory_bytes"] for entry in rounds),
             "aggregator": self.config.aggregator,
             "privacy": rounds[-1].get("privacy"),
-            "data": self.config.eval_data or self.config.data.source,
+            "simulated": self.clients.simulated,
+            "data": public_name(self.config.data.source) if self.clients.simulated else None,
+            "eval_data": public_name(self.config.eval_data),
             "held_out_examples": len(self._held_out()),
             "adapter": digest,
             "sample": {

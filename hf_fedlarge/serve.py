@@ -107,6 +107,8 @@ class StoreClients:
         key: signs orders and verdicts; None: they are not signed.
     """
 
+    simulated = False
+
     def __init__(
         self,
         store: Store,

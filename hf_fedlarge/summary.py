@@ -68,7 +68,10 @@ class PackageFacts(_Part):
 
 
 class Summary(_Part):
-    """What a card prints of `summary.json`; every key may be missing, and keys it doesn't know are left alone."""
+    """What a card prints of `summary.json`; every key may be missing, and keys it doesn't know are left alone.
+
+    `data` is what simulated clients were made of, and `eval_data` what was evaluated on (None: a part of that).
+    """
 
     loss: Losses = Losses()
     rounds: list[RoundRow] = []
@@ -76,7 +79,9 @@ class Summary(_Part):
     bytes_up: int | None = None
     seconds: float | None = None
     peak_memory_bytes: int | None = None
+    simulated: bool | None = None
     data: str | None = None
+    eval_data: str | None = None
     aggregator: str | None = None
     held_out_examples: int | None = None
     package: PackageFacts | None = None

@@ -237,6 +237,28 @@ def test_a_secure_round_had_the_clients_that_were_summed_up(tmp_path):
     assert "dora" not in card
 
 
+def test_a_card_says_where_data_lay_only_as_far_as_that_is_known(tmp_path):
+    artifacts = make_adapter(tmp_path / "a"), make_checkpoint(tmp_path / "c")
+    stayed, simulated, unknown = (
+        "data that stayed with",
+        "simulated on one machine, where all",
+        "is not recorded, nor who",
+    )
+    kept, all_of_it = "Clients kept their data", "trained on org/texts, split among simulated clients"
+    made_of = {"data": "org/texts", "held_out_examples": 9}
+    for directory in artifacts:
+        for summary, present, data in (
+            ({"simulated": True} | made_of, (simulated, all_of_it), "org/texts"),
+            ({"simulated": True, "eval_data": "public.jsonl"} | made_of, (simulated, all_of_it), "public.jsonl"),
+            ({"simulated": False, "eval_data": "public.jsonl", "data": None}, (stayed, kept), "public.jsonl"),
+            ({}, (unknown,), "not recorded"),
+            (None, (unknown,), "not recorded"),
+        ):
+            card = " ".join(render_card(directory, "me/it", summary).split())
+            assert {text for text in (stayed, simulated, unknown, kept, all_of_it) if text in card} == set(present)
+            assert f"Data: {data}." in card
+
+
 def test_checkpoint_card_takes_its_figures_from_the_summary(tmp_path):
     copy = {"package": {"layers": 4, "kept": [0, 2, 3], "embeddings": "int8"}}
     card = render_card(make_checkpoint(tmp_path / "c"), "me/model", SUMMARY | copy)

@@ -24,6 +24,7 @@ from hf_fedlarge.data import (
     from_tokens,
     list_lengths,
     load_examples,
+    public_name,
     training_columns,
     write_jsonl,
 )
@@ -192,6 +193,20 @@ def test_an_existing_path_is_never_shadowed(tmp_path, monkeypatch):
     for source in ("stdlib", "owner/name"):
         with pytest.raises(DataError, match="exists but is not a file that ends in"):
             load_examples(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        (None, None),
+        ("stdlib", "stdlib"),
+        ("org/a.b", "org/a.b"),
+        ("/home/anna/x.jsonl", "x.jsonl"),
+        ("a/b.CSV", "b.CSV"),
+    ],
+)
+def test_what_data_may_be_called_in_public(source, name):
+    assert public_name(source) == name
 
 
 def test_a_file_without_permission(tmp_path, monkeypatch):

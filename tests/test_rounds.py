@@ -295,7 +295,10 @@ def test_the_summary_has_the_transfer_report(whole):
 
 def test_the_summary_is_what_a_model_card_reads(whole):
     output, summary = whole
+    assert (summary["simulated"], summary["data"], summary["eval_data"]) == (True, "data.jsonl", None)
     card = render_card(output / "merged", "me/model", summary)
+    assert "simulated on one machine" in card
+    assert str(output.parent.parent) not in card
     assert f"| base | {summary['loss']['base']:.4f} |" in card
     assert "3 of 4: " in card
     assert "team-" in card

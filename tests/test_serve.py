@@ -162,6 +162,9 @@ def test_processes_that_share_a_directory_end_with_the_bytes_of_one_process_whoe
         assert process.exitcode == 0, processes.logs()
     assert adapter_digests(run) == adapter_digests(whole / "run")
     assert len(adapter_digests(run)) == 3
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (run, whole / "run")]
+    said = [tuple(summary[key] for key in ("simulated", "data", "eval_data")) for summary in summaries]
+    assert said == [(False, None, "public.jsonl"), (True, "data.jsonl", "public.jsonl")]
     assert not [entry for entry in events(run, "validated") if not entry["accepted"]]
     assert len(list((cache / "packages").glob("[0-9a-f]*"))) == 1
     assert {path.name for path in store.iterdir()} == {
