@@ -95,10 +95,12 @@ def render_card(directory: Path, repo_id: str, summary: dict[str, Any] | None) -
         summary: the run's `summary.json`, if there is one.
 
     Raises:
-        ArtifactError: the directory is not an artifact that can be published, or the summary holds a wrong type.
+        ArtifactError: the directory is not an artifact that can be published, or the summary holds a wrong type or is
+            another's.
     """
     manifest = read_published(directory)
     run = read_summary(summary or {})
+    _check_belongs(directory, manifest, run)
     facts = {"package": _package_facts, "adapter": _adapter_facts, "checkpoint": _checkpoint_facts}[manifest.kind]
     contributions, cut = _contributions(manifest, run)
     private = manifest.privacy if isinstance(manifest, AdapterManifest) else run.privacy
@@ -137,6 +139,19 @@ def read_published(directory: Path) -> PublishedManifest:
         found = f"is of kind {kind!r}" if kind else "has no manifest of hf-fedlarge (fedlarge.json)"
         raise ArtifactError(f"{directory} {found}; only a package, an adapter or a merged checkpoint is published.")
     return read_manifest(directory, PUBLISHED_KINDS[kind])
+
+
+def _check_belongs(directory: Path, manifest: PublishedManifest, run: Summary) -> None:
+    """A summary's figures are those of one adapter, and of what was merged from it."""
+    if run.adapter is None or isinstance(manifest, PackageManifest):
+        return
+    own = manifest.digest if isinstance(manifest, AdapterManifest) else manifest.adapter
+    if run.adapter != own:
+        what = "is" if isinstance(manifest, AdapterManifest) else "was merged from"
+        raise ArtifactError(
+            f"The summary is of a run that ended with the adapter {run.adapter:.12}…, but {directory} {what} "
+            f"{own[:12]}…; give the summary of the run that made it, or none."
+        )
 
 
 def _is_secure(manifest: PublishedManifest, run: Summary) -> bool | None:

@@ -127,7 +127,7 @@ def push(
         repo_id: `owner/name`; created if it isn't there.
         private: only the owner may see it. A repository that is public already is refused then; none is ever
             changed from private to public.
-        summary: the run's `summary.json`, for the card's figures.
+        summary: the `summary.json` of the run that made it, for the card's figures.
         commit_message: the commit's title; says what was published where None.
         token: a token that may write; the login of `hf auth login` where None.
 
@@ -136,7 +136,7 @@ def push(
 
     Raises:
         ConfigError: `repo_id` is not `owner/name`.
-        ArtifactError: the directory or the summary is damaged or of another kind.
+        ArtifactError: the directory or the summary is damaged or of another kind, or the summary is of another run.
         HubError: the Hub refused, can't be reached, or the repository holds something else.
     """
     _check_id(repo_id, "not a Hub id")

@@ -184,5 +184,5 @@ def add_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, help="a merged checkpoint, an adapter or a package")
     parser.add_argument("repo_id", help="owner/name on the Hub")
     parser.add_argument("--public", action="store_true", help="make the repository public (private)")
-    parser.add_argument("--summary", type=Path, help="a run's summary.json, for the card's figures")
+    parser.add_argument("--summary", type=Path, help="summary.json of the run that made it, for the card's figures")
     parser.add_argument("--message", help="the commit message")

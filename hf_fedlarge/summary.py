@@ -33,10 +33,9 @@ class ClientRow(_Part):
 
 
 class Refusal(_Part):
-    """An update that didn't count, and why."""
+    """An update that didn't count. Why may name paths of its client or the server, and isn't read."""
 
     client: str | None = None
-    reason: str | None = None
 
 
 class SecureRow(_Part):
@@ -71,6 +70,7 @@ class Summary(_Part):
     """What a card prints of `summary.json`; every key may be missing, and keys it doesn't know are left alone.
 
     `data` is what simulated clients were made of, and `eval_data` what was evaluated on (None: a part of that).
+    `adapter` is the digest of the run's last one, whose figures these are.
     """
 
     loss: Losses = Losses()
@@ -86,6 +86,7 @@ class Summary(_Part):
     held_out_examples: int | None = None
     package: PackageFacts | None = None
     privacy: PrivacyEntry | None = None
+    adapter: str | None = None
 
 
 def read_summary(raw: dict[str, Any]) -> Summary:

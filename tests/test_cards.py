@@ -12,6 +12,7 @@ from hf_fedlarge.artifacts import (
     PackageManifest,
     UpdateManifest,
     describe_files,
+    read_manifest,
     write_manifest,
 )
 from hf_fedlarge.cards import MARKER, PRIVACY, format_ranges, render_card
@@ -34,7 +35,7 @@ SUMMARY = {
                 {"client": "anna", "weight": 0.75, "examples": 30, "tokens": 900},
                 {"client": "ben", "weight": 0.25, "examples": 10, "tokens": 300},
             ],
-            "refused": [{"client": "eve", "reason": "NaN in lora_A"}],
+            "refused": [{"client": "eve", "reason": "/home/eve/mine.jsonl: no space left; s3://bucket/inbox"}],
         }
     ],
     "bytes_down": 8_000_000,
@@ -277,9 +278,11 @@ def test_checkpoint_card_takes_its_figures_from_the_summary(tmp_path):
         ["1", "2", "1", "3.5000", "3.1000", "4.0 MB", "2.5 MB", "61.2 s"],
         ["1", "anna", "0.75", "30", "900"],
         ["1", "ben", "0.25", "10", "300"],
-        ["1", "eve", "NaN in lora_A"],
+        ["1", "eve"],
     ):
         assert row in table, row
+    assert "eve/" not in card  # reasons may name paths and stores
+    assert "bucket" not in card
     assert "Held-out examples: 64. Data: docstrings of the standard library." in card
     assert "Sent to clients: 8.0 MB. Sent by clients: 5.0 MB. Time: 61.2 s. Peak memory: 911.0 MB." in card
     assert 'AutoModelForCausalLM.from_pretrained("me/model")' in card
@@ -297,6 +300,19 @@ def test_every_key_of_the_summary_may_be_missing(tmp_path):
 def test_a_summary_of_the_wrong_shape_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match=r"doesn't fit a model card: rounds\.0\.seconds"):
         render_card(make_checkpoint(tmp_path / "c"), "me/model", {"rounds": [{"seconds": "long"}]})
+
+
+def test_a_summary_of_another_run_is_refused(tmp_path):
+    adapter, merged = make_adapter(tmp_path / "a"), make_checkpoint(tmp_path / "c")
+    own = {adapter: read_manifest(adapter, AdapterManifest).digest, merged: "e" * 64}
+    for directory, what in ((adapter, "is"), (merged, "was merged from")):
+        sentence = (
+            f"ended with the adapter 111111111111…, but {directory} {what} {own[directory][:12]}…; give the summary"
+        )
+        with pytest.raises(ArtifactError, match=re.escape(sentence)):
+            render_card(directory, "me/it", SUMMARY | {"adapter": "1" * 64})
+        assert "2.9060" in render_card(directory, "me/it", SUMMARY | {"adapter": own[directory]})
+    assert "2.9060" in render_card(make_package(tmp_path / "p"), "me/it", SUMMARY | {"adapter": "1" * 64})
 
 
 def test_names_cannot_break_out_of_table_code_or_front_matter(tmp_path):
