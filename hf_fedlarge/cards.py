@@ -22,6 +22,7 @@ from markupsafe import Markup
 
 from hf_fedlarge.artifacts import (
     CARRY_WEIGHTS,
+    UNPUBLISHED_FILES,
     AdapterManifest,
     CheckpointManifest,
     PackageManifest,
@@ -119,7 +120,7 @@ def render_card(directory: Path, repo_id: str, summary: dict[str, Any] | None) -
             base_on_hub=_is_hub_id(manifest.base),
             run=run,
             summarized=summary is not None,
-            facts=[*_base_facts(manifest.base), *facts(manifest, run)],
+            facts=[*_base_facts(manifest), *facts(manifest, run)],
             clients=contributions,
             clients_cut=cut,
             refusals=refusals[:_MAX_ROWS],
@@ -180,13 +181,14 @@ def _privacy(entry: PrivacyEntry | None, manifest: PublishedManifest, run: Summa
     )
 
 
-def _base_facts(base: BaseModelEntry) -> list[tuple[str, Any]]:
+def _base_facts(manifest: PublishedManifest) -> list[tuple[str, Any]]:
+    base, link = manifest.base, _license_link(manifest)
     local = None if _is_hub_id(base) else "none: the base was a local directory, not a Hub repository"
     return [
         ("base model", _code(base.id)),
         ("revision of the base", _code(base.revision) if base.revision else local),
         ("digest of the base's weights (SHA-256)", _code(base.digest)),
-        ("license of the base", base.license),
+        ("license of the base", f"{base.license}: {link}" if link else base.license),
     ]
 
 
@@ -243,7 +245,7 @@ def _adapter_facts(manifest: AdapterManifest, run: Summary) -> list[tuple[str, A
         ("weighting", manifest.weighting),
         ("energy dropped by truncation", f"{manifest.energy_dropped:.3g}"),
         *([(f"energy in {CARRY_WEIGHTS}, which peft leaves out", carried)] if CARRY_WEIGHTS in manifest.files else []),
-        ("size", _bytes(manifest.total_bytes)),
+        ("size", _bytes(sum(entry.size for name, entry in manifest.files.items() if name not in UNPUBLISHED_FILES))),
         ("digest of the package trained on", _code(manifest.package)),
         ("digest of the adapter before this round", _code(manifest.parent) if manifest.parent else "none: the first"),
         ("digest of this adapter", _code(manifest.digest)),
@@ -288,13 +290,24 @@ def _front_matter(manifest: PublishedManifest) -> str:
     metadata["library_name"] = "peft" if manifest.kind == "adapter" else "transformers"
     if manifest.base.license:
         identifier = manifest.base.license.strip().lower()
-        if identifier in _HUB_LICENSES:
+        if identifier in _HUB_LICENSES and manifest.base.license_link is None:
             metadata["license"] = identifier
         else:
             metadata["license"] = "other"
-            metadata["license_name"] = re.sub(r"[^a-z0-9.]+", "-", identifier)[:80].strip("-") or "unnamed"
+            if identifier != "other":
+                metadata["license_name"] = re.sub(r"[^a-z0-9.]+", "-", identifier)[:80].strip("-") or "unnamed"
+            if link := _license_link(manifest):
+                metadata["license_link"] = link
     metadata["tags"] = ["hf-fedlarge", "federated-learning", "lora", f"hf-fedlarge-{manifest.kind}"]
     return yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+
+
+def _license_link(manifest: PublishedManifest) -> str | None:
+    """Where the base's own licence is to be read: beside its weights, if that is a file which doesn't come along."""
+    base, link = manifest.base, manifest.base.license_link
+    if link is None or link in manifest.files or re.match(r"https?://", link):
+        return link
+    return f"https://huggingface.co/{base.id}/blob/{base.revision or 'main'}/{link}" if _is_hub_id(base) else None
 
 
 def _is_hub_id(base: BaseModelEntry) -> bool:
@@ -363,15 +376,19 @@ def _share(value: float | None) -> str | None:
     return None if value is None else f"{value:.4g}"
 
 
-def read_license(checkpoint: Path) -> str | None:
-    """The licence that the checkpoint's model card declares, or None."""
+def read_license(checkpoint: Path) -> tuple[str | None, str | None]:
+    """The licence that the checkpoint's model card declares, where it is `other` by its name; and the link to that."""
     card = checkpoint / "README.md"
-    if not card.is_file():
-        return None
-    match = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    match = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     try:
         header = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:
-        return None
-    found = header.get("license") if isinstance(header, dict) else None
-    return found if isinstance(found, str) else None
+        header = None
+    keys = ("license", "license_name", "license_link")
+    found, name, link = (header.get(key) if isinstance(header, dict) else None for key in keys)
+    if not isinstance(found, str):
+        return None, None
+    if found.strip().lower() != "other":
+        return found, None
+    return name if isinstance(name, str) else found, link if isinstance(link, str) else None

@@ -35,13 +35,18 @@ class FileEntry(Record):
 DataFiles = Annotated[dict[FileName, FileEntry], AfterValidator(without_code)]
 
 
-class BaseModelEntry(Record):
-    """The checkpoint everything goes back to: Hub id or directory name, revision if any, digest of its weights."""
+class BaseModelEntry(Growing):
+    """The checkpoint everything goes back to: Hub id or directory name, revision if any, digest of its weights.
 
+    Its `license` is an identifier of the Hub, or the name of another one, with a `license_link` if its card gives that.
+    """
+
+    later: ClassVar[str | None] = "license_link"
     id: str
     revision: str | None = None
     digest: Digest
     license: str | None = None
+    license_link: str | None = None
 
 
 class LayerEntry(Record):

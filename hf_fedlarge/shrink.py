@@ -271,13 +271,15 @@ def shrink(
             files[FITTED_NAME] = write_tensors(staging / FITTED_NAME, extras)
         _write_config(staging, small_config, small, plan, stock=stock and plan.embeddings == "bf16" and not extras)
         copy_companions(plan.checkpoint, staging)
+        license_name, license_link = read_license(plan.checkpoint)
         manifest = PackageManifest(
             files=files | {path.name: file_entry(path) for path in sorted(staging.iterdir()) if path.name not in files},
             base=BaseModelEntry(
                 id=base_id or plan.checkpoint.resolve().name,
                 revision=revision,
                 digest=base_digest.result(),
-                license=read_license(plan.checkpoint),
+                license=license_name,
+                license_link=license_link,
             ),
             model_type=small.model_type,
             layers=[

@@ -358,6 +358,42 @@ def test_licenses_the_hub_does_not_list_are_named(tmp_path):
     assert (own["license"], own["license_name"]) == ("other", "our-licence-v2")
 
 
+@pytest.mark.parametrize(
+    ("link", "of_adapter", "of_checkpoint"),
+    [
+        ("https://org.ai/terms", "https://org.ai/terms", "https://org.ai/terms"),
+        ("LICENSE", f"https://huggingface.co/org/base/blob/{BASE.revision}/LICENSE", "LICENSE"),
+        (None, None, None),
+    ],
+)
+def test_a_licence_of_its_own_keeps_its_name_and_link(tmp_path, link, of_adapter, of_checkpoint):
+    base = BASE.model_copy(update={"license": "Org Research", "license_link": link})
+    merged = make_checkpoint(tmp_path / "c", {"LICENSE": b"terms"}, base=base)
+    for directory, where in ((make_adapter(tmp_path / "a", base=base), of_adapter), (merged, of_checkpoint)):
+        card = render_card(directory, "me/it", None)
+        head = metadata(card)
+        assert (head["license"], head["license_name"], head.get("license_link")) == ("other", "org-research", where)
+        fact = f"Org Research: {where}" if where else "Org Research"
+        assert ["license of the base", fact] in rows(card)
+
+
+def test_a_link_to_a_file_of_a_local_base_is_left_out(tmp_path):
+    base = BaseModelEntry(id="copy", digest="0" * 64, license="other", license_link="LICENSE")
+    head = metadata(render_card(make_adapter(tmp_path / "a", base=base), "me/it", None))
+    assert head["license"] == "other"
+    assert not {"license_name", "license_link"} & head.keys()
+
+
+def test_a_base_without_a_link_keeps_its_digest():
+    assert "license_link" not in BASE.model_dump()
+
+
+def test_an_adapters_size_is_that_of_what_is_published(tmp_path):
+    files = {"server_momentum.safetensors": b"x" * 1000, "carry.safetensors": b"rest"}
+    card = render_card(make_adapter(tmp_path / "a", files=files), "me/it", None)
+    assert ["size", "13 B"] in rows(card)
+
+
 def test_a_crowd_of_clients_is_cut_and_counted(tmp_path):
     clients = [{"client": f"c{number}"} for number in range(1000)]
     card = render_card(make_checkpoint(tmp_path / "c"), "me/model", {"rounds": [{"round": 1, "clients": clients}]})

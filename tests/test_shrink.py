@@ -232,7 +232,28 @@ def test_what_a_model_directory_needs_comes_along_and_code_does_not(checkpoint, 
 @pytest.mark.parametrize("card", ["", "no header", "---\n: [\n---\n", "---\n- a\n---\n", "---\nlicense: [a]\n---\n"])
 def test_a_card_without_a_licence_gives_none(checkpoint, card):
     (checkpoint / "README.md").write_text(card)
-    assert shrink_module.read_license(checkpoint) is None
+    assert shrink_module.read_license(checkpoint) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("header", "found"),
+    [
+        ("license: other\nlicense_name: org-research\nlicense_link: LICENSE", ("org-research", "LICENSE")),
+        ("license: other\nlicense_link: https://org.ai/terms", ("other", "https://org.ai/terms")),
+        ("license: Other\nlicense_name: [a]\nlicense_link: 3", ("Other", None)),
+        ("license: mit\nlicense_name: x\nlicense_link: y", ("mit", None)),
+    ],
+)
+def test_a_licence_of_its_own_has_a_name_and_a_link(checkpoint, tmp_path, header, found):
+    (checkpoint / "README.md").write_text(f"---\n{header}\n---\n# A model\n")
+    assert shrink_module.read_license(checkpoint) == found
+
+
+def test_a_packages_base_has_the_link_of_its_licence(checkpoint, tmp_path):
+    (checkpoint / "README.md").write_text("---\nlicense: other\nlicense_name: ours\nlicense_link: LICENSE\n---\n")
+    shrink(plan_shrink(checkpoint), tmp_path / "package")
+    base = read_manifest(tmp_path / "package", PackageManifest).base
+    assert (base.license, base.license_link) == ("ours", "LICENSE")
 
 
 def test_a_damaged_package_is_not_loaded(checkpoint, tmp_path):
