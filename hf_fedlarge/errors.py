@@ -36,6 +36,10 @@ class BudgetError(FedLargeError, ValueError):
     """What is planned would take more bytes than the run may."""
 
 
+class MemoryFullError(FedLargeError, MemoryError):
+    """The machine, or its GPU, has no memory left for what was asked of it."""
+
+
 class OutputError(FedLargeError, OSError):
     """The output exists already, can't be written, or the disk is full."""
 

@@ -6,14 +6,19 @@ import ctypes
 import mmap
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import torch
 
+from hf_fedlarge.errors import MemoryFullError
+
 # glibc's M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD; the last takes no more than 32 MiB.
 _KEEP = {-1: 2**28, -2: 2**24, -3: 2**25}
+# What torch says where it isn't an OutOfMemoryError: its allocator on CPUs, the driver and cuBLAS.
+_NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _MADV_DONTNEED, _MADV_POPULATE_READ = 4, 22  # Linux' own; the second is not in Python's mmap
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -38,6 +43,31 @@ def used_bytes(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     memory = psutil.Process().memory_info()
     return memory.rss - getattr(memory, "shared", 0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python's or torch's says that there is no memory left."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    )
+
+
+@contextmanager
+def saying_out_of_memory(device: torch.device) -> Iterator[None]:
+    """Within it, an error that says that there is no memory left on `device`, or none at all, becomes a sentence.
+
+    Raises:
+        MemoryFullError: there was none left.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryFullError(
+            f"Training ran out of memory with {used_bytes(device) / 1e6:.0f} MB in use ({device}): give "
+            "--memory-budget, or a smaller one, or lower --max_length or the batch."
+        ) from error
 
 
 def keep_freed_memory() -> None:

@@ -19,8 +19,8 @@ LIBRARY = ROOT / "hf_fedlarge"
 
 # Imports point down: a module may import those of the lines above its own.
 LEVELS = [
-    {"errors", "memory", "options"},
-    {"records", "ciphers", "fixed_point", "budget", "directory"},
+    {"errors", "options"},
+    {"records", "ciphers", "fixed_point", "budget", "directory", "memory"},
     {"coherence"},
     {"config", "layers", "stdlib_corpus", "blocks", "untrusted", "processor", "kernels"},
     {"ledger", "remote"},

@@ -24,7 +24,7 @@ from hf_fedlarge.cli import main
 from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import Codec
 from hf_fedlarge.data import load_examples, training_columns
-from hf_fedlarge.errors import ArtifactError, ConfigError, DataError, OutputError
+from hf_fedlarge.errors import ArtifactError, ConfigError, DataError, FedLargeError, OutputError
 from hf_fedlarge.evaluation import encode_example, evaluate
 from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.merge import merge
@@ -676,6 +676,30 @@ def test_a_disk_that_fills_up_while_training_is_said_in_a_sentence(home, tmp_pat
     assert main(["train", *command_line(home, tmp_path / "update", save_steps=2)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(r"checkpoint in \S+\.update\.work could not be written: .* vs 534; look for free space", error)
+
+
+@pytest.mark.parametrize("where", ["__init__", "training_step"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:125] . DefaultCPUAllocator: can't allocate memory: you tried …"),
+        MemoryError(),
+    ],
+)
+def test_memory_that_is_full_is_said_in_a_sentence(home, tmp_path, monkeypatch, where, error):
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(StreamingLoraTrainer, where, full)
+    with pytest.raises(FedLargeError) as raised:
+        train(home, tmp_path / "update", bf16=False)
+    assert re.fullmatch(
+        r"Training ran out of memory with \d+ MB in use \(cpu\): give --memory-budget, or a smaller one, or lower "
+        r"--max_length or the batch\.",
+        str(raised.value),
+    )
+    assert not (tmp_path / "update").exists()
 
 
 def test_a_federations_training_is_checked_before_anything_is_written(tmp_path, monkeypatch):

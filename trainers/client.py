@@ -16,28 +16,21 @@ when the same command is given again. `--eval_strategy steps` evaluates the held
 
 from __future__ import annotations
 
-import json
-import logging
-import shutil
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from hf_fedlarge.errors import ConfigError, DataError, FedLargeError, os_problem
-from hf_fedlarge.memory import peak_memory_bytes
+from hf_fedlarge.errors import ConfigError, FedLargeError, os_problem
 
 if TYPE_CHECKING:
     from hf_fedlarge.artifacts import UpdateManifest
     from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig
     from hf_fedlarge.trainers.worker import Worker
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -110,242 +103,9 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
         FedLargeError: bad input, in one sentence; nothing is written.
         OSError: the work directory beside the update, which holds the checkpoints, can't be written.
     """
-    # Here, so that `--help` and argument errors come at once.
-    import torch
-    from jinja2 import TemplateError
-    from pydantic import ValidationError
-    from transformers.integrations import TensorBoardCallback
+    from hf_fedlarge.trainers.training import train  # here, so that `--help` and argument errors come at once
 
-    from hf_fedlarge.adapters import AdapterReader, expected_shapes, get_factors, initial_factors, parameter_values
-    from hf_fedlarge.architectures import describe
-    from hf_fedlarge.artifacts import (
-        CONTROL_WEIGHTS,
-        AdapterManifest,
-        PackageManifest,
-        UpdateManifest,
-        check_output,
-        read_manifest,
-    )
-    from hf_fedlarge.config import LoraSettings, first_problem, make_codec
-    from hf_fedlarge.data import digest_of, load_examples, training_columns
-    from hf_fedlarge.evaluation import evaluate_model
-    from hf_fedlarge.feedback import read_lost, with_lost
-    from hf_fedlarge.keys import read_key
-    from hf_fedlarge.package import package_architecture, package_config
-    from hf_fedlarge.partition import hold_out
-    from hf_fedlarge.privacy import clipped
-    from hf_fedlarge.scaffold import difference, read_common, read_own, write_own
-    from hf_fedlarge.templates import check_rendering
-    from hf_fedlarge.trainers.resume import prepare_work
-    from hf_fedlarge.trainers.scaffold import Corrected
-    from hf_fedlarge.trainers.streaming_trainer import StreamingLoraTrainer
-    from hf_fedlarge.trainers.worker import Steps, Worker
-    from hf_fedlarge.update import write_update
-    from hf_fedlarge.wire import Wire
-
-    started = time.monotonic()
-    if config.resume_from_checkpoint is not None:
-        raise ConfigError(
-            "--resume_from_checkpoint can't be used; leave it out: training that was interrupted resumes when the same "
-            "command is given again, and --adapter says where to start from."
-        )
-    if not 0 <= client.proximal < float("inf"):
-        raise ConfigError(f"--proximal {client.proximal} is out of range; expected 0 or more.")
-    worker = worker or Worker()
-    package_dir, output = Path(client.package), Path(client.output)
-    check_output(output, client.overwrite)
-    key = read_key(Path(client.key)) if client.key else None
-    package = read_manifest(package_dir, PackageManifest)
-    parent = None
-    if client.adapter:
-        parent = read_manifest(Path(client.adapter), AdapterManifest)
-        if parent.package != package.digest:
-            raise ConfigError(
-                f"--adapter {client.adapter} belongs to the package {parent.package[:12]}…, but --package is "
-                f"{package.digest[:12]}…; give the two that belong together."
-            )
-    try:
-        lora = (
-            parent.lora
-            if parent
-            else LoraSettings(
-                rank=client.lora_rank,
-                alpha=client.lora_alpha,
-                rslora=client.rslora,
-                dropout=client.lora_dropout,
-                targets=client.lora_targets,
-            )
-        )
-        fresh = UpdateManifest(
-            client=client.client,
-            round=client.round,
-            package=package.digest,
-            adapter=parent.digest if parent else None,
-            lora=lora,
-            codec=make_codec(client.codec, client.topk_share),
-            examples=0,
-            tokens=0,
-            files={},
-        )
-    except ValidationError as error:
-        raise ConfigError(f"The client's arguments are wrong: {first_problem(error)}.") from error
-    if fresh.codec.name != "fp32" and not parent:
-        raise ConfigError(
-            f"--codec {client.codec} encodes what changed since --adapter; give one, or leave it at fp32."
-        )
-
-    scaffold = parent is not None and CONTROL_WEIGHTS in parent.files
-    if scaffold and not client.state:
-        raise ConfigError(
-            "This federation corrects its clients' steps (scaffold), for which each keeps a file from round to round; "
-            "give --state, a directory of this client's own."
-        )
-
-    data = load_examples(client.data)
-    if client.eval_data:
-        held_out = load_examples(client.eval_data)
-    else:
-        data, held_out = hold_out(data, client.held_out, seed=0, at_most=client.eval_examples)
-    if held_out is not None:
-        held_out = held_out.select(range(min(client.eval_examples, len(held_out))))
-    evaluates = config.eval_strategy != "no"
-    if evaluates and not held_out:
-        raise ConfigError(
-            f"--eval_strategy {config.eval_strategy.value} has no held-out examples to evaluate; give --eval_data, or "
-            "--held_out and --eval_examples above 0."
-        )
-
-    work = output.with_name(f".{output.name}.work")
-    config.output_dir = str(work)
-    state = {"client": asdict(client), "package": package.digest, "adapter": fresh.adapter, "config": config.to_dict()}
-    state["examples"] = [None if rows is None else digest_of(rows) for rows in (data, held_out)]
-    state["memory_budget"] = state["config"].pop("memory_budget")
-    checkpoint = prepare_work(work, json.loads(json.dumps(state, default=str)), config)
-
-    layers = package.kept_layers
-    if parent:
-        factors = worker.read(Path(client.adapter), parent)
-    else:
-        factors = initial_factors(describe(package_config(package_dir)), layers, lora, config.seed)
-    trains = parent.trains if parent else "both"
-    evaluation_seconds = 0.0
-    wire, lost = None, {}
-    if fresh.codec.name != "fp32":
-        reader = AdapterReader(Path(client.adapter))
-        wire = Wire(fresh.codec, reader, package_architecture(package_dir, package), layers, lora)
-        lost = read_lost(Path(client.state), package.digest, client.round, wire) if client.state else {}
-    if scaffold:
-        shapes = expected_shapes(package_architecture(package_dir, package), layers, lora)
-        own = read_own(Path(client.state), package.digest, client.round, shapes)
-        correction = difference(read_common(Path(client.adapter), list(shapes)), own)
-
-    def held_out_loss() -> float | None:
-        nonlocal evaluation_seconds
-        if not held_out or not trainer.is_world_process_zero():
-            return None
-        began = time.monotonic()
-        try:
-            return evaluate_model(
-                opened.model,
-                opened.tokenizer,
-                held_out,
-                max_length=config.max_length or 2**20,
-                batch_size=config.per_device_eval_batch_size,
-                assistant_only=config.assistant_only_loss,
-            ).loss
-        except DataError as error:
-            logger.warning("No held-out loss: %s", error)
-            return None
-        finally:
-            evaluation_seconds += time.monotonic() - began
-
-    with worker.lend(
-        package_dir,
-        package,
-        lora,
-        with_lost(factors, lost),
-        trains=trains,
-        dtype=torch.bfloat16 if config.bf16 else torch.float32,
-        device=config.device,
-        verify=client.verify,
-    ) as opened:
-        check_rendering(opened.tokenizer.chat_template, data, opened.tokenizer.special_tokens_map)
-        steps, corrected = Steps(), None
-        if scaffold:
-            corrected = Corrected(parameter_values(opened.model, correction, opened.architecture, layers))
-        try:
-            trainer = StreamingLoraTrainer(
-                opened.model,
-                config,
-                train_dataset=training_columns(data),
-                eval_dataset=training_columns(held_out) if evaluates else None,
-                processing_class=opened.tokenizer,
-                callbacks=[steps, corrected] if corrected else [steps],
-                proximal=client.proximal,
-            )
-        except ConfigError:
-            raise
-        except (ValueError, RuntimeError, ArithmeticError, TemplateError) as error:  # a chat template is a program
-            raise DataError(f"{client.data} can't be trained on: {error}") from error
-        if len(trainer.train_dataset) == 0:
-            raise DataError(f"{client.data} has no example with a labelled token within {config.max_length} tokens.")
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-                callback.logging_dir = str(output.with_name(f"{output.name}.logs"))  # `work` is removed at the end
-        before = held_out_loss()
-        trainer.train(resume_from_checkpoint=checkpoint)
-        after = held_out_loss()
-        trained = get_factors(opened.model, opened.architecture, layers)
-        if corrected:
-            mean = get_factors(opened.model, opened.architecture, layers, of=corrected.mean)
-    seconds = time.monotonic() - started
-    manifest = fresh.model_copy(
-        update={
-            "examples": trainer.labelled_examples,
-            "tokens": int(trainer.state.num_input_tokens_seen),
-            "loss_before": before,
-            "loss_after": after,
-            "measured": {
-                "seconds": round(seconds, 3),
-                "train_seconds": round(steps.seconds, 3),
-                "evaluation_seconds": round(evaluation_seconds, 3),
-                "overhead_seconds": round(seconds - steps.seconds - evaluation_seconds, 3),
-                "peak_memory_bytes": float(peak_memory_bytes()),
-                "steps": float(trainer.state.global_step),
-            },
-        }
-    )
-    if trainer.is_world_process_zero():
-        if not all(torch.isfinite(matrix).all() for pair in trained.values() for matrix in pair):
-            raise DataError("Training diverged: the adapter holds NaN or infinity; lower --learning_rate.")
-        if trains != "both" and wire is None:
-            # What is frozen comes back as it came, also for neurons that the package lacks.
-            frozen = "B_OR" if trains == "A" else "A_RI"
-            trained = {
-                module: pair._replace(**{frozen: getattr(factors[module], frozen)}) for module, pair in trained.items()
-            }
-        if parent and parent.privacy:
-            trained = clipped(trained, factors, parent.privacy.clip)
-        control = None
-        if scaffold:  # before the update, as `write_update` does with what a codec lost
-            control = difference(mean, own)
-            write_own(Path(client.state), package.digest, client.round, mean)
-        manifest = write_update(
-            output,
-            trained,
-            manifest,
-            opened.architecture,
-            package.base,
-            overwrite=client.overwrite,
-            wire=wire,
-            lost=lost,
-            state=Path(client.state) if client.state else None,
-            control=control,
-            key=key,
-        )
-        shutil.rmtree(work, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    return manifest
+    return train(client, config, worker)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[ClientArguments, Any]:
