@@ -240,6 +240,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from hf_fedlarge.artifacts import manifest_kind
     from hf_fedlarge.evaluation import as_record, evaluate
     from hf_fedlarge.hub import resolve_checkpoint
+    from hf_fedlarge.processor import computing_device, describe_device
 
     model = Path(options.model)
     is_package = manifest_kind(model) == "package"
@@ -248,6 +249,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     data, how = _evaluated(options)
     if not is_package:
         model, _ = resolve_checkpoint(options.model, options.revision)
+    print(describe_device(computing_device()), file=sys.stderr)
     print(json.dumps(as_record(evaluate(model, data, adapter=options.adapter, **how))))
 
 
@@ -283,6 +285,7 @@ def _evaluated(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from hf_fedlarge.processor import computing_device, describe_device
     from hf_fedlarge.rounds import run_federation
     from hf_fedlarge.trainers.launch import LAUNCHERS
 
@@ -290,6 +293,7 @@ def _run(options: argparse.Namespace) -> None:
     given = {name: getattr(options, name) for name in ("launcher", "budget") if getattr(options, name)}
     config = config.model_copy(update=given)
     train = LAUNCHERS[config.launcher]()
+    _report(describe_device(computing_device()))
     _print_run(run_federation(config, output, train, _report, stop=not options.no_stop), output)
 
 
@@ -302,11 +306,13 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _join(options: argparse.Namespace) -> None:
+    from hf_fedlarge.processor import computing_device, describe_device
     from hf_fedlarge.trainers.join import join
 
     hide_bars()
     names = ("eval_data", "cache", "once", "poll", "patience", "key", "keys", "server_key", "memory_budget", "result")
     given = {name: getattr(options, name) for name in names}
+    _report(describe_device(computing_device()))
     join(options.store, options.client, options.data, report=_report, **given)
 
 

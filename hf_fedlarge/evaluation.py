@@ -31,6 +31,7 @@ from hf_fedlarge.artifacts import (
 )
 from hf_fedlarge.errors import ArtifactError, DataError
 from hf_fedlarge.package import load_package, load_tokenizer, stream_checkpoint
+from hf_fedlarge.processor import computing_device
 from hf_fedlarge.templates import tools_of
 from hf_fedlarge.tensors import checkpoint_digest
 
@@ -94,7 +95,7 @@ def load_model(model_dir: Path, adapter: Path | None = None, *, verify: bool = T
     Raises:
         ArtifactError: neither a package nor a checkpoint, damaged, or the adapter is of another base.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = computing_device()
     is_package = manifest_kind(model_dir) == "package"
     manifest = None
     if adapter:

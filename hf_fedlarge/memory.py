@@ -37,6 +37,14 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def machine_bytes() -> int:
+    """What this machine has for a client: its memory, or a GPU's, which is computed on where there is one, if less."""
+    memory = psutil.virtual_memory().total
+    if torch.cuda.is_available():
+        memory = min(memory, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    return memory
+
+
 def used_bytes(device: torch.device) -> int:
     """What this process holds of its own: on CUDA what tensors take there, else memory that no file stands behind."""
     if device.type == "cuda":

@@ -128,7 +128,9 @@ def add_joining(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-data", help="its held-out examples (a tenth of --data at most)")
     parser.add_argument("--cache", type=Path, help="for packages and unfinished work (~/.cache/hf_fedlarge)")
     parser.add_argument(
-        "--memory-budget", metavar="BYTES", help="memory of its own that training may take, such as 2GiB (little)"
+        "--memory-budget",
+        metavar="BYTES",
+        help="what training may take of the GPU's memory, or without one of this machine's, such as 2GiB (little)",
     )
     parser.add_argument("--key", type=Path, metavar="PEM", help="its private key, to sign updates with (none)")
     parser.add_argument("--keys", type=Path, metavar="LIST", help="everybody's keys, for secure aggregation (none)")

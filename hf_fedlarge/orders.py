@@ -23,7 +23,6 @@ import math
 import time
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-import psutil
 from pydantic import Field, ValidationError, model_validator
 
 from hf_fedlarge.artifacts import MANIFEST_NAME
@@ -310,13 +309,15 @@ def one_line(reason: str) -> str:
 
 
 def describe_client(client: str, data: str, memory_budget: str | None = None) -> CheckInDocument:
-    """What a client says of itself when it checks in: its memory is its machine's, or its budget if that is less.
+    """What a client says of itself when it checks in: its memory is its machine's, its GPU's or its budget, the least.
 
     Raises:
         ConfigError: a name that can't be a client's, or a budget that is none.
         DataError: the examples can't be read.
     """
-    memory = psutil.virtual_memory().total
+    from hf_fedlarge.memory import machine_bytes  # here, as it loads torch
+
+    memory = machine_bytes()
     if memory_budget is not None:
         memory = min(memory, parse_bytes(memory_budget))
     try:

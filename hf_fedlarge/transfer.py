@@ -20,6 +20,7 @@ from hf_fedlarge.artifacts import AdapterManifest, read_manifest
 from hf_fedlarge.evaluation import encode_example, example_losses, load_model, padded_batches
 from hf_fedlarge.gradients import adapter_gradients, agreement
 from hf_fedlarge.package import load_package, load_tokenizer, stream_checkpoint
+from hf_fedlarge.processor import computing_device
 from hf_fedlarge.tensors import Factors
 
 _RESAMPLES = 2000
@@ -112,7 +113,7 @@ def gradient_agreement(
     tokenizer = load_tokenizer(package)
     examples = [encode_example(row, tokenizer, max_length, assistant_only) for row in data]
     batches = list(padded_batches(examples[:_GRADIENT_EXAMPLES], batch_size, tokenizer))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = computing_device()
     small = load_package(package, device=device, verify=False)
     kept = small.package.kept_layers
     factors = {module: pair for module, pair in factors.items() if small.architecture.layer_of(f"{module}.") in kept}

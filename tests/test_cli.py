@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from families import make_checkpoint
 from federation import LORA, make_examples, make_update
 from transformers import AutoModelForCausalLM
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from hf_fedlarge.artifacts import AdapterManifest, CheckpointManifest, PackageManifest, read_manifest
 from hf_fedlarge.cli import main
 from hf_fedlarge.lineage import start_adapter
+from hf_fedlarge.processor import computing_device, describe_device
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +53,29 @@ def test_the_chain_by_hand(home, tmp_path, capsys):
     }.items():
         capsys.readouterr()
         assert run("evaluate", *words, "--data", home / "data.jsonl", "--max-length", 64) == 0
-        losses[name] = json.loads(capsys.readouterr().out)["loss"]
+        said = capsys.readouterr()
+        assert said.err.startswith("computing on the CPU, 1 thread\n")
+        losses[name] = json.loads(said.out)["loss"]
     assert losses["package with adapter"] < losses["package"] - 0.3
     assert losses["merged"] < losses["base"] - 0.3
     assert losses["merged"] == pytest.approx(losses["base with adapter"], abs=0.02)
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+def test_who_joins_is_told_what_it_computes_on(home, tmp_path, capsys):
+    (tmp_path / "store").mkdir()
+    words = ["--client", "ann", "--data", home / "data.jsonl", "--cache", tmp_path, "--patience", 0.01, "--poll", 0.01]
+    assert run("join", tmp_path / "store", *words) == 2
+    assert capsys.readouterr().out.startswith("computing on the CPU, 1 thread\nann checked in at ")
+
+
+def test_a_gpu_is_said_by_its_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device.index}")
+    assert describe_device(computing_device()) == "computing on cuda:1 (Card 1)"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert describe_device(torch.device("cpu")) == "computing on the CPU, 8 threads"
 
 
 @pytest.mark.parametrize("command", ["shrink", "merge"])

@@ -133,6 +133,7 @@ def test_two_processes_make_the_update_of_one_on_the_same_global_batch(home, tmp
     one, two = (read_manifest(tmp_path / name, UpdateManifest) for name in ("one", "two"))
     assert one.tokens == two.tokens
     assert result.stdout.count(f"{tmp_path / 'two'}: ") == 1
+    assert result.stdout.count("computing on ") == 1
 
 
 def test_accumulation_is_one_larger_batch(home, tmp_path):

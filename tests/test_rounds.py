@@ -483,6 +483,7 @@ def test_the_command_runs_it_and_prints_the_figures(home, whole, tmp_path, capsy
     shutil.copytree(whole[0], tmp_path / "run")
     assert main(["run", str(home / "federation.yaml"), "--output", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
+    assert printed.startswith("computing on the CPU, 1 thread\n")
     assert f"{whole[1]['loss']['base']:.3f}" in printed
     assert f"{whole[1]['loss']['merged']:.3f}" in printed
 

@@ -12,7 +12,9 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -53,6 +55,7 @@ from hf_fedlarge.orders import (
     TrainingOrder,
     VerdictDocument,
     Work,
+    describe_client,
     inbox,
     read_document,
     verdict,
@@ -833,6 +836,20 @@ def test_a_client_s_memory_is_its_own_to_say(home, store, published, member):
     assert job.training["memory_budget"] == "600MB"
     check_in = read_document(store, f"{CHECK_INS}/ann.json", CheckInDocument)
     assert check_in.memory_bytes == 600_000_000
+
+
+def test_the_memory_that_a_client_says_is_its_gpu_s_where_that_is_less(home, monkeypatch):
+    data = str(home / "data.jsonl")
+    whole = describe_client("ann", data).memory_bytes
+    assert whole == psutil.virtual_memory().total
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    card = SimpleNamespace(total_memory=10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: card)
+    assert describe_client("ann", data).memory_bytes == 10**9
+    assert describe_client("ann", data, "600MB").memory_bytes == 600_000_000
+    card.total_memory = 2 * whole
+    assert describe_client("ann", data).memory_bytes == whole
 
 
 def test_a_client_whose_update_was_refused_learns_why(home, store, member, tmp_path):

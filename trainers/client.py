@@ -137,6 +137,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the program; bad input gets one sentence and the exit code 2."""
     try:
         client, config = parse_arguments(arguments)
+        if config.process_index == 0:
+            from hf_fedlarge.processor import describe_device
+
+            print(describe_device(config.device), flush=True)
         train_client(client, config)
     except FedLargeError as error:
         print(f"hf-fedlarge train: {error}", file=sys.stderr)

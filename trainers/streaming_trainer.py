@@ -73,7 +73,7 @@ class StreamingLoraConfig(SFTConfig):
     include_num_input_tokens_seen: str = field(default="non_padding", metadata={"help": "Counts tokens; leave it."})
     memory_budget: str | None = field(
         default=None,
-        metadata={"help": "Memory of its own that this process may take, such as 2GiB; what is left speeds training."},
+        metadata={"help": "What this process may take of the GPU's memory, or of the machine's, such as 2GiB."},
     )
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Batches of token ids are tiny."})
 

@@ -51,10 +51,11 @@ def take_part(
         FedLargeError: why there is no answer.
     """
     began = time.monotonic()
+    from hf_fedlarge.processor import computing_device, describe_device
     from hf_fedlarge.trainers.join import join  # takes seconds, and only who trains needs it
 
     hide_bars()
-    report(f"libraries loaded in {time.monotonic() - began:.1f} s")
+    report(f"libraries loaded in {time.monotonic() - began:.1f} s; {describe_device(computing_device())}")
     join(
         mailbox.url,
         settings.client,
