@@ -25,16 +25,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from hf_fedlarge.admission import RefusalDocument, refusal
 from hf_fedlarge.artifacts import PackageManifest, write_json, writing
-from hf_fedlarge.data import load_examples
 from hf_fedlarge.errors import ArtifactError, FedLargeError, OutputError, StoreError
-from hf_fedlarge.jobs import ClientJob, Train, training_of
-from hf_fedlarge.keys import read_allowed, read_key
+from hf_fedlarge.jobs import ClientJob, Train
 from hf_fedlarge.orders import (
     CHECK_INS,
     FAILED,
@@ -44,17 +41,17 @@ from hf_fedlarge.orders import (
     CheckInDocument,
     OrderDocument,
     Work,
-    describe_client,
     failure,
     inbox,
     write_document,
 )
 from hf_fedlarge.store import Store
-from hf_fedlarge.trainers.fetch import check_result, fetch_adapter, fetch_result
+from hf_fedlarge.trainers.fetch import fetch_adapter, fetch_result
 from hf_fedlarge.trainers.launch import in_process
 from hf_fedlarge.trainers.secure import SecureMember
+from hf_fedlarge.trainers.sites import Site
 from hf_fedlarge.update import outcome
-from hf_fedlarge.voice import DEFAULT_CACHE, SENT, Ear, server_keys
+from hf_fedlarge.voice import DEFAULT_CACHE, SENT, Ear
 
 logger = logging.getLogger(__name__)
 _TRAINED = "trained.json"
@@ -113,38 +110,21 @@ def join(
             something else than an adapter.
         StoreError: there was no new order for as long as `patience`.
     """
-    check_in = describe_client(client, data, memory_budget)
-    if eval_data is not None:
-        load_examples(eval_data)
-    if key is not None:
-        read_key(key)
-    if keys is not None:
-        read_allowed(keys)
-    if server_key is not None:
-        server_keys(server_key)
-    if result is not None:
-        check_result(result)
-    store, cache = Store(url), (cache or DEFAULT_CACHE).expanduser()
-    package_store = Store(packages) if packages else store
-    with _alone(cache / "clients", client):
-        ear = Ear(store, client, cache, server_key, report)
-        member = _Member(
-            store,
-            package_store,
-            ear,
-            check_in,
-            data,
-            eval_data,
-            cache,
-            report,
-            train or in_process(),
-            key,
-            keys,
-            step,
-            {"memory_budget": memory_budget} if memory_budget else {},
-            result,
-        )
-        member.take_part(once, poll, patience)
+    site = Site(
+        client,
+        data,
+        eval_data,
+        cache=(cache or DEFAULT_CACHE).expanduser(),
+        key=key,
+        packages=packages,
+        keys=keys,
+        server_key=server_key,
+        memory_budget=memory_budget,
+        result=result,
+    )
+    check_in = site.check_in()
+    with _alone(site.cache / "clients", client):
+        _Member(Store(url), site, check_in, report, train or in_process(), step).take_part(once, poll, patience)
 
 
 @contextmanager
@@ -175,26 +155,16 @@ class _Member:
     def __init__(
         self,
         store: Store,
-        package_store: Store,
-        ear: Ear,
+        site: Site,
         check_in: CheckInDocument,
-        data: str,
-        eval_data: str | None,
-        cache: Path,
         report: Callable[[str], None],
         train: Train,
-        key: Path | None,
-        keys: Path | None,
         step: bool,
-        own_training: dict[str, Any],
-        result: Path | None,
     ) -> None:
-        self._step, self._own_training, self._result = step, own_training, result
-        self._key, self._package_store, self._ear = key, package_store, ear
-        self._must_be_secure = keys is not None
-        self._secure = SecureMember(store, ear.order, check_in.client, key, keys, report)
-        self._store, self._check_in, self._client = store, check_in, check_in.client
-        self._data, self._eval_data, self._cache, self._report, self._train = data, eval_data, cache, report, train
+        self._store, self._package_store, self._site, self._client = store, site.package_store(store), site, site.client
+        self._check_in, self._report, self._train, self._step = check_in, report, train, step
+        self._ear = Ear(store, site.client, site.cache, site.server_key, report)
+        self._secure = SecureMember(store, self._ear.order, site.client, site.key, site.keys, report)
         self._answered: tuple[tuple[str, int, int, str], float | None] | None = None  # a step, and until when it was
         self._refused: str | None = None
 
@@ -241,8 +211,8 @@ class _Member:
         was_there = last is not None and last.run == order.run and last.state != "over"
         was_asked = list(home.glob("[0-9]*")) and not (told.exists() and json.loads(told.read_text()) == order.round)
         if once or was_there or was_asked:
-            if self._result is not None:
-                fetch_result(self._store, order, self._result, self._report)
+            if self._site.result is not None:
+                fetch_result(self._store, order, self._site.result, self._report)
             self._report(f"the federation is over after round {order.round}")
             home.mkdir(parents=True, exist_ok=True)
             write_json(told, order.round)
@@ -274,7 +244,7 @@ class _Member:
         home = self._ear.home(order)
         update = home / f"{order.round:04d}" / "update"
         try:
-            if self._must_be_secure and order.secure is None:
+            if self._site.keys is not None and order.secure is None:
                 raise ArtifactError(
                     "the order would have the update sent unmasked; expected one of secure aggregation, for which "
                     "--keys was given: leave that out if the federation has no `secure`."
@@ -311,7 +281,7 @@ class _Member:
                 shutil.rmtree(older)
 
     def _make_update(self, order: OrderDocument, work: Work, home: Path, update: Path) -> None:
-        package, adapter = self._cache / "packages" / work.package, update.with_name("adapter")
+        package, adapter = self._site.package(work.package), update.with_name("adapter")
         if not package.exists():
             self._report(f"fetching a package of {work.package_bytes / 1e6:.1f} MB")
             if order.round > 1:  # said before, so that one that is fetched again is counted
@@ -331,15 +301,15 @@ class _Member:
             round=order.round,
             package=package,
             adapter=adapter,
-            data=Path(self._data),
-            eval_data=Path(self._eval_data) if self._eval_data else None,
+            data=Path(self._site.data),
+            eval_data=Path(self._site.eval_data) if self._site.eval_data else None,
             output=update,
-            training=training_of(self._client, order.round, order.seed, _arguments(order)) | self._own_training,
+            training=self._site.training(order),
             proximal=order.proximal,
             eval_examples=order.eval_examples,
             codec=order.codec,
             state=home / "state",
-            key=self._key,
+            key=self._site.key,
         )
         self._train(job)
         size = sum(path.stat().st_size for path in update.iterdir())
@@ -361,7 +331,3 @@ class _Member:
     def _is_in_time(self, order: OrderDocument) -> bool:
         now = self._ear.order()
         return now is not None and now.attempt_id == order.attempt_id and now.is_open
-
-
-def _arguments(order: OrderDocument) -> dict[str, Any]:
-    return order.training.model_dump(exclude_none=True)
