@@ -308,12 +308,22 @@ def _serve(options: argparse.Namespace) -> None:
 def _join(options: argparse.Namespace) -> None:
     from hf_fedlarge.processor import computing_device, describe_device
     from hf_fedlarge.trainers.join import join
+    from hf_fedlarge.trainers.rehearsal import rehearse
+    from hf_fedlarge.trainers.sites import Site
 
     hide_bars()
-    names = ("eval_data", "cache", "once", "poll", "patience", "key", "keys", "server_key", "memory_budget", "result")
-    given = {name: getattr(options, name) for name in names}
+    if options.package and not options.check:
+        raise ConfigError(
+            f"--package {options.package} is for --check; without that the store's is taken: leave it out."
+        )
+    names = ("client", "data", "eval_data", "cache", "key", "keys", "server_key", "memory_budget", "result")
+    brought = {name: getattr(options, name) for name in names}
     _report(describe_device(computing_device()))
-    join(options.store, options.client, options.data, report=_report, **given)
+    if options.check:
+        rehearse(options.store, Site(**brought), _report, options.package)
+    else:
+        how = {name: getattr(options, name) for name in ("once", "poll", "patience")}
+        join(options.store, **brought, **how, report=_report)
 
 
 def _flower(options: argparse.Namespace) -> None:

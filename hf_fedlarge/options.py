@@ -139,6 +139,12 @@ def add_joining(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--result", type=Path, metavar="DIR", help="keep the last adapter here at the end (not kept)")
     parser.add_argument("--once", action="store_true", help="leave after one round")
+    parser.add_argument(
+        "--check", action="store_true", help="try everything but sending, two steps of training included, and leave"
+    )
+    parser.add_argument(
+        "--package", type=Path, metavar="DIR", help="for --check: the package, where the store names none yet"
+    )
     _poll(parser)
 
 

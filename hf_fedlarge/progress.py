@@ -1,4 +1,4 @@
-"""Bars of progress: the command line's own, and those of libraries that it hides."""
+"""Bars of progress: the command line's own, and those of libraries that it hides; and times in words."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ def progress_bar(what: str, total: int | None, unit: str = "B") -> Iterator[Call
             bar.update(done - bar.n)
 
         yield advance
+
+
+def spell_seconds(seconds: float) -> str:
+    """A time as people say it: `1 h 52 min`, `12 min`, `40 s`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def by_tenths(report: Callable[[str], None], what: str, layers: int) -> Callable[[int], None]:

@@ -1040,6 +1040,22 @@ def test_an_update_for_another_start_of_the_round_is_not_sent(home, published, m
     assert len(member.jobs) == 1
 
 
+@pytest.mark.parametrize(
+    ("steps", "seconds", "said"),
+    [
+        (50, 6730, "training, 50 steps; the round closes in 1 h 52 min"),
+        (1, 700, "training, 1 step; the round closes in 12 min"),
+        (None, 60, "training; the round closes in 60 s"),
+        (50, None, "training, 50 steps"),
+    ],
+)
+def test_a_client_says_what_it_is_asked_for_and_until_when(published, member, steps, seconds, said):
+    closes_at = None if seconds is None else time.time() + seconds
+    published(training=TrainingOrder(max_steps=steps), closes_at=closes_at)
+    member()
+    assert f"round 1: {said}" in member.said
+
+
 @pytest.mark.parametrize("late", ["refuse", "buffer"])
 def test_after_the_deadline_a_client_sends_only_what_will_be_kept(home, store, published, member, late):
     def train(job):

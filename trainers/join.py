@@ -45,13 +45,14 @@ from hf_fedlarge.orders import (
     inbox,
     write_document,
 )
+from hf_fedlarge.progress import spell_seconds
 from hf_fedlarge.store import Store
 from hf_fedlarge.trainers.fetch import fetch_adapter, fetch_result
 from hf_fedlarge.trainers.launch import in_process
 from hf_fedlarge.trainers.secure import SecureMember
 from hf_fedlarge.trainers.sites import Site
 from hf_fedlarge.update import outcome
-from hf_fedlarge.voice import DEFAULT_CACHE, SENT, Ear
+from hf_fedlarge.voice import SENT, Ear
 
 logger = logging.getLogger(__name__)
 _TRAINED = "trained.json"
@@ -99,7 +100,8 @@ def join(
             sent then; None: the server is believed whose they are, and whether there is secure aggregation.
         server_key: the server's public key, in 64 hexadecimal digits, or the path of a list of its keys, of which one
             has to have signed what the server says; None: whoever can write the store is believed.
-        memory_budget: what training may take of memory of its own (`2GiB`); None: little, and more time.
+        memory_budget: what training may take of the GPU's memory, or without one of this machine's (`2GiB`); None:
+            little, and more time.
         result: the directory to keep the federation's last adapter in when it is over; None: it is not fetched.
 
     Raises:
@@ -114,7 +116,7 @@ def join(
         client,
         data,
         eval_data,
-        cache=(cache or DEFAULT_CACHE).expanduser(),
+        cache,
         key=key,
         packages=packages,
         keys=keys,
@@ -123,7 +125,7 @@ def join(
         result=result,
     )
     check_in = site.check_in()
-    with _alone(site.cache / "clients", client):
+    with _alone(site.directory / "clients", client):
         _Member(Store(url), site, check_in, report, train or in_process(), step).take_part(once, poll, patience)
 
 
@@ -163,7 +165,7 @@ class _Member:
     ) -> None:
         self._store, self._package_store, self._site, self._client = store, site.package_store(store), site, site.client
         self._check_in, self._report, self._train, self._step = check_in, report, train, step
-        self._ear = Ear(store, site.client, site.cache, site.server_key, report)
+        self._ear = Ear(store, site.client, site.directory, site.server_key, report)
         self._secure = SecureMember(store, self._ear.order, site.client, site.key, site.keys, report)
         self._answered: tuple[tuple[str, int, int, str], float | None] | None = None  # a step, and until when it was
         self._refused: str | None = None
@@ -295,7 +297,7 @@ class _Member:
         if update.exists():
             return
         write_json(trained, terms)
-        self._report(f"round {order.round}: training")
+        self._report(f"round {order.round}: {_what_is_asked(order)}")
         job = ClientJob(
             client=self._client,
             round=order.round,
@@ -331,3 +333,11 @@ class _Member:
     def _is_in_time(self, order: OrderDocument) -> bool:
         now = self._ear.order()
         return now is not None and now.attempt_id == order.attempt_id and now.is_open
+
+
+def _what_is_asked(order: OrderDocument) -> str:
+    steps = order.training.max_steps
+    said = "training" if steps is None else f"training, {steps} step{'s' if steps > 1 else ''}"
+    if order.closes_at is None:
+        return said
+    return f"{said}; the round closes in {spell_seconds(order.closes_at - time.time())}"

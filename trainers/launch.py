@@ -34,7 +34,7 @@ def check_training(training: dict[str, Any]) -> None:
     Raises:
         ConfigError: an argument that is unknown, has no value, or has one that trl or transformers refuses.
     """
-    _training_config(training)
+    training_config(training)
 
 
 def in_process() -> Train:
@@ -42,7 +42,7 @@ def in_process() -> Train:
     worker = Worker()
 
     def train(job: ClientJob) -> None:
-        train_client(ClientArguments(**_arguments(job)), _training_config(job.training), worker)
+        train_client(ClientArguments(**_arguments(job)), training_config(job.training), worker)
 
     return train
 
@@ -95,8 +95,12 @@ def _arguments(job: ClientJob) -> dict[str, Any]:
     }
 
 
-def _training_config(training: dict[str, Any]) -> StreamingLoraConfig:
-    """Parsed as words of a command line, so that `1e-4`, a string in YAML, means the same to every launcher."""
+def training_config(training: dict[str, Any]) -> StreamingLoraConfig:
+    """Parsed as words of a command line, so that `1e-4`, a string in YAML, means the same to every launcher.
+
+    Raises:
+        ConfigError: as `check_training`.
+    """
     clients_own = {"output_dir", "resume_from_checkpoint"}
     unknown = training.keys() - ({field.name for field in fields(StreamingLoraConfig)} - clients_own)
     if unknown:

@@ -22,13 +22,18 @@ class Site:
     client: str
     data: str
     eval_data: str | None = None
-    cache: Path = DEFAULT_CACHE
+    cache: Path | None = None
     key: Path | None = None
     packages: str | None = None
     keys: Path | None = None
     server_key: str | None = None
     memory_budget: str | None = None
     result: Path | None = None
+
+    @property
+    def directory(self) -> Path:
+        """Where packages and unfinished work are kept."""
+        return (self.cache or DEFAULT_CACHE).expanduser()
 
     def check_in(self) -> CheckInDocument:
         """What this client says of itself, when everything that it was given has been read and found good.
@@ -55,10 +60,11 @@ class Site:
 
     def package(self, digest: str) -> Path:
         """Where a package is kept, for all clients of this machine."""
-        return self.cache / "packages" / digest
+        return self.directory / "packages" / digest
 
-    def training(self, order: OrderDocument) -> dict[str, Any]:
-        """The training arguments that an order and this client's own memory make."""
-        ordered = order.training.model_dump(exclude_none=True)
+    def training(self, order: OrderDocument | None) -> dict[str, Any]:
+        """The training arguments that an order, or the program's defaults, and this client's own memory make."""
         own = {"memory_budget": self.memory_budget} if self.memory_budget else {}
-        return training_of(self.client, order.round, order.seed, ordered) | own
+        if order is None:
+            return own
+        return training_of(self.client, order.round, order.seed, order.training.model_dump(exclude_none=True)) | own
