@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,8 +152,8 @@ def _shrink(options: argparse.Namespace) -> None:
 
     if not options.dry_run:
         check_output(options.output, options.overwrite)
-    checkpoint, revision = resolve_checkpoint(options.checkpoint, options.revision)
     settings = checked(PackageSettings, {name: getattr(options, name) for name in PackageSettings.model_fields})
+    checkpoint, revision = resolve_checkpoint(options.checkpoint, options.revision)
     with progress_bar("choosing", None, " layers") as choosing:
         plan = plan_package(checkpoint, settings, choosing)
     print(plan.describe())
@@ -219,13 +220,14 @@ def _relay(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from hf_fedlarge.artifacts import check_output
+    from hf_fedlarge.artifacts import AdapterManifest, check_output, read_manifest
     from hf_fedlarge.hub import resolve_checkpoint
     from hf_fedlarge.merge import merge, plan_merge
     from hf_fedlarge.tensors import CheckpointReader
 
     if not options.dry_run:
         check_output(options.output, options.overwrite)
+    read_manifest(options.adapter, AdapterManifest)
     checkpoint, _ = resolve_checkpoint(options.checkpoint, options.revision)
     if options.dry_run:
         print(plan_merge(checkpoint, options.adapter).describe())
@@ -237,7 +239,7 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from hf_fedlarge.artifacts import manifest_kind
+    from hf_fedlarge.artifacts import AdapterManifest, manifest_kind, read_manifest
     from hf_fedlarge.evaluation import as_record, evaluate
     from hf_fedlarge.hub import resolve_checkpoint
     from hf_fedlarge.processor import computing_device, describe_device
@@ -246,6 +248,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     is_package = manifest_kind(model) == "package"
     if is_package and options.revision is not None:
         raise ConfigError(f"{model} is a package, which has no revision {options.revision!r}; leave that out.")
+    if options.adapter:
+        read_manifest(options.adapter, AdapterManifest)
     data, how = _evaluated(options)
     if not is_package:
         model, _ = resolve_checkpoint(options.model, options.revision)
@@ -254,12 +258,16 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _transfer(options: argparse.Namespace) -> None:
+    from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, read_manifest
     from hf_fedlarge.hub import resolve_checkpoint
     from hf_fedlarge.tables import print_transfer
     from hf_fedlarge.transfer import gradient_agreement, transfer_report
 
     if options.json and not options.json.parent.is_dir():
         raise OutputError(f"--json {options.json} can't be written: {options.json.parent} is no directory; make it.")
+    read_manifest(options.package, PackageManifest)
+    for adapter in filter(None, (options.adapter, options.reference)):
+        read_manifest(adapter, AdapterManifest)
     data, how = _evaluated(options)
     checkpoint, _ = resolve_checkpoint(options.checkpoint, options.revision)
     report = transfer_report(checkpoint, options.package, options.adapter, data, reference=options.reference, **how)
@@ -302,7 +310,7 @@ def _serve(options: argparse.Namespace) -> None:
 
     config, output = _federation(options)
     how = {name: getattr(options, name) for name in ("poll", "patience", "key")} | {"stop": not options.no_stop}
-    _print_run(serve_federation(config, output, options.store, _report, **how), output)
+    _print_run(serve_federation(config, output, options.store, _report_with_time, **how), output)
 
 
 def _join(options: argparse.Namespace) -> None:
@@ -323,7 +331,7 @@ def _join(options: argparse.Namespace) -> None:
         rehearse(options.store, Site(**brought), _report, options.package)
     else:
         how = {name: getattr(options, name) for name in ("once", "poll", "patience")}
-        join(options.store, **brought, **how, report=_report)
+        join(options.store, **brought, **how, report=_report_with_time)
 
 
 def _flower(options: argparse.Namespace) -> None:
@@ -353,6 +361,10 @@ def _federation(options: argparse.Namespace) -> tuple[FederationConfig, Path]:
 
 def _report(line: str) -> None:
     print(line, flush=True)
+
+
+def _report_with_time(line: str) -> None:
+    _report(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
 
 
 def _print_run(summary: dict[str, Any], output: Path) -> None:

@@ -1,4 +1,4 @@
-"""Clients simulated on the server's machine: a data set split among them, each with files of its own.
+"""What a run's clients are to it, and those simulated on the server's machine: a data set split among them.
 
 run/check_ins.json              who is there, with how many examples
 run/clients/NAME/train.jsonl    and held_out.jsonl
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import psutil
 
@@ -27,7 +27,7 @@ from hf_fedlarge.plan import CheckIn
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from hf_fedlarge.jobs import Jobs, Train
+    from hf_fedlarge.jobs import Down, Jobs, Train
     from hf_fedlarge.server import Order, RoundServer
 
 CHECK_INS = "check_ins.json"
@@ -90,8 +90,46 @@ def read_check_ins(run: Path) -> list[CheckIn]:
     return [CheckIn(**entry) for entry in json.loads((run / CHECK_INS).read_text())]
 
 
+class Clients(Protocol):
+    """How a run's clients are reached; `SimulatedClients` and `serve.StoreClients` are two ways.
+
+    `down` says what goes down of adapters, `simulated` whether the server has the clients' data.
+    """
+
+    down: Down
+    simulated: bool
+
+    def check(self, config: FederationConfig, run: Path) -> None:
+        """Refuse what can't be run, before a checkpoint is fetched for it.
+
+        Raises:
+            FedLargeError: as a setting, the examples, or the place where the clients are met, is wrong.
+        """
+
+    def prepare(self, config: FederationConfig, run: Path, begin: Callable[[], None]) -> str | None:
+        """Make the run's held-out examples, once, of what `check` found: `begin` is called before anything is written.
+
+        Returns what is to be reported.
+        """
+
+    def check_in(self, jobs: Jobs, server: RoundServer) -> None:
+        """Have the run's check-ins say who is there for the round, before its clients are drawn."""
+
+    def answers(
+        self, jobs: Jobs, server: RoundServer, order: Order, asked: Callable[[str], None]
+    ) -> Iterator[tuple[str, str | None]]:
+        """Ask whom the round waits for, calling `asked`, and yield who answered, until nobody is waited for.
+
+        With a client comes why there is no update; None: it lies at `server.work / client`. Whoever takes it hands it
+        to `server` before the next one is asked for.
+        """
+
+    def end(self, adapter: Path) -> None:
+        """The last round is committed, and this is what came of it."""
+
+
 class SimulatedClients:
-    """A run's clients, trained one after the other by a function (`rounds.Clients` says what each method is for).
+    """A run's clients, trained one after the other by a function (`Clients` says what each method is for).
 
     Args:
         train: trains one client and writes its update; what it raises of ours is reported, and the client is left out.
@@ -102,19 +140,25 @@ class SimulatedClients:
 
     def __init__(self, train: Train) -> None:
         self._train = train
+        self._examples: dict[str, Dataset] = {}  # as each client has them
 
-    def prepare(self, config: FederationConfig, run: Path, begin: Callable[[], None]) -> str | None:
-        """Split the data among them, once."""
+    def check(self, config: FederationConfig, run: Path) -> None:
+        """Split the data among them, once; nothing is written."""
         if config.secure:
             raise ConfigError(
                 "secure hides clients' updates from a server, but simulated clients are on it; serve a store, or leave "
                 "it out."
             )
+        if not (run / CHECK_INS).exists():
+            self._examples = split_clients(config)
+
+    def prepare(self, config: FederationConfig, run: Path, begin: Callable[[], None]) -> str | None:
+        """Write down what each of them has, once."""
         if (run / CHECK_INS).exists():
             return None
-        clients = split_clients(config)
         begin()
-        check_ins = check_in(clients, config, run)
+        check_ins = check_in(self._examples, config, run)
+        self._examples = {}
         return f"{len(check_ins)} clients checked in with {sum(entry.examples for entry in check_ins)} examples"
 
     def check_in(self, jobs: Jobs, server: RoundServer) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ class Journal:
     """The journal in one file; the run directory's lock keeps it to one writer.
 
     Attributes:
-        entries: what it holds, oldest first; each has an `event`.
+        entries: what it holds, oldest first; each has an `event`, and the `time` in UTC where it isn't an old one.
 
     Raises:
         ArtifactError: a whole line is not JSON, so the file was changed by something else.
@@ -47,7 +48,7 @@ class Journal:
 
     def write(self, event: str, **fields: Any) -> None:
         """Append an event; when this returns it is on the disk."""
-        entry = {"event": event, **fields}
+        entry = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **fields}
         line = (json.dumps(entry, allow_nan=False) + "\n").encode()
         try:
             with self.path.open("ab", buffering=0) as file:

@@ -16,7 +16,8 @@ any point goes on from what is whole and ends with the same bytes:
       merged/            the checkpoint with the last adapter folded in
       summary.json
 
-How the clients are reached is given (`Clients`): nothing here knows whether they train in this process or elsewhere.
+How the clients are reached is given (`clients.Clients`): nothing here knows whether they train in this process or
+elsewhere.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -39,7 +40,7 @@ from hf_fedlarge.artifacts import (
     verify_files,
     write_json,
 )
-from hf_fedlarge.clients import HELD_OUT, SimulatedClients
+from hf_fedlarge.clients import HELD_OUT, Clients, SimulatedClients
 from hf_fedlarge.coherence import TRAINING_DEFAULTS
 from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import FederationConfig
@@ -47,7 +48,7 @@ from hf_fedlarge.data import load_examples, public_name
 from hf_fedlarge.errors import ConfigError, FedLargeError, OutputError, UpdateRefusedError
 from hf_fedlarge.evaluation import as_record, evaluate, generate_text, load_model
 from hf_fedlarge.hub import resolve_checkpoint
-from hf_fedlarge.jobs import Down, Jobs, Train
+from hf_fedlarge.jobs import Jobs, Train
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import read_allowed
 from hf_fedlarge.ledger import PrivacyEntry
@@ -69,37 +70,6 @@ _ATTEMPTS = 3  # at a round, each with another cohort
 _NAMED = 20  # clients, in a line
 
 Report = Callable[[str], None]
-
-
-class Clients(Protocol):
-    """How a run's clients are reached; `clients.SimulatedClients` and `serve.StoreClients` are two ways.
-
-    `down` says what goes down of adapters, `simulated` whether the server has the clients' data.
-    """
-
-    down: Down
-    simulated: bool
-
-    def prepare(self, config: FederationConfig, run: Path, begin: Callable[[], None]) -> str | None:
-        """Make the run's held-out examples, once: `begin` is called when all is found good, before anything is written.
-
-        Returns what is to be reported.
-        """
-
-    def check_in(self, jobs: Jobs, server: RoundServer) -> None:
-        """Have the run's check-ins say who is there for the round, before its clients are drawn."""
-
-    def answers(
-        self, jobs: Jobs, server: RoundServer, order: Order, asked: Callable[[str], None]
-    ) -> Iterator[tuple[str, str | None]]:
-        """Ask whom the round waits for, calling `asked`, and yield who answered, until nobody is waited for.
-
-        With a client comes why there is no update; None: it lies at `server.work / client`. Whoever takes it hands it
-        to `server` before the next one is asked for.
-        """
-
-    def end(self, adapter: Path) -> None:
-        """The last round is committed, and this is what came of it."""
 
 
 def run_federation(
@@ -205,6 +175,7 @@ class _Federation:
                 raise ConfigError(
                     f"{self.run} was run with other settings for {', '.join(changed)}; choose another --output."
                 )
+        self.clients.check(self.config, self.run)
         revision = found["revision"] if found else self.config.revision
         self.checkpoint, self.revision = resolve_checkpoint(self.config.checkpoint, revision)
 

@@ -74,14 +74,14 @@ class SecureRound:
     def __init__(
         self, clients: StoreClients, config: FederationConfig, jobs: Jobs, server: RoundServer, order: Order
     ) -> None:
-        self._clients, self._store, self._config = clients, clients.store, config
+        self._clients, self._store, self._patience, self._config = clients, clients.store, clients.patience, config
         self._jobs, self._server, self._order = jobs, server, order
         self._home = (server.work / SUM).parent
         self._place = secure(order.round, order.attempt)
         self._least = config.min_updates
 
     def answers(self) -> Answers:
-        """All stages; as `rounds.Clients.answers` yields.
+        """All stages; as `clients.Clients.answers` yields.
 
         Raises:
             UpdateRefusedError: too few clients came through a stage, or what they sent gives no sum: the attempt is
@@ -149,15 +149,16 @@ class SecureRound:
         since = time.monotonic()
         while waiting := [client for client in self._server.waiting(self._order) if client in sharers]:
             heard = False
-            for client in self._clients.patiently(self._clients.present, self._order, waiting) or []:
-                came = self._clients.patiently(self._fetched, roster, client)
+            for client in self._patience.look(self._clients.present, self._order, waiting) or []:
+                came = self._patience.look(self._fetched, roster, client)
                 if came is not None:
                     heard = True
                     yield client, came or None
             if heard:
                 since = time.monotonic()
             else:
-                self._clients.wait(self._server, waiting, since)
+                self._progress(waiting, sharers, "masked updates")
+                self._patience.wait(since, waiting, self._server.seconds_left)
         survivors = sorted(self._server.accepted)
         self._need(survivors, max(quorum(roster), self._least), "have sent their masked updates")
         self._server.staged(self._order, "masked", survivors=survivors)
@@ -206,7 +207,7 @@ class SecureRound:
         lost = sorted(set(roster.names) - set(survivors))
         if mean.clipped:
             limit = self._config.secure.limit
-            self._clients.say(
+            self._patience.say(
                 f"round {self._order.round}: {mean.clipped} numbers of all clients' were beyond ± {limit}"
             )
         self._server.staged(self._order, "reveal", clients=count, of=of, lost=lost, clipped=mean.clipped)
@@ -255,8 +256,8 @@ class SecureRound:
             if not waiting:
                 break
             heard = False
-            for client in self._clients.patiently(self._clients.present, self._order, waiting) or []:
-                came = self._clients.patiently(self._message, client, name, kind, check)
+            for client in self._patience.look(self._clients.present, self._order, waiting) or []:
+                came = self._patience.look(self._message, client, name, kind, check)
                 if isinstance(came, str):
                     yield client, came
                 elif came is not None:
@@ -266,8 +267,13 @@ class SecureRound:
             if heard:
                 since = time.monotonic()
             elif not late:
-                self._clients.wait(self._server, waiting, since)
+                self._progress(waiting, clients, name)
+                self._patience.wait(since, waiting, self._server.seconds_left)
         return found
+
+    def _progress(self, waiting: list[str], clients: list[str], what: str) -> None:
+        line = f"round {self._order.round}: {len(clients) - len(waiting)} of {len(clients)} clients sent {what}"
+        self._patience.progress(line, waiting)
 
     def _message(
         self, client: str, name: str, kind: type[MessageT], check: Callable[[str, MessageT], None]
@@ -306,7 +312,7 @@ class SecureRound:
         return roster
 
     def _leave(self, name: str, document: Record) -> None:
-        self._clients.insist(write_document, self._store, f"{self._place}/{name}", document)
+        self._patience.insist(write_document, self._store, f"{self._place}/{name}", document)
 
     def _told(self, client: str, way: str, what: str, message: Record) -> None:
         self._server.told(self._order, client, way, what, len(as_bytes(message)))

@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from hf_fedlarge.admission import Admission
 from hf_fedlarge.artifacts import UNPUBLISHED_FILES, AdapterManifest, UpdateManifest, read_manifest, write_json
@@ -24,7 +24,7 @@ from hf_fedlarge.ciphers import check_that_secrets_can_be_shared
 from hf_fedlarge.clients import HELD_OUT, write_check_ins
 from hf_fedlarge.config import FederationConfig
 from hf_fedlarge.data import load_examples, write_jsonl
-from hf_fedlarge.errors import ArtifactError, ConfigError, StoreError, UpdateRefusedError
+from hf_fedlarge.errors import ArtifactError, ConfigError, UpdateRefusedError
 from hf_fedlarge.jobs import Down, Jobs
 from hf_fedlarge.keys import MAX_SIGNATURE_BYTES, SIGNATURE_NAME, PrivateKey, read_key
 from hf_fedlarge.offers import Offers
@@ -48,6 +48,7 @@ from hf_fedlarge.orders import (
     verdict,
     write_document,
 )
+from hf_fedlarge.patience import Patience
 from hf_fedlarge.retention import clear
 from hf_fedlarge.rounds import Report, drive
 from hf_fedlarge.secure_serve import SecureRound
@@ -58,7 +59,6 @@ from hf_fedlarge.voice import signed
 
 logger = logging.getLogger(__name__)
 _IDENTITY = "store.json"
-T = TypeVar("T")
 
 
 def serve_federation(
@@ -96,7 +96,7 @@ def serve_federation(
 
 
 class StoreClients:
-    """A run's clients, reached over a store (`rounds.Clients` says what each method is for).
+    """A run's clients, reached over a store (`clients.Clients` says what each method is for).
 
     Args:
         store: where orders are published and updates come in.
@@ -118,14 +118,14 @@ class StoreClients:
         packages: Store | None = None,
         key: PrivateKey | None = None,
     ) -> None:
-        self.store, self._report, self.poll, self._patience, self._key = store, report, poll, patience, key
+        self.store, self._report, self._key = store, report, key
+        self.patience = Patience(report, poll, patience)
         self.down: Down = "offered"
         self._offers = Offers(store, packages)
-        self._said: set[str] = set()
         self._told: set[tuple[int, int, str]] = set()
 
-    def prepare(self, config: FederationConfig, run: Path, begin: Callable[[], None]) -> str | None:
-        """Take the public examples, and the store for this run."""
+    def check(self, config: FederationConfig, run: Path) -> None:
+        """Look at the settings, the public examples and the store."""
         if config.eval_data is None:
             raise ConfigError("The federation has no eval_data; give it public examples that the server evaluates on.")
         if config.keys == "auto":
@@ -134,24 +134,29 @@ class StoreClients:
             check_that_secrets_can_be_shared()
         self._config, self._run = config, run
         self._training = training_order(config.training)
-        identity = run / _IDENTITY
-        if not identity.exists():
+        if not (run / _IDENTITY).exists():
             if (run / HELD_OUT).exists():
                 raise ConfigError(f"{run} was begun with simulated clients; choose another --output.")
             self._check_that_it_is_free("")
-            examples = load_examples(config.eval_data)
+            self._examples = load_examples(config.eval_data)
+
+    def prepare(self, config: FederationConfig, run: Path, begin: Callable[[], None]) -> str | None:
+        """Take the public examples, and the store for this run."""
+        identity = run / _IDENTITY
+        if not identity.exists():
+            self._check_that_it_is_free("")  # still
             begin()
             # Of a former federation; the directories stay, which clients may not be allowed to make.
             for home in (CHECK_INS, INBOX, SECURE, VERDICTS):
                 for name in self.store.names(home):
                     self.store.remove(f"{home}/{name}")
-            write_jsonl(examples, run / HELD_OUT)
+            write_jsonl(self._examples, run / HELD_OUT)
             write_json(identity, {"run": uuid.uuid4().hex})
         self._id = json.loads(identity.read_text())["run"]
         found = self._check_that_it_is_free(self._id)
         if found is None or found.state == "over":
             self._close(0, 0)
-        self._admission = Admission(self.store, self._id, self._key, self.say)
+        self._admission = Admission(self.store, self._id, self._key, self.patience.say)
         return None
 
     def _check_that_it_is_free(self, own: str) -> OrderDocument | None:
@@ -178,13 +183,18 @@ class StoreClients:
         since = time.monotonic()
         until = since + (self._config.deadline_seconds or math.inf)
         while True:
-            known = self.patiently(self._admission.look, self._config.clients, jobs.least_bytes) or []
-            able = [one for one in known if one.memory_bytes is None or one.memory_bytes >= jobs.least_bytes]
-            if len(able) >= (wanted if time.monotonic() < until else least):
+            known = self.patience.look(self._admission.look, self._config.clients, jobs.least_bytes)
+            able = [one for one in known or () if one.memory_bytes is None or one.memory_bytes >= jobs.least_bytes]
+            enough = wanted if time.monotonic() < until else least
+            if len(able) >= enough:
                 break
-            self.say(f"waiting at {self.store.url} for {wanted} clients to check in")
-            self.check_patience(since, f"{wanted} clients to check in, of whom {len(able)} have")
-            time.sleep(self.poll)
+            if known is not None:
+                there = {one.client for one in known}
+                missing = [client for client in self._config.clients or () if client not in there]
+                line = f"waiting at {self.store.url}: {len(able)} of {enough} clients checked in"
+                self.patience.progress(line, missing)
+            self.patience.check(since, f"{wanted} clients to check in, of whom {len(able)} have")
+            self.patience.sleep()
         write_check_ins(self._run, known)
         jobs.read_check_ins()
 
@@ -194,22 +204,22 @@ class StoreClients:
         """Publish the order, and look into the inbox until the round has what it wants."""
         late = order.round - (self._config.late == "buffer")
         for home in (INBOX, SECURE):
-            self.patiently(clear, self.store, home, late)
-        self.patiently(self._forget, order.round)
+            self.patience.look(clear, self.store, home, late)
+        self.patience.look(self._forget, order.round)
         waiting = server.waiting(order)
         for client in waiting:
             asked(client)
         try:
             if self._config.secure:
                 yield from SecureRound(self, self._config, jobs, server, order).answers()
-                self.patiently(self._tell, server, order)
+                self.patience.look(self._tell, server, order)
             else:
                 yield from self._plain_answers(jobs, server, order, waiting)
         except UpdateRefusedError:  # the attempt is abandoned, and what was good in it does not count either
-            self.patiently(lambda: self._tell(server, order, refused=True))
-            self.insist(self._close, order.round, order.attempt)
+            self.patience.look(lambda: self._tell(server, order, refused=True))
+            self.patience.insist(self._close, order.round, order.attempt)
             raise
-        self.insist(self._close, order.round, order.attempt)
+        self.patience.insist(self._close, order.round, order.attempt)
 
     def _plain_answers(
         self, jobs: Jobs, server: RoundServer, order: Order, waiting: list[str]
@@ -219,32 +229,35 @@ class StoreClients:
         since = time.monotonic()
         while waiting := server.waiting(order):
             heard = False
-            for client in self.patiently(self.present, order, waiting) or []:
+            for client in self.patience.look(self.present, order, waiting) or []:
                 if client not in server.waiting(order):
                     continue
                 update = server.work / client
-                came = self.patiently(self.fetched, jobs, server, order, client, update)
+                came = self.patience.look(self.fetched, jobs, server, order, client, update)
                 if came is not None:
                     heard = True
                     yield client, came or None
-            self.patiently(self._tell, server, order)
+            self.patience.look(self._tell, server, order)
             if self._config.late == "buffer" and order.round > 1:
                 self._take_late(jobs, server.earlier(order.round - 1), server.work / ".late")
             if heard:
                 since = time.monotonic()
             else:
-                self.wait(server, waiting, since)
-        self.patiently(self._tell, server, order)
+                if answered := len(order.clients) - len(waiting):
+                    line = f"round {order.round}: {answered} of {len(order.clients)} clients answered"
+                    self.patience.progress(line, waiting)
+                self.patience.wait(since, waiting, server.seconds_left)
+        self.patience.look(self._tell, server, order)
 
     def end(self, adapter: Path) -> None:
         """Tell the clients, and leave them what came of it, as it is published: with its carry."""
-        digest = self.insist(lambda: self.store.put(adapter, leave_out=UNPUBLISHED_FILES))
+        digest = self.patience.insist(lambda: self.store.put(adapter, leave_out=UNPUBLISHED_FILES))
         number = read_manifest(adapter, AdapterManifest).round
         over = OrderDocument(run=self._id, state="over", round=number, attempt=0, adapter=digest)
-        self.insist(self._announce, ORDER, over)
+        self.patience.insist(self._announce, ORDER, over)
         for home in (INBOX, SECURE):
-            self.patiently(clear, self.store, home, number + 1)
-        self.patiently(self._forget, number + 1)
+            self.patience.look(clear, self.store, home, number + 1)
+        self.patience.look(self._forget, number + 1)
 
     def publish(
         self, jobs: Jobs, server: RoundServer, order: Order, waiting: list[str], secure: SecureOrder | None = None
@@ -259,7 +272,7 @@ class StoreClients:
             server.begin_wait(left)
             return self._publish(jobs, server, order, waiting, secure)
 
-        return self.insist(ask)
+        return self.patience.insist(ask)
 
     def _publish(
         self, jobs: Jobs, server: RoundServer, order: Order, waiting: list[str], secure: SecureOrder | None
@@ -328,14 +341,14 @@ class StoreClients:
     def _take_late(self, jobs: Jobs, server: RoundServer, home: Path) -> None:
         """Hand updates for the round before to it, which keeps them."""
         order = server.last_order
-        for client in self.patiently(self.present, order, server.unheard(order)) or []:
-            came = self.patiently(self.fetched, jobs, server, order, client, home / client)
+        for client in self.patience.look(self.present, order, server.unheard(order)) or []:
+            came = self.patience.look(self.fetched, jobs, server, order, client, home / client)
             if came:
                 server.fail(order, client, came)
             elif came is not None:
                 self._report(f"  {server.receive(order, client, home / client).reason}")
                 shutil.rmtree(home / client)
-        self.patiently(self._tell, server, order)
+        self.patience.look(self._tell, server, order)
 
     def _tell(self, server: RoundServer, order: Order, *, refused: bool = False) -> None:
         """Leave each client that was heard in an attempt what became of its update, where it alone is meant to look."""
@@ -352,47 +365,4 @@ class StoreClients:
     def _forget(self, number: int) -> None:
         """Remove what clients of rounds before the last one started from, and what they were told."""
         clear(self.store, VERDICTS, number - 1)
-        self._offers.forget(self._run, number, self.say)
-
-    def patiently(self, look: Callable[..., Any], *arguments: Any) -> Any:
-        """What `look` gives; None where the store can't be reached just now, which the next look may mend."""
-        try:
-            return look(*arguments)
-        except StoreError as error:
-            self._report(f"{error}")
-            return None
-
-    def insist(self, write: Callable[..., T], *arguments: Any) -> T:
-        """What `write` gives; where the store can't be written just now it is tried again while patience lasts.
-
-        Raises:
-            StoreError: it couldn't be written in all that time.
-        """
-        since = None
-        while True:
-            try:
-                return write(*arguments)
-            except StoreError as error:
-                since = since or time.monotonic()
-                if time.monotonic() - since > self._patience:
-                    raise
-                self._report(f"{error} Trying again.")
-                time.sleep(self.poll)
-
-    def check_patience(self, since: float, what: str) -> None:
-        """End with a StoreError what has been waited for long enough."""
-        if time.monotonic() - since > self._patience:
-            raise StoreError(f"Waited {self._patience:g} s (--patience) for {what}; the same command goes on.")
-
-    def wait(self, server: RoundServer, waiting: list[str], since: float) -> None:
-        """Let the time until the next look for clients' answers go by; patience is for rounds without a deadline."""
-        left = server.seconds_left
-        if left is None:
-            self.check_patience(since, f"{', '.join(waiting[:5])}, and there is no deadline_seconds")
-        time.sleep(self.poll if left is None else max(0.0, min(self.poll, left + 0.01)))
-
-    def say(self, line: str) -> None:
-        """Report something once."""
-        if line not in self._said:
-            self._said.add(line)
-            self._report(line)
+        self._offers.forget(self._run, number, self.patience.say)

@@ -20,7 +20,7 @@ LIBRARY = ROOT / "hf_fedlarge"
 # Imports point down: a module may import those of the lines above its own.
 LEVELS = [
     {"errors", "options"},
-    {"records", "ciphers", "fixed_point", "budget", "directory", "memory"},
+    {"records", "ciphers", "fixed_point", "budget", "directory", "memory", "patience"},
     {"coherence"},
     {"config", "layers", "stdlib_corpus", "blocks", "untrusted", "processor", "kernels"},
     {"ledger", "remote"},

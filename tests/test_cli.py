@@ -7,12 +7,14 @@ import sys
 
 import pytest
 import torch
+import yaml
 from families import make_checkpoint
 from federation import LORA, make_examples, make_update
 from transformers import AutoModelForCausalLM
 
 from hf_fedlarge.artifacts import AdapterManifest, CheckpointManifest, PackageManifest, read_manifest
 from hf_fedlarge.cli import main
+from hf_fedlarge.errors import StoreError
 from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.processor import computing_device, describe_device
 
@@ -156,6 +158,46 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(home, tmp_path, capsys, wor
     assert sentence in lines[-1]
     assert not list(tmp_path.iterdir())
     assert sorted(home.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "sentence"),
+    [
+        ("shrink org/large -o {out} --heal-steps -1", {}, "heal_steps"),
+        ("merge org/large {home}/nowhere -o {out}", {}, "nowhere"),
+        ("evaluate org/large --adapter {home}/nowhere --data {home}/data.jsonl", {}, "nowhere"),
+        ("transfer org/large {home}/nowhere {home}/start --data {home}/data.jsonl", {}, "nowhere"),
+        ("transfer org/large {home}/package {home}/nowhere --data {home}/data.jsonl", {}, "nowhere"),
+        ("serve {out}.yaml --store {out}", {"eval_data": None}, "has no eval_data"),
+        ("serve {out}.yaml --store {out}", {"eval_data": "nowhere.jsonl"}, "no such file as nowhere.jsonl"),
+        ("serve {out}.yaml --store {out}", {"training": {"hub_token": "x"}}, "can't be ordered of clients"),
+        ("run {out}.yaml", {}, "has no data"),
+        ("run {out}.yaml", {"data": {"source": "nowhere.jsonl"}}, "no such file as nowhere.jsonl"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_model_is_fetched(home, tmp_path, capsys, monkeypatch, words, changes, sentence):
+    def fetch(*arguments, **how):
+        raise AssertionError("the model was fetched")
+
+    monkeypatch.setattr("hf_fedlarge.hub.snapshot_download", fetch)
+    federation = {"checkpoint": "org/large", "eval_data": str(home / "data.jsonl"), "clients": {"ann": 10}}
+    (tmp_path / "output.yaml").write_text(yaml.safe_dump(federation | changes))
+    assert run(*words.format(home=home, out=tmp_path / "output").split()) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["serve", "join"])
+def test_lines_of_commands_that_take_days_begin_with_the_time(home, tmp_path, capsys, monkeypatch, command):
+    def say(*arguments, **how):
+        (how["report"] if "report" in how else arguments[3])("somebody checked in")
+        raise StoreError("It is over.")
+
+    monkeypatch.setattr("hf_fedlarge.serve.serve_federation", say)
+    monkeypatch.setattr("hf_fedlarge.trainers.join.join", say)
+    (tmp_path / "federation.yaml").write_text("{checkpoint: org/large, eval_data: x}")
+    words = [tmp_path / "federation.yaml", "--store", tmp_path]
+    assert run(command, *(words if command == "serve" else [tmp_path, "--client", "ann", "--data", "x"])) == 2
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d somebody checked in\n", capsys.readouterr().out)
 
 
 def test_a_model_of_another_base_is_refused(home, tmp_path, capsys):

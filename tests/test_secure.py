@@ -1017,4 +1017,4 @@ def test_simulated_clients_have_nothing_to_hide(home, tmp_path):
 
     made = config(aggregator="ffa", weighting="equal", secure={})
     with pytest.raises(ConfigError, match="secure hides clients' updates from a server, but simulated clients are on"):
-        SimulatedClients(lambda job: None).prepare(made, tmp_path, lambda: None)
+        SimulatedClients(lambda job: None).check(made, tmp_path)

@@ -45,6 +45,7 @@ from hf_fedlarge.orders import (
     inbox,
     write_document,
 )
+from hf_fedlarge.patience import Trouble
 from hf_fedlarge.progress import spell_seconds
 from hf_fedlarge.store import Store
 from hf_fedlarge.trainers.fetch import fetch_adapter, fetch_result
@@ -167,6 +168,7 @@ class _Member:
         self._check_in, self._report, self._train, self._step = check_in, report, train, step
         self._ear = Ear(store, site.client, site.directory, site.server_key, report)
         self._secure = SecureMember(store, self._ear.order, site.client, site.key, site.keys, report)
+        self._trouble = Trouble(report)
         self._answered: tuple[tuple[str, int, int, str], float | None] | None = None  # a step, and until when it was
         self._refused: str | None = None
 
@@ -199,7 +201,7 @@ class _Member:
                 if once and self._answered and (order is None or not order.goes_on(self._answered[0])):
                     return  # left out of a round's later stages
             except StoreError as error:
-                self._report(f"{error} Trying again.")
+                self._trouble(f"{error} Trying again.")
             time.sleep(poll)
         raise StoreError(f"{self._store.url} had no new order for {patience:g} s (--patience); ask its server.")
 

@@ -94,7 +94,7 @@ def serve_over_flower(
     mailbox = Mailbox(run / "mailbox", grid, report, private)
     clients = StoreClients(mailbox, report, poll, packages=packages, key=private)
     summary = drive(config, run, clients, report, stop=stop)
-    clients.patiently(mailbox.say_goodbye, GOODBYE_SECONDS, poll)
+    clients.patience.look(mailbox.say_goodbye, GOODBYE_SECONDS, poll)
     return summary
 
 
