@@ -1,7 +1,7 @@
 """The command line: one subcommand a stage, each a function of the library.
 
-Bad input gets one sentence on standard error and the exit code 2; nothing is written. Libraries load after the
-arguments are known to be right, so that `--help` comes at once.
+Bad input gets one sentence on standard error and the exit code 2; nothing is written. Ctrl-C gets a line, and 130.
+Libraries load after the arguments are known to be right, so that `--help` comes at once.
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FedLargeError as error:
         print(f"hf-fedlarge {options.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        more = "; the same command goes on where it was" if options.command in ("run", "serve", "join") else ""
+        print(f"\nhf-fedlarge {options.command}: Interrupted{more}.", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # Whoever read our output has gone; point it elsewhere so that the interpreter's last flush can't fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -265,6 +269,8 @@ def _transfer(options: argparse.Namespace) -> None:
 
     if options.json and not options.json.parent.is_dir():
         raise OutputError(f"--json {options.json} can't be written: {options.json.parent} is no directory; make it.")
+    if options.json and options.json.is_dir():
+        raise OutputError(f"--json {options.json} can't be written: it is a directory; give a file in it.")
     read_manifest(options.package, PackageManifest)
     for adapter in filter(None, (options.adapter, options.reference)):
         read_manifest(adapter, AdapterManifest)

@@ -8,6 +8,7 @@ run/held_out.jsonl              the clients' held-out examples together
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import cycle
@@ -44,7 +45,7 @@ def split_clients(config: FederationConfig) -> dict[str, Dataset]:
     settings = config.data
     if settings is None:
         raise ConfigError("The federation has no data, which simulated clients are made of; add it, or serve a store.")
-    local = settings.source == STDLIB or Path(settings.source).exists()
+    local = settings.source == STDLIB or Path(os.path.expanduser(settings.source)).exists()
     hub = {} if local else {"split": settings.hub_split, "revision": settings.hub_revision}
     clients = split_by_config(load_examples(settings.source, **hub), settings, config.seed)
     needed = max(config.cohort or 1, config.min_updates, config.fewest_updates)

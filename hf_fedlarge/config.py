@@ -58,7 +58,18 @@ def make_codec(name: str, topk_share: float) -> Codec:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `5e-4` is a number, which YAML 1.1 takes for a word."""
+    """YAML as people write it: `5e-4` is a number, which YAML 1.1 takes for a word, and a key stands once."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """A mapping before anything is merged into it; of a key that stands twice the last would count."""
+        node, lines = super().compose_mapping_node(anchor), {}
+        scalars = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]  # nothing else can be a key
+        for key in scalars:
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.YAMLError(f"the key {key.value} stands in line {lines[key.value]} and again in line {line}")
+            lines[key.value] = line
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -340,7 +351,7 @@ def load_federation(path: Path) -> FederationConfig:
         raise ConfigError(f"{path} is not a file; expected a federation in YAML.")
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # such as a date that there is not
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds {type(raw).__name__}; expected keys such as checkpoint and data.")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -49,7 +50,7 @@ def load_examples(source: str, *, split: str = "train", revision: str | None = N
 
     Args:
         source: a .jsonl, .json (a list of objects), .csv or .parquet file, the name `stdlib`, or a data set of the Hub
-            (`owner/name`). What exists as a path is taken as a path.
+            (`owner/name`). What exists as a path is taken as a path, also behind `~`.
         split: the Hub data set's split, slices such as `train[:100]` included; a local source has only `train`.
         revision: the Hub data set's commit, tag or branch.
 
@@ -57,7 +58,7 @@ def load_examples(source: str, *, split: str = "train", revision: str | None = N
         DataError: nothing there, not readable, no usable column, or a row that is empty or of another shape.
         ConfigError: a split or a revision of a local source.
     """
-    path = Path(source)
+    path = Path(os.path.expanduser(source))
     local = path.exists() or path.suffix.lower() in _READERS or source == STDLIB
     if local and (split != "train" or revision is not None):
         raise ConfigError(f"{source} is local and has no splits or revisions; leave split and revision out.")

@@ -154,6 +154,7 @@ def read_key(path: Path) -> PrivateKey:
     Raises:
         ConfigError: `path` is missing or holds something else.
     """
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise ConfigError(f"{path} is not a file; expected a key made by `hf-fedlarge keys new`.")
     try:
@@ -212,6 +213,7 @@ def read_allowed(path: Path) -> AllowedKeys:
     Raises:
         ConfigError: it is missing or holds something else.
     """
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise ConfigError(f"{path} is not a file; expected a list of keys made by `hf-fedlarge keys allow`.")
     try:

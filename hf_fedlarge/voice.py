@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ def server_keys(given: str) -> list[ListedKey]:
     try:
         return [ListedKey(public=TypeAdapter(PublicKey).validate_python(given), state="allowed", since="")]
     except ValidationError as error:
-        if not Path(given).is_file():
+        if not Path(os.path.expanduser(given)).is_file():
             raise ConfigError(
                 f"--server-key is {given!a:.100}; expected the 64 hexadecimal digits at the end of what `hf-fedlarge "
                 "keys new` printed for the server, or the file of a list that `hf-fedlarge keys allow` put them into."

@@ -146,6 +146,10 @@ def test_overwrite_replaces_only_what_is_ours(home, tmp_path, capsys):
             "transfer {home}/checkpoint {home}/package {home}/start --data {home}/data.jsonl --json {out}/x/f.json",
             "/output/x/f.json can't be written: ",
         ),
+        (
+            "transfer {home}/checkpoint {home}/package {home}/start --data {home}/none.jsonl --json {home}",
+            "can't be written: it is a directory; give a file in it",
+        ),
         ("push {home}/checkpoint me/model", "fedlarge.json"),
         ("push {home}/package model", "names no owner"),
     ],
@@ -184,6 +188,29 @@ def test_what_is_wrong_is_said_before_a_model_is_fetched(home, tmp_path, capsys,
     (tmp_path / "output.yaml").write_text(yaml.safe_dump(federation | changes))
     assert run(*words.format(home=home, out=tmp_path / "output").split()) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("join", "Interrupted; the same command goes on where it was."),
+        ("merge", "Interrupted."),
+        ("train", "Interrupted; the same command goes on from the last checkpoint, where there is one (--save_steps)."),
+    ],
+)
+def test_an_interrupted_command_says_so_in_a_line(home, tmp_path, capsys, monkeypatch, command, sentence):
+    def interrupt(*arguments, **how):
+        raise KeyboardInterrupt
+
+    for place in ("trainers.join.join", "merge.merge", "trainers.client.train_client"):
+        monkeypatch.setattr(f"hf_fedlarge.{place}", interrupt)
+    words = {
+        "join": [tmp_path, "--client", "ann", "--data", "x"],
+        "merge": [home / "checkpoint", home / "start", "-o", tmp_path / "merged"],
+        "train": ["--package", home / "package", "--data", "x", "--output", tmp_path / "u", "--client", "ann"],
+    }
+    assert run(command, *words[command]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"hf-fedlarge {command}: {sentence}"
 
 
 @pytest.mark.parametrize("command", ["serve", "join"])

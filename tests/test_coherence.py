@@ -5,7 +5,7 @@ import re
 import pytest
 
 from hf_fedlarge.coherence import TRAINING_DEFAULTS
-from hf_fedlarge.config import FederationConfig
+from hf_fedlarge.config import FederationConfig, load_federation
 from hf_fedlarge.errors import ConfigError
 from hf_fedlarge.records import checked
 from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig
@@ -76,3 +76,25 @@ def test_what_just_works_is_read():
     read(**THREE, **ROBUST, aggregator="trimmed_mean")
     read(weighting="loss", client_eval_examples=1)
     read(budget="500MB", tiers={"phone": {"memory": "3GB"}}, data={"source": "x", "memory": ["1GiB"]})
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("checkpoint: x\nrounds: 2\nrounds: 3\n", "the key rounds stands in line 2 and again in line 3"),
+        ("checkpoint: x\nlora: {rank: 4, rank: 8}\n", "the key rank stands in line 2 and again in line 2"),
+        ("checkpoint: x\nprivacy:\n  clip: 1\n  noise: 1\n  clip: 2\n", "the key clip stands in line 3 and again in"),
+        ("checkpoint: x\nbase_id: 2024-13-45\n", "is not YAML: month must be in 1..12"),
+        ("checkpoint: x\n[a, b]: 1\n", "is not YAML: while constructing a mapping"),
+    ],
+)
+def test_a_file_that_is_not_what_it_seems_is_refused(tmp_path, text, sentence):
+    (tmp_path / "federation.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        load_federation(tmp_path / "federation.yaml")
+
+
+def test_what_is_merged_into_a_mapping_may_be_said_otherwise(tmp_path):
+    text = "checkpoint: x\nlora: {rank: 4, alpha: 8}\ntiers: {phone: {memory: 1GB}}\n"
+    (tmp_path / "federation.yaml").write_text(text.replace("{memory", "{<<: {memory: 2GB}, memory"))
+    assert load_federation(tmp_path / "federation.yaml").tiers["phone"].memory == "1GB"

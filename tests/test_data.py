@@ -186,6 +186,12 @@ def test_a_source_that_is_not_there(tmp_path, monkeypatch, source, sentence):
         load_examples(source)
 
 
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    jsonl(tmp_path / "x.jsonl", {"text": "a"})
+    assert len(load_examples("~/x.jsonl")) == 1
+
+
 def test_an_existing_path_is_never_shadowed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("stdlib").touch()

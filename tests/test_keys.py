@@ -5,6 +5,7 @@ import re
 import shutil
 import stat
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from federation import LORA, make_federation, make_update
@@ -33,6 +34,7 @@ from hf_fedlarge.package import package_config
 from hf_fedlarge.relay import relay_update
 from hf_fedlarge.server import RoundServer
 from hf_fedlarge.update import Asked, Expected, validate_update
+from hf_fedlarge.voice import server_keys
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +314,14 @@ def test_an_update_refused_for_want_of_a_signature_may_come_again_with_it(home, 
     assert "is not a directory" in server.receive(order, "cleo", tmp_path / "none").reason
     assert server.accepted.keys() == {"ann"}
     assert (server.work / "ann" / SIGNATURE_NAME).exists()
+
+
+def test_keys_and_lists_may_lie_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    allow(tmp_path / "allowed.json", new_key(tmp_path / "key.pem", "server"))
+    read_key(Path("~/key.pem"))
+    assert read_allowed(Path("~/allowed.json")).clients.keys() == {"server"}
+    assert [key.state for key in server_keys("~/allowed.json")] == ["allowed"]
 
 
 def test_a_key_that_is_none_is_said_before_anything_is_done(tmp_path):

@@ -145,6 +145,10 @@ def main(arguments: list[str] | None = None) -> int:
     except FedLargeError as error:
         print(f"hf-fedlarge train: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        last = "the same command goes on from the last checkpoint, where there is one (--save_steps)"
+        print(f"\nhf-fedlarge train: Interrupted; {last}.", file=sys.stderr)
+        return 130
     except OSError as error:
         reason = os_problem(error)
         if reason is None:

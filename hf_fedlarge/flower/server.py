@@ -53,7 +53,7 @@ def main(grid: Grid, context: Context) -> None:
     from hf_fedlarge.trainers.launch import check_training
 
     settings = checked(ServerSettings, dict(context.run_config), "[tool.flwr.app.config]")
-    config, run = load_federation(Path(settings.federation)), Path(settings.output)
+    config, run = load_federation(Path(settings.federation).expanduser()), Path(settings.output).expanduser()
     check_training(config.training)
     hide_bars()
     key = Path(settings.key) if settings.key else None
