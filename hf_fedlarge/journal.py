@@ -11,10 +11,13 @@ import errno
 import json
 import os
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from hf_fedlarge.errors import ArtifactError, OutputError, os_problem
+
+_INDEXED = ("round", "client")
 
 
 class Journal:
@@ -35,16 +38,18 @@ class Journal:
         if len(whole) < len(raw):
             os.truncate(path, len(whole))
         self.entries: list[dict[str, Any]] = []
+        # What is asked for each client of each round is looked for among few.
+        self._by: dict[tuple[str, Any], list[dict[str, Any]]] = defaultdict(list)
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 entry = json.loads(line)
                 entry["event"] + ""
+                self._add(entry)
             except (ValueError, TypeError, KeyError) as error:
                 raise ArtifactError(
                     f"{path} is damaged in line {number}; expected an event as JSON: restore it from a copy, or "
                     "begin again with another --output."
                 ) from error
-            self.entries.append(entry)
 
     def write(self, event: str, **fields: Any) -> None:
         """Append an event; when this returns it is on the disk."""
@@ -62,12 +67,18 @@ class Journal:
                     raise
         except OSError as error:
             raise OutputError(f"{self.path} could not be written: {os_problem(error) or error}.") from error
+        self._add(entry)
+
+    def _add(self, entry: dict[str, Any]) -> None:
         self.entries.append(entry)
+        for name in _INDEXED:
+            self._by[name, entry.get(name)].append(entry)
 
     def find(self, *events: str, **fields: Any) -> list[dict[str, Any]]:
         """The entries of these events whose fields have these values, oldest first."""
+        few = [self._by.get((name, fields[name]), []) for name in _INDEXED if name in fields]
         return [
             entry
-            for entry in self.entries
+            for entry in min(few, key=len, default=self.entries)
             if entry["event"] in events and all(entry.get(name) == value for name, value in fields.items())
         ]

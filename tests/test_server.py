@@ -95,6 +95,29 @@ def test_killed_at_every_write_a_rerun_ends_with_the_same_bytes_and_asks_nobody_
     assert step > 40  # 15 journal entries, 5 directories and a file, each before and after
 
 
+def test_what_a_journal_of_many_rounds_says_of_a_client_is_found_at_once(tmp_path):
+    path, clients = tmp_path / "journal.jsonl", [f"c{number}" for number in range(200)]
+    events = ("asked", "received", "validated")
+    lines = [
+        {"event": event, "round": number, "client": client, "bytes": 1}
+        for number in range(1, 41)
+        for event in events
+        for client in clients
+    ]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    journal = Journal(path)
+    journal.write("asked", round=41, client="c7", bytes=2)
+    assert journal.find("asked", bytes=2) == journal.entries[-1:]
+    since = time.process_time()
+    for client in clients:
+        assert len(journal.find("asked", client=client)) == (41 if client == "c7" else 40)
+        for event in events:
+            assert [entry["round"] for entry in journal.find(event, round=40, client=client)] == [40]
+        assert journal.find("asked", round=42, client=client) == []
+        assert len(journal.find("received", "validated", round=40)) == 2 * len(clients)
+    assert time.process_time() - since < 1
+
+
 @pytest.mark.parametrize("problem", [errno.ENOSPC, errno.EROFS])
 def test_a_full_or_read_only_disk_at_any_sync_is_said_and_nothing_is_lost(home, whole, tmp_path, monkeypatch, problem):
     fsync, step, failed, sentences = os.fsync, 0, 0, set()
