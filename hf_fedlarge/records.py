@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, TypeVar
+from difflib import get_close_matches
+from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
@@ -13,7 +14,10 @@ def first_problem(error: ValidationError) -> str:
     """The first of pydantic's complaints as `where: what`; a key may be hostile, so it is shown short and printable."""
     problem = error.errors()[0]
     where = ascii(".".join(str(part) for part in problem["loc"]))[1:-1][:120]
-    return f"{where}: {problem['msg']}" if where else problem["msg"]
+    if problem["type"] == "extra_forbidden":
+        return f"{where} is not known"
+    what = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else problem["msg"]
+    return f"{where}: {what}" if where else what
 
 
 class Record(BaseModel):
@@ -49,4 +53,26 @@ def checked(kind: type[RecordT], values: dict[str, Any], where: str = "") -> Rec
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{where and f'{where}: '}{first_problem(error)}.") from error
+        said, problem = first_problem(error), error.errors()[0]
+        if problem["type"] == "extra_forbidden":
+            said += _expected(kind, problem["loc"])
+        raise ConfigError(f"{where and f'{where}: '}{said}.") from error
+
+
+def _expected(kind: type[Record] | None, location: tuple[str | int, ...]) -> str:
+    """What a record's user may have meant by a key that the record, or one in it, doesn't have."""
+    *parents, key = location
+    for part in parents:
+        if kind and part in kind.model_fields:  # and not the key of a dict of records
+            kind = _record_in(kind.model_fields[part].annotation)
+    if kind is None:
+        return ""
+    near = get_close_matches(str(key), kind.model_fields, 1, cutoff=0.75)
+    return f"; the nearest key is {near[0]}" if near else f"; expected {', '.join(kind.model_fields)}"
+
+
+def _record_in(annotation: Any) -> type[Record] | None:
+    """The record that a field of this type holds: by itself, in a union, or as a dict's value."""
+    if isinstance(annotation, type) and issubclass(annotation, Record):
+        return annotation
+    return next(filter(None, map(_record_in, get_args(annotation))), None)

@@ -195,7 +195,7 @@ def test_what_is_wrong_is_said_before_a_model_is_fetched(home, tmp_path, capsys,
     [
         ("join", "Interrupted; the same command goes on where it was."),
         ("merge", "Interrupted."),
-        ("train", "Interrupted; the same command goes on from the last checkpoint, where there is one (--save_steps)."),
+        ("train", "Interrupted; the same command goes on from a checkpoint, if any."),
     ],
 )
 def test_an_interrupted_command_says_so_in_a_line(home, tmp_path, capsys, monkeypatch, command, sentence):

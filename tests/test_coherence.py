@@ -98,3 +98,25 @@ def test_what_is_merged_into_a_mapping_may_be_said_otherwise(tmp_path):
     text = "checkpoint: x\nlora: {rank: 4, alpha: 8}\ntiers: {phone: {memory: 1GB}}\n"
     (tmp_path / "federation.yaml").write_text(text.replace("{memory", "{<<: {memory: 2GB}, memory"))
     assert load_federation(tmp_path / "federation.yaml").tiers["phone"].memory == "1GB"
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"rouds": 3}, "federation.yaml: rouds is not known; the nearest key is rounds."),
+        (
+            {"data": {"sorce": "x", "source": "y"}},
+            "federation.yaml: data.sorce is not known; the nearest key is source.",
+        ),
+        (
+            {"tiers": {"phone": {"memory": "3GB", "package": 1}}},
+            "federation.yaml: tiers.phone.package is not known; expected memory, keep_layers, keep_neurons, rank.",
+        ),
+        ({"secure": {}}, "federation.yaml: secure gives the server a sum of factors, but exact needs "),
+        ({"privacy": {"clip": -1.0}}, "federation.yaml: privacy.clip: Input should be greater than 0."),
+    ],
+)
+def test_a_sentence_says_what_is_wrong_and_which_keys_there_are(values, sentence):
+    with pytest.raises(ConfigError) as caught:
+        read(**values)
+    assert str(caught.value).startswith(sentence)

@@ -501,7 +501,7 @@ def test_the_command_runs_it_and_prints_the_figures(home, whole, tmp_path, capsy
         ),
         ({"rounds": 0}, "rounds: Input should be greater than or equal to 1"),
         ({"aggregator": "mean"}, "aggregator: Input should be 'exact', "),
-        ({"colour": "red"}, "colour: Extra inputs are not permitted"),
+        ({"colour": "red"}, "colour is not known; expected "),
         ({"data": {"source": "nowhere.jsonl"}}, "nowhere.jsonl"),
         ({"data": None}, "has no data, which simulated clients are made of"),
         ({"lora": {"rank": 0}}, "lora.rank: Input should be greater"),

@@ -463,7 +463,7 @@ def wait_for(store, path, kind, seconds=15):
         (KEYS, b'{"client": "ann", "client": "ann"}', "holds a key twice"),
         (KEYS, {"client": "ben"}, "they are in the name of ben"),
         (KEYS, {"mask": "00"}, "mask: String should match"),
-        (KEYS, {"more": 1}, "more: Extra inputs"),
+        (KEYS, {"more": 1}, "more is not known"),
         (KEYS, {"mask": "00" * 32}, "is none that anybody can agree with"),
         (SHARES, b'{"boxes": {}}', "it has boxes for 0 clients"),
         (SHARES, b'{"boxes": {"ben": "00"}}', "boxes.ben: String should match"),

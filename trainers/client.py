@@ -146,15 +146,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"hf-fedlarge train: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        last = "the same command goes on from the last checkpoint, where there is one (--save_steps)"
-        print(f"\nhf-fedlarge train: Interrupted; {last}.", file=sys.stderr)
+        print("\nhf-fedlarge train: Interrupted; the same command goes on from a checkpoint, if any.", file=sys.stderr)
         return 130
     except OSError as error:
-        reason = os_problem(error)
-        if reason is None:
+        if (reason := os_problem(error)) is None:
             raise
-        where = error.filename or client.output
-        print(f"hf-fedlarge train: {where} can't be written: {reason}.", file=sys.stderr)
+        print(f"hf-fedlarge train: {error.filename or client.output} can't be written: {reason}.", file=sys.stderr)
         return 2
     if config.process_index == 0:
         from hf_fedlarge.update import outcome
