@@ -299,12 +299,14 @@ def _evaluated(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from hf_fedlarge.budget import parse_bytes
     from hf_fedlarge.processor import computing_device, describe_device
     from hf_fedlarge.rounds import run_federation
     from hf_fedlarge.trainers.launch import LAUNCHERS
 
     config, output = _federation(options)
-    given = {name: getattr(options, name) for name in ("launcher", "budget") if getattr(options, name)}
+    given = {name: getattr(options, name) for name in ("launcher", "budget") if getattr(options, name) is not None}
+    parse_bytes(given.get("budget", 0))
     config = config.model_copy(update=given)
     train = LAUNCHERS[config.launcher]()
     _report(describe_device(computing_device()))

@@ -175,6 +175,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(home, tmp_path, capsys, wor
         ("serve {out}.yaml --store {out}", {"eval_data": None}, "has no eval_data"),
         ("serve {out}.yaml --store {out}", {"eval_data": "nowhere.jsonl"}, "no such file as nowhere.jsonl"),
         ("serve {out}.yaml --store {out}", {"training": {"hub_token": "x"}}, "can't be ordered of clients"),
+        ("run {out}.yaml --budget lots", {"data": {"source": "stdlib"}}, "The budget 'lots' can't be read"),
         ("run {out}.yaml", {}, "has no data"),
         ("run {out}.yaml", {"data": {"source": "nowhere.jsonl"}}, "no such file as nowhere.jsonl"),
     ],

@@ -636,6 +636,41 @@ def test_a_superlink_that_cannot_be_reached_is_waited_for(cohort):
     assert "The SuperLink can't be reached (refused)." in cohort.said
 
 
+def failing(status):
+    return httpx.HTTPStatusError("", request=httpx.Request("POST", "http://link"), response=httpx.Response(status))
+
+
+def test_a_superlink_that_answers_with_an_error_is_waited_for_and_nobody_blamed(cohort):
+    server = cohort.serve(deadline_seconds=60)
+    server.open()
+    cohort.grid.unreachable = [failing(500)] * 12  # of looks for nodes and for answers
+    server.ask()
+    assert accepted(server) == list(CLIENTS)
+    assert server.round.refused == []
+    assert "The SuperLink failed (HTTP status 500)." in cohort.said
+
+
+def test_an_answer_that_the_superlink_always_fails_on_holds_up_no_other(cohort, monkeypatch):
+    pull, failures = cohort.grid._pull, []
+    monkeypatch.setattr("hf_fedlarge.flower.mailbox._MOST_FAILURES", 3)
+
+    def poisoned(id):
+        node, message = cohort.grid._pushed[id]
+        if node.id == 11 and message.metadata.message_type == "train" and len(failures) < 3:
+            failures.append(id)
+            raise failing(422)
+        return pull(id)
+
+    monkeypatch.setattr(cohort.grid, "_pull", poisoned)
+    server = cohort.serve(deadline_seconds=60)
+    server.open()
+    server.ask()
+    assert accepted(server) == list(CLIENTS)
+    assert len(set(failures)) == 1
+    assert len(trains(cohort.nodes["ann"])) == 1  # of the letter that was sent again
+    assert "  no answer from ann: The SuperLink failed (HTTP status 422)." in cohort.said
+
+
 def test_a_late_update_is_kept_where_the_policy_says_so(cohort):
     answers = {}
     cohort.nodes["cleo"].answer = silent(cohort.nodes["cleo"].answer, answers)

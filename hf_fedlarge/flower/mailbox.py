@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,7 @@ from hf_fedlarge.voice import signed
 GRACE_SECONDS = 60.0
 _LONG = 30 * 86400.0  # where there is no deadline, or late updates are kept
 _WHO_SECONDS = 60.0  # a SuperLink that was killed may have lost the question or its answer
+_MOST_FAILURES = 60  # a minute at the default poll
 _CHECK_IN = re.compile(rf"{CHECK_INS}/(?P<client>[A-Za-z0-9][A-Za-z0-9._-]{{0,127}})\.json")
 _NOTHING = re.compile(r"(?!)")
 _FILE = r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}"
@@ -127,6 +129,7 @@ class Mailbox(Store):
         self._clients: dict[str, _Node] = {}
         self._strangers: dict[_Node, str | None] = {}  # who is not asked again, until a name is free that another had
         self._letters: dict[str, _Letter] = {}
+        self._failures: Counter[str] = Counter()  # of looks for the answer to a letter
 
     def names(self, path: str) -> list[str]:
         """What lies directly under `path`, after what came for it was fetched.
@@ -271,7 +274,11 @@ class Mailbox(Store):
     # What comes
 
     def _collect(self) -> None:
-        """Fetch the answers that are there, one at a time: one that can't be read spoils no other."""
+        """Fetch the answers that are there, one at a time: one that can't be read spoils no other.
+
+        Neither does one that the SuperLink fails on, which may be its fault or the answer's: after some looks it is
+        given up, and who was to give it is asked again.
+        """
         for id, letter in list(self._letters.items()):
             try:
                 reply = self._reply_to(id)
@@ -280,6 +287,13 @@ class Mailbox(Store):
                     self._take(letter, reply)
                 elif time.time() > letter.expires:
                     del self._letters[id]
+            except StoreError as error:
+                if not isinstance(error.__cause__, httpx.HTTPStatusError):
+                    raise
+                self._failures[id] += 1
+                if self._failures[id] == _MOST_FAILURES:
+                    del self._letters[id]
+                    self._report(f"  no answer from {letter.client or f'node {letter.node.id}'}: {error}")
             except ArtifactError as error:
                 self._letters.pop(id, None)
                 self._refuse(letter, str(error))
@@ -325,3 +339,5 @@ class Mailbox(Store):
             return method(*arguments)
         except httpx.TransportError as error:
             raise StoreError(f"The SuperLink can't be reached ({error}).") from error
+        except httpx.HTTPStatusError as error:
+            raise StoreError(f"The SuperLink failed (HTTP status {error.response.status_code}).") from error
