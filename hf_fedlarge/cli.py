@@ -24,6 +24,7 @@ from hf_fedlarge.options import (
     add_keys,
     add_overwrite,
     add_push,
+    add_running,
     add_serving,
     add_shrinking,
     chosen_aggregation,
@@ -129,15 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_evaluation(one)
     one.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
 
-    one = command("run", _run, "Run a whole federation from a file; run it again to go on after an interruption.")
-    one.add_argument("federation", type=Path, help="the federation in YAML")
-    one.add_argument("--output", type=Path, help="the run directory (run, beside the file)")
-    one.add_argument("--launcher", choices=("inprocess", "accelerate"), help="how clients are started (the file's)")
-    one.add_argument("--budget", help="the most that may be sent, both ways together, such as 500MB (the file's)")
-    one.add_argument(
-        "--no-stop", action="store_true", help="go on where the full model with the adapter stays worse than the base"
-    )
-
+    text = "Run a whole federation from a file; run it again to go on after an interruption."
+    add_running(command("run", _run, text))
     add_serving(command("serve", _serve, "Run a federation of clients that join over a store; again, to go on."))
     add_joining(command("join", _join, "Take part in a federation that is served over a store, until it is over."))
     add_flower(command("flower", _flower, "Federations on Flower: make a directory that `flwr run` starts one from."))

@@ -108,15 +108,22 @@ def add_keys(parser: argparse.ArgumentParser) -> None:
     one.add_argument("list", type=Path, metavar="LIST", help="the list of keys")
 
 
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """What `run` takes."""
+    parser.add_argument("federation", type=Path, help="the federation in YAML")
+    parser.add_argument("--output", type=Path, help="the run directory (run, beside the file)")
+    parser.add_argument("--launcher", choices=("inprocess", "accelerate"), help="how clients are started (the file's)")
+    parser.add_argument("--budget", help="the most that may be sent, both ways together, such as 500MB (the file's)")
+    _no_stop(parser)
+
+
 def add_serving(parser: argparse.ArgumentParser) -> None:
     """What `serve` takes."""
     parser.add_argument("federation", type=Path, help="the federation in YAML, with eval_data")
     parser.add_argument("--output", type=Path, help="the server's run directory (run, beside the file)")
     parser.add_argument("--store", required=True, metavar="URL", help="where it meets its clients: any fsspec URL")
     parser.add_argument("--key", type=Path, metavar="PEM", help="the server's key, to sign what it says with (none)")
-    parser.add_argument(
-        "--no-stop", action="store_true", help="go on where the full model with the adapter stays worse than the base"
-    )
+    _no_stop(parser)
     _poll(parser)
 
 
@@ -161,6 +168,11 @@ def add_flower(parser: argparse.ArgumentParser) -> None:
     text = 'Keep libraries and model loaded between rounds: a process beside a SuperNode with worker="DIR".'
     one = actions.add_parser("worker", help=text, description=text, allow_abbrev=False)
     one.add_argument("directory", type=Path, help="for its socket, its owner's alone; made if it isn't there")
+
+
+def _no_stop(parser: argparse.ArgumentParser) -> None:
+    text = "go on where the full model with the adapter stays worse than the base"
+    parser.add_argument("--no-stop", action="store_true", help=text)
 
 
 def _poll(parser: argparse.ArgumentParser) -> None:

@@ -79,7 +79,7 @@ class Patience:
     def check(self, since: float, what: str) -> None:
         """End with a StoreError what has been waited for long enough."""
         if time.monotonic() - since > self.seconds:
-            raise StoreError(f"Waited {self.seconds:g} s (--patience) for {what}; the same command goes on.")
+            raise StoreError(f"Waited {self.seconds:g} s (patience) for {what}; the same command goes on.")
 
     def wait(self, since: float, missing: list[str], left: float | None) -> None:
         """Let the time until the next look for clients' answers go by.

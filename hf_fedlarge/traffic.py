@@ -147,7 +147,7 @@ class Budget:
         if self.spent + needed > self.allowed:
             raise BudgetError(
                 f"{what} needs {needed} bytes, but {self.spent} of the budget's {self.allowed} are spent and "
-                f"{max(0, self.allowed - self.spent)} left: raise --budget, or choose a smaller codec or cohort."
+                f"{max(0, self.allowed - self.spent)} left: raise `budget`, or choose a smaller codec or cohort."
             )
         return Budget(self.allowed, self.spent + needed)
 

@@ -24,7 +24,10 @@ def weighing(weighting: str) -> Weigh:
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"The weighting {weighting} can't be imported: {error}.") from error
+        raise ConfigError(
+            f"The weighting {weighting} can't be imported: {error}; PYTHONPATH has to have the directory that {module} "
+            "lies in (PYTHONPATH=. where that is this one)."
+        ) from error
 
     def weigh(update: UpdateManifest) -> float:  # of what its digest covers, nothing else
         weight = function(update.model_copy(update={"measured": {}}))

@@ -47,10 +47,12 @@ from hf_fedlarge.artifacts import (
 from hf_fedlarge.cli import main
 from hf_fedlarge.clients import write_check_ins
 from hf_fedlarge.collect import aggregate_updates
-from hf_fedlarge.config import AggregationSettings, Codec, load_federation
+from hf_fedlarge.config import AggregationSettings, Codec, checked, load_federation
+from hf_fedlarge.errors import StoreError
 from hf_fedlarge.flower import client as client_app
 from hf_fedlarge.flower.letters import put_in
 from hf_fedlarge.flower.mailbox import GRACE_SECONDS, Mailbox
+from hf_fedlarge.flower.server import ServerSettings, serve_over_flower
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import allow, fingerprint, new_key, read_key, revoke
 from hf_fedlarge.orders import (
@@ -940,7 +942,7 @@ def test_a_node_s_own_settings_count_its_memory_and_where_it_reads_packages(home
 # The app that users begin with
 
 
-def test_init_makes_an_app_that_flower_takes_and_that_holds_nothing_of_the_server_s(tmp_path, capsys):
+def test_init_makes_an_app_that_flower_takes_and_that_holds_nothing_of_the_server_s(tmp_path, capsys, monkeypatch):
     app = tmp_path / "my-app"
     assert main(["flower", "init", str(app), "--store", "s3://bucket/packages", "--checkpoint", "me/model"]) == 0
     (app / "run").mkdir()
@@ -956,10 +958,25 @@ def test_init_makes_an_app_that_flower_takes_and_that_holds_nothing_of_the_serve
         "pyproject.toml",
     ]
     assert load_federation(app / "federation.yaml").checkpoint == "me/model"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    assert main(["flower", "init", "other", "--store", "x", "--checkpoint", "models/llama"]) == 0
+    assert load_federation(tmp_path / "other" / "federation.yaml").checkpoint == str(tmp_path / "models" / "llama")
     assert main(["flower", "init", str(app), "--store", "x"]) == 2
     assert "is there already" in capsys.readouterr().err
     assert main(["flower", "init", str(tmp_path / "My App"), "--store", "x"]) == 2
     assert "can't be an app's name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [{}, {"patience": 60}])
+def test_a_server_app_has_the_patience_that_its_settings_say(cohort, monkeypatch, given):
+    def drive(config, run, clients, *rest, **how):
+        raise StoreError(f"waited for {clients.patience.seconds:g} s")
+
+    monkeypatch.setattr("hf_fedlarge.flower.server.drive", drive)
+    settings = checked(ServerSettings, {"federation": "x", "output": "y", "store": "z"} | given)
+    with pytest.raises(StoreError, match=f"waited for {given.get('patience', 7 * 86400)} s"):
+        serve_over_flower(None, cohort.path, "memory://x", cohort.grid, print, patience=settings.patience)
 
 
 # Flower's own processes

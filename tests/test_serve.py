@@ -754,7 +754,7 @@ def test_a_server_waits_for_clients_as_long_as_its_patience(home, store, tmp_pat
     server.clients.prepare(server.config, server.run, lambda: None)
     write_document(store, f"{CHECK_INS}/ann.json", CheckInDocument(client="ann", examples=1))
     round_server = RoundServer(server.run / "rounds", 1, server.journal, server.config, server.validate)
-    waited = r"Waited 0\.2 s \(--patience\) for "
+    waited = r"Waited 0\.2 s \(patience\) for "
     with pytest.raises(StoreError, match=waited + "2 clients to check in, of whom 1 have; the same command goes on"):
         server.clients.check_in(server.jobs, round_server)
     server.open()

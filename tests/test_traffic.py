@@ -72,6 +72,8 @@ def test_a_budget_is_spent_to_its_last_byte_and_no_further():
     budget = Budget(1000).spend(400, "Round 1").spend(0, "nothing")
     assert budget == Budget(1000, spent=400)
     assert budget.spend(600, "Round 2").spent == 1000
-    with pytest.raises(BudgetError, match=r"Round 2 needs 601 bytes, but 400 of the budget's 1000 .* and 600 left"):
+    with pytest.raises(
+        BudgetError, match=r"Round 2 needs 601 bytes, but 400 of the budget's 1000 .* and 600 left: raise `budget`, or"
+    ):
         budget.spend(601, "Round 2")
     assert issubclass(BudgetError, FedLargeError)

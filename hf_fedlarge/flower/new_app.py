@@ -7,6 +7,7 @@ Its two modules are a line each, for Flower sends them to every client and runs 
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -44,7 +45,7 @@ store = {store}
 _FEDERATION = """\
 # All keys are in hf_fedlarge/config.py; docs/deployment.md says what a federation of real machines needs.
 checkpoint: {checkpoint}
-eval_data: public-held-out.jsonl   # absolute, or from where the SuperLink was started
+eval_data: public-held-out.jsonl   # an absolute path: what starts the ServerApp may run anywhere
 # clients:                         # who may take part, with the most examples each is believed to have (whoever joins)
 #   lab-1: 2000
 #   lab-2: 500
@@ -63,7 +64,7 @@ def write_app(directory: Path, store: str, checkpoint: str) -> None:
     Args:
         directory: to make, or an empty one.
         store: the URL that packages are put to and read from, or a directory that all share.
-        checkpoint: the model, for `federation.yaml`.
+        checkpoint: the model, for `federation.yaml`: a directory here, or a Hub id.
 
     Raises:
         ConfigError: a name that Flower doesn't take for an app.
@@ -75,6 +76,8 @@ def write_app(directory: Path, store: str, checkpoint: str) -> None:
         raise ConfigError(f"{name!r:.200} can't be an app's name; expected up to 32 small letters, digits and hyphens.")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise OutputError(f"{directory} is there already; choose another directory.")
+    if os.path.isdir(local := os.path.expanduser(checkpoint)):
+        checkpoint = os.path.abspath(local)
     values = {
         "name": name,
         "federation": str(directory / "federation.yaml"),

@@ -23,6 +23,7 @@ from pydantic import Field
 from hf_fedlarge.config import FederationConfig, Record, checked, load_federation
 from hf_fedlarge.flower.mailbox import Mailbox
 from hf_fedlarge.keys import read_key
+from hf_fedlarge.orders import PATIENCE_SECONDS
 from hf_fedlarge.progress import hide_bars
 from hf_fedlarge.rounds import Report, drive
 from hf_fedlarge.serve import StoreClients
@@ -35,7 +36,8 @@ app = ServerApp()
 class ServerSettings(Record):
     """What `[tool.flwr.app.config]` holds.
 
-    `poll` is the seconds between two looks for messages; `key` is the file of the server's private key (`voice.py`).
+    `poll` is the seconds between two looks for messages, `patience` those after which it ends where nobody checks in
+    or, without a deadline, answers; `key` is the file of the server's private key (`voice.py`).
     """
 
     federation: str
@@ -43,6 +45,7 @@ class ServerSettings(Record):
     store: str
     stop: bool = True
     poll: Annotated[float, Field(gt=0)] = 1.0
+    patience: Annotated[float, Field(gt=0)] = PATIENCE_SECONDS
     key: str | None = None
 
 
@@ -57,7 +60,7 @@ def main(grid: Grid, context: Context) -> None:
     check_training(config.training)
     hide_bars()
     key = Path(settings.key) if settings.key else None
-    how = {"stop": settings.stop, "poll": settings.poll, "key": key}
+    how = {"stop": settings.stop, "poll": settings.poll, "patience": settings.patience, "key": key}
     print_summary(serve_over_flower(config, run, settings.store, grid, _report, **how))
 
 
@@ -70,6 +73,7 @@ def serve_over_flower(
     *,
     stop: bool = True,
     poll: float = 1.0,
+    patience: float = PATIENCE_SECONDS,
     key: Path | None = None,
 ) -> dict[str, Any]:
     """Run a federation of clients that Flower reaches, or go on with one that was interrupted.
@@ -82,6 +86,7 @@ def serve_over_flower(
         report: told of each step in a line.
         stop: end with an error where two rounds in a row made the full model worse than the base.
         poll: seconds between two looks for messages.
+        patience: as `serve_federation` has it.
         key: the file of the server's private key, which signs what it says to clients; None: it is not signed.
 
     Returns:
@@ -92,7 +97,7 @@ def serve_over_flower(
     """
     packages, private = Store(url), read_key(key) if key else None
     mailbox = Mailbox(run / "mailbox", grid, report, private)
-    clients = StoreClients(mailbox, report, poll, packages=packages, key=private)
+    clients = StoreClients(mailbox, report, poll, patience, packages=packages, key=private)
     summary = drive(config, run, clients, report, stop=stop)
     clients.patience.look(mailbox.say_goodbye, GOODBYE_SECONDS, poll)
     return summary
