@@ -44,6 +44,10 @@ def check_federation(config: FederationConfig) -> None:
     Raises:
         ValueError: in a sentence without its end.
     """
+    if config.package is not None and config.making:
+        raise ValueError(
+            f"package is made already, and {', '.join(config.making)} would say how to make one; leave out either"
+        )
     if config.cohort is not None and config.min_updates > config.cohort:
         raise ValueError(f"min_updates is {config.min_updates}, but a cohort has only {config.cohort} clients")
     if config.late == "buffer" and (config.tiers or config.aggregator == "alternate"):

@@ -289,7 +289,8 @@ class TierSettings(Record):
 class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
     """A whole federation, as `federation.yaml` gives it.
 
-    `base_id` is what manifests and cards call the base model where `checkpoint` is a local copy of it; `training`
+    `base_id` is what manifests and cards call the base model where `checkpoint` is a local copy of it; `package` is one
+    that `shrink` made of this checkpoint, perhaps on a larger machine, to be taken instead of making one; `training`
     takes any argument of trl's `SFTConfig`; `proximal` is FedProx's μ; `client_eval_examples` is how many held-out
     examples a client evaluates at most, before and after training, 0 being none.
     `data` is what simulated clients are made of, and `clients` are real ones that may check in (None: whoever does),
@@ -305,6 +306,7 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
     checkpoint: str
     revision: str | None = None
     base_id: str | None = None
+    package: str | None = None
     data: DataConfig | None = None
     clients: dict[ClientName, Annotated[int, Field(ge=1)]] | None = None
     eval_data: str | None = None
@@ -328,6 +330,11 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
     def wire_codec(self) -> Codec:
         """How clients encode their updates."""
         return Codec(name=self.codec, topk_share=self.topk_share)
+
+    @property
+    def making(self) -> list[str]:
+        """The keys that were given of those that say how packages are made."""
+        return sorted(self.model_fields_set & {*PackageSettings.model_fields, "base_id", "tiers"})
 
     @model_validator(mode="before")
     @classmethod

@@ -4,12 +4,12 @@ The run directory is the state, and each step makes one directory in it by a ren
 any point goes on from what is whole and ends with the same bytes:
 
     run/
-      federation.json    the settings; a rerun must have the same
+      federation.json    the settings; a rerun must have the same (`rerun.py`)
       check_ins.json     who is there, with how many examples
       clients/NAME/      train.jsonl and held_out.jsonl of a simulated client; state/, what it keeps; its key.pem
       allowed_keys.json  the keys that clients sign with, where `keys` is `auto`
       held_out.jsonl     `eval_data`, or the simulated clients' held-out examples together
-      package/           the shrunk model, with its download counted in every client's first round
+      package/           the shrunk model; its download is counted in every client's first round
       rounds/0000/       the adapter that changes nothing
       rounds/0001/       adapter/ and round.json; a round is committed by the rename of this directory (`server.py`)
       journal.jsonl      what was done, whose updates count, how many bytes went where (`journal.py`)
@@ -45,7 +45,7 @@ from hf_fedlarge.coherence import TRAINING_DEFAULTS
 from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import FederationConfig
 from hf_fedlarge.data import load_examples, public_name
-from hf_fedlarge.errors import ConfigError, FedLargeError, OutputError, UpdateRefusedError
+from hf_fedlarge.errors import FedLargeError, OutputError, UpdateRefusedError
 from hf_fedlarge.evaluation import as_record, evaluate, generate_text, load_model
 from hf_fedlarge.hub import resolve_checkpoint
 from hf_fedlarge.jobs import Jobs, Train
@@ -57,6 +57,7 @@ from hf_fedlarge.merge import merge
 from hf_fedlarge.package import load_tokenizer
 from hf_fedlarge.privacy import spent
 from hf_fedlarge.report import peaks, traffic
+from hf_fedlarge.rerun import SETTINGS, begun_with
 from hf_fedlarge.secure_sum import aggregate_sum
 from hf_fedlarge.server import Order, RoundServer
 from hf_fedlarge.tier_packages import check_packages, make_tier_package, make_tiers
@@ -114,7 +115,6 @@ class _Federation:
 
     def __init__(self, config: FederationConfig, run: Path, clients: Clients, report: Report, stop: bool) -> None:
         self.config, self.run, self.clients, self.report, self.stop = config, run, clients, report, stop
-        self.settings = config.model_dump(mode="json")
         self.package = run / "package"
         self.journal, self._weigh = Journal(run / "journal.jsonl"), weighing(config.weighting)
 
@@ -159,29 +159,16 @@ class _Federation:
             read_allowed(Path(self.config.keys))
         if self.config.privacy:
             spent(self.config.privacy, [])  # before anything is made, if what computes it is not there
-        path = self.run / "federation.json"
-        found = json.loads(path.read_text()) if path.exists() else None
-        if found is not None:
-            # What a run from before a setting was there did is what the setting does by default.
-            before = {name: field.default for name, field in type(self.config).model_fields.items()} | found["settings"]
-            # More rounds, another budget, other clients or another way to start them don't change what was committed.
-            changed = sorted(
-                key
-                for key in (self.settings.keys() | found["settings"].keys())
-                - {"rounds", "launcher", "budget", "clients"}
-                if self.settings.get(key) != before.get(key)
-            )
-            if changed:
-                raise ConfigError(
-                    f"{self.run} was run with other settings for {', '.join(changed)}; choose another --output."
-                )
+        revision = begun_with(self.run, self.config)
         self.clients.check(self.config, self.run)
-        revision = found["revision"] if found else self.config.revision
+        if self.config.package and not self.package.exists():  # before a checkpoint is fetched for it
+            given = Path(self.config.package)
+            verify_files(given, read_manifest(given, PackageManifest), published=True)
         self.checkpoint, self.revision = resolve_checkpoint(self.config.checkpoint, revision)
 
     def _begin(self) -> None:
         """The settings become the run's: what can be refused without computing layers was looked at."""
-        write_json(self.run / "federation.json", {"settings": self.settings, "revision": self.revision})
+        write_json(self.run / SETTINGS, {"settings": self.config.model_dump(mode="json"), "revision": self.revision})
 
     def _baseline(self) -> None:
         """The losses that everything is compared with: the base's and the untrained package's."""

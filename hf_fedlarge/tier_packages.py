@@ -5,6 +5,7 @@ Clients of less memory get smaller ones (`FederationConfig.tiers`); without tier
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,13 +14,14 @@ from typing import Any, NamedTuple
 
 from hf_fedlarge.adapters import target_linears
 from hf_fedlarge.architectures import describe, load_config
-from hf_fedlarge.artifacts import PackageManifest, read_manifest
+from hf_fedlarge.artifacts import PackageManifest, read_manifest, staged_directory, verify_files, write_manifest
 from hf_fedlarge.budget import parse_bytes
 from hf_fedlarge.calibrate import check_plan, make_package, plan_package
 from hf_fedlarge.coherence import TRAINING_DEFAULTS
 from hf_fedlarge.config import FederationConfig, LoraSettings, PackageSettings
-from hf_fedlarge.errors import ConfigError
+from hf_fedlarge.errors import ArtifactError, ConfigError
 from hf_fedlarge.progress import by_tenths
+from hf_fedlarge.tensors import checkpoint_digest
 from hf_fedlarge.tiers import client_bytes, describe_fit, fit_memory
 
 
@@ -51,11 +53,22 @@ class _Wanted(NamedTuple):
 def check_packages(checkpoint: Path, config: FederationConfig) -> None:
     """Refuse what `make_package`, `make_tiers` or the first adapter would, before anything is computed for hours.
 
+    Where a package is given, it must be of this checkpoint, which is read whole for its digest.
+
     How large the first package becomes is not known yet, so its weights alone are taken for it.
 
     Raises:
         FedLargeError: as they do.
     """
+    if config.package:
+        base, found = read_manifest(Path(config.package), PackageManifest).base, checkpoint_digest(checkpoint)
+        if base.digest != found:
+            raise ArtifactError(
+                f"{config.package} is a package of {base.id} with the digest {base.digest[:12]}…, but {checkpoint} has "
+                f"the digest {found[:12]}…; give the package of this checkpoint."
+            )
+        target_linears(describe(load_config(checkpoint)), config.lora)
+        return
     plan = check_plan(checkpoint, config)
     target_linears(plan.architecture, config.lora)
     if config.tiers:
@@ -72,7 +85,7 @@ def make_tier_package(
     revision: str | None,
     report: Callable[[str], None],
 ) -> None:
-    """Make one package, with a line now and then: a large model takes hours.
+    """Make one package, with a line now and then: a large model takes hours. One that is given is copied.
 
     Args:
         checkpoint: the full model's directory.
@@ -81,7 +94,20 @@ def make_tier_package(
         directory: to make.
         revision: of the Hub, that the checkpoint came from.
         report: told of the plan, and of layers that are done.
+
+    Raises:
+        FedLargeError: as `make_package`, or the given package is none, or damaged.
     """
+    if config.package:
+        source = Path(config.package)
+        manifest = read_manifest(source, PackageManifest)
+        with staged_directory(directory) as staging:
+            for name in manifest.files:
+                shutil.copy2(source / name, staging / name)
+            verify_files(staging, manifest)  # it may have changed since it was looked at
+            write_manifest(staging, manifest)
+        report(f"package {source}: {manifest.total_bytes / 1e6:.1f} MB, digest {manifest.digest[:12]}")
+        return
     layers = load_config(checkpoint).num_hidden_layers
     plan = plan_package(checkpoint, settings, by_tenths(report, "choosing", layers))
     report(plan.describe())

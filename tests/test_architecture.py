@@ -23,7 +23,7 @@ LEVELS = [
     {"records", "ciphers", "fixed_point", "budget", "directory", "memory", "patience"},
     {"coherence"},
     {"config", "layers", "stdlib_corpus", "blocks", "untrusted", "processor", "kernels"},
-    {"ledger", "remote"},
+    {"ledger", "remote", "rerun"},
     {"entries", "summary"},
     {"artifacts"},
     {

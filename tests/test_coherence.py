@@ -59,6 +59,8 @@ THREE = {"clients": {"ann": 5, "ben": 5, "cleo": 5}}
             THREE | ROBUST | {"aggregator": "krum"},
             "krum needs 5 updates to stand 1 hostile clients, but only 3 clients are named; name more or lower it",
         ),
+        ({"package": "p", "heal_steps": 9}, "package is made already, and heal_steps would say how to make one"),
+        ({"package": "p", "base_id": "me/x", "tiers": {}}, "package is made already, and base_id, tiers would say how"),
         ({"clients": {}}, "min_updates is 1, but only 0 clients are named"),
         ({"weighting": "loss", "client_eval_examples": 0}, "weighting loss needs held-out losses, but"),
         ({"budget": "5OOMB"}, "budget is '5OOMB'; expected a size such as 2GiB or 1500MB"),

@@ -408,6 +408,54 @@ def test_settings_that_make_no_package_do_not_become_the_run_s(home, tmp_path, c
     assert not (tmp_path / "run" / "federation.json").exists()
 
 
+@pytest.fixture(scope="module")
+def given(home, whole, tmp_path_factory):
+    """The whole run's package as it comes from elsewhere, with a card, and a federation's file that names it."""
+    path = tmp_path_factory.mktemp("given")
+    shutil.copytree(whole[0] / "package", path / "package")
+    (path / "package" / "README.md").write_text("A card.")
+    federation = yaml.safe_load((home / "federation.yaml").read_text()) | {"package": str(path / "package")}
+    del federation["keep_layers"]
+    (path / "federation.yaml").write_text(yaml.safe_dump(federation))
+    return path
+
+
+def test_a_run_takes_a_package_that_was_made_elsewhere_and_goes_on_with_its_copy(given, whole, tmp_path):
+    class Stopped(BaseException):
+        pass
+
+    def train(job):
+        assert job.package == tmp_path / "run" / "package"
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        run(given, tmp_path / "run", train)
+    digests = [read_manifest(path / "package", PackageManifest).digest for path in (tmp_path / "run", whole[0])]
+    assert digests[0] == digests[1]
+    assert not (tmp_path / "run" / "package" / "README.md").exists()
+    (given / "package").rename(given / "away")
+    with pytest.raises(Stopped):
+        run(given, tmp_path / "run", train)
+    (given / "away").rename(given / "package")
+
+
+def test_a_given_package_is_looked_at_before_anything_else(given, tmp_path):
+    with pytest.raises(ArtifactError, match="is not a directory; expected a package"):
+        run(given, tmp_path / "run", package=str(tmp_path / "nowhere"), checkpoint="nobody/nothing")
+    shutil.copytree(given / "package", tmp_path / "package")
+    with (tmp_path / "package" / "model.safetensors").open("r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"\xff")
+    with pytest.raises(ArtifactError, match="has the digest"):
+        run(given, tmp_path / "run", package=str(tmp_path / "package"), checkpoint="nobody/nothing")
+    make_checkpoint(tmp_path / "other", layers=4, tokenizer=True, seed=5)
+    with pytest.raises(ArtifactError, match=r"package is a package of checkpoint with .*; give the package of this ch"):
+        run(given, tmp_path / "run", checkpoint=str(tmp_path / "other"))
+    with pytest.raises(ConfigError, match="no_proj"):
+        run(given, tmp_path / "run", lora=LoraSettings(targets=["no_proj"]))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
 def test_an_update_that_cannot_be_read_or_is_signed_by_another_does_not_stop_the_round(home, tmp_path):
     def train(job):
         IN_PROCESS(job)

@@ -1,0 +1,32 @@
+"""What a rerun must have in common with the run that it goes on with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from hf_fedlarge.config import FederationConfig
+from hf_fedlarge.errors import ConfigError
+
+SETTINGS = "federation.json"
+# More rounds, another budget, other clients or another way to start them don't change what was committed.
+_MAY_CHANGE = {"rounds", "launcher", "budget", "clients"}
+
+
+def begun_with(run: Path, config: FederationConfig) -> str | None:
+    """The revision of the base that a run began with; of one that begins now, the one that is asked for.
+
+    Raises:
+        ConfigError: the run has other settings.
+    """
+    path = run / SETTINGS
+    if not path.exists():
+        return config.revision
+    found, settings = json.loads(path.read_text()), config.model_dump(mode="json")
+    # What a run from before a setting was there did is what the setting does by default.
+    before = {name: field.default for name, field in type(config).model_fields.items()} | found["settings"]
+    keys = (settings.keys() | found["settings"].keys()) - _MAY_CHANGE
+    changed = sorted(key for key in keys if settings.get(key) != before.get(key))
+    if changed:
+        raise ConfigError(f"{run} was run with other settings for {', '.join(changed)}; choose another --output.")
+    return found["revision"]
