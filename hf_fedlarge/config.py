@@ -145,6 +145,8 @@ class SelectionSettings(Record):
     late: Literal["refuse", "buffer"] = "refuse"
 
 
+# What an attempt at a round was begun with holds to its end, so that the next one may go by other values.
+ATTEMPT_SETTINGS = {"deadline_seconds", "late", "min_updates"}
 ADAPTIVE = ("adam", "yogi", "adagrad")
 WEIGHTINGS = ("tokens", "examples", "equal", "loss")
 

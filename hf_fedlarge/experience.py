@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from hf_fedlarge.config import ATTEMPT_SETTINGS, FederationConfig
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.plan import CheckIn
 
@@ -31,6 +32,29 @@ def seen(check_ins: Sequence[CheckIn], journal: Journal) -> list[CheckIn]:
     ]
 
 
+def as_begun(config: FederationConfig, selected: Sequence[dict[str, Any]]) -> FederationConfig:
+    """The settings with those that the last of a round's attempts was begun with, as far as the journal kept them."""
+    last = selected[-1] if selected else {}
+    return config.model_copy(update={name: last[name] for name in ATTEMPT_SETTINGS & last.keys()})
+
+
+def late_updates(journal: Journal, number: int, accepted: Collection[str]) -> list[list[Any]]:
+    """Round and client of the late updates of earlier rounds that can count in round `number`.
+
+    Not those of clients whose update for this round was accepted.
+    """
+    used = [late for entry in journal.find("closed") for late in entry["late"]]
+    # A server that was killed before it said so may have taken the update in time when it came back.
+    said = {(entry["round"], entry["client"]) for entry in journal.find("validated", accepted=False)}
+    in_time = {(entry["round"], entry["client"]) for entry in journal.find("validated", accepted=True)}
+    kept = {(entry["round"], entry["client"]) for entry in journal.find("late")} & said - in_time
+    return sorted(
+        [past, client]
+        for past, client in kept
+        if past < number and client not in accepted and [past, client] not in used
+    )
+
+
 class Terms:
     """On what terms clients take part in each round: they hold for it, though a client be gone by now or say otherwise.
 
@@ -42,6 +66,7 @@ class Terms:
         self._journal, self._read = journal, 0
         self._said: dict[tuple[str, int], CheckIn] = {}
         self._tiers: dict[tuple[str, int], int | None] = {}
+        self._deadlines: dict[int, float | None] = {}
 
     def check_in(self, client: str, number: int) -> CheckIn | None:
         """What a client said when it was drawn for a round, in whichever attempt it said most examples.
@@ -56,11 +81,18 @@ class Terms:
         self._read_on()
         return self._tiers.get((client, number))
 
+    def deadline(self, number: int, otherwise: float | None) -> float | None:
+        """Of the last attempt at a round; `otherwise` before there is one, or before the journal kept it."""
+        self._read_on()
+        return self._deadlines.get(number, otherwise)
+
     def _read_on(self) -> None:
         for entry in self._journal.entries[self._read :]:
             if entry["event"] == "asked":
                 self._tiers[entry["client"], entry["round"]] = entry.get("tier")
             elif entry["event"] == "selected":
+                if "deadline_seconds" in entry:
+                    self._deadlines[entry["round"]] = entry["deadline_seconds"]
                 for client, said in entry.get("said", {}).items():
                     before = self._said.get((client, entry["round"]))
                     examples = max(said["examples"], before.examples if before else 0)
@@ -81,7 +113,9 @@ def last_paces(journal: Journal, number: int, deadline: float) -> dict[str, Past
 
     Seconds are a client's word. A client that was asked, and gave neither an update nor a reason until a deadline had
     passed, took at least as long as that. What comes late, while round `number` runs, changes nothing any more.
+    `deadline` is that of rounds from before the journal kept it.
     """
+    deadlines: dict[int, float] = {}
     found: dict[str, Past] = {}
     asked, selected, waiting = set[str](), set[str](), set[str]()  # in a round, in an attempt, and not heard in that
     goal = 0
@@ -90,6 +124,7 @@ def last_paces(journal: Journal, number: int, deadline: float) -> dict[str, Past
         if at >= number:
             break
         if event == "selected":
+            deadlines[at] = entry.get("deadline_seconds") or deadline
             asked = asked if entry["attempt"] > 1 else set()  # who is asked again has no entry of that
             selected, goal = set(entry["clients"]), entry["goal"]
             waiting = asked & selected
@@ -97,7 +132,7 @@ def last_paces(journal: Journal, number: int, deadline: float) -> dict[str, Past
             asked.add(client)
             waiting |= {client} & selected
         elif event == "received" and entry.get("overdue"):
-            found[client] = Past(at, deadline, missed=True)
+            found[client] = Past(at, deadlines.get(at, deadline), missed=True)
         elif event == "received" and _is_measured(entry):
             found[client] = Past(at, float(entry["seconds"]))
         elif event in ("validated", "failed"):
@@ -105,7 +140,7 @@ def last_paces(journal: Journal, number: int, deadline: float) -> dict[str, Past
         elif event in ("closed", "abandoned"):
             counted = entry["clients" if event == "closed" else "accepted"]
             if len(counted) < goal:  # else nobody waited for the others until the deadline
-                found |= {client: Past(at, deadline, missed=True) for client in waiting - set(counted)}
+                found |= {client: Past(at, deadlines[at], missed=True) for client in waiting - set(counted)}
             waiting = set()
     return found
 

@@ -127,7 +127,11 @@ class Jobs:
 
     def _is_fast_enough(self, client: str, tier: Tier, number: int) -> bool:
         seconds = self._seconds(client, tier, number)
-        return seconds is None or seconds < self.config.deadline_seconds
+        return seconds is None or seconds < self._deadline(number)
+
+    def _deadline(self, number: int) -> float | None:
+        deadline = self.config.deadline_seconds
+        return self._terms.deadline(number, deadline) if self._terms else deadline
 
     def _seconds(self, client: str, tier: Tier, number: int) -> float | None:
         """How long a client would train with a tier's package: as long as the last time, by the bytes of the two."""
@@ -137,10 +141,10 @@ class Jobs:
         return past.seconds * (tier.manifest.total_bytes / then.manifest.total_bytes)
 
     def _past(self, client: str, number: int) -> Past | None:
-        if self.config.deadline_seconds is None or self._journal is None or len(self.tiers) == 1:
+        if self._deadline(number) is None or self._journal is None or len(self.tiers) == 1:
             return None
         if number not in self._paces:  # the journal before a round that has begun doesn't change
-            self._paces[number] = last_paces(self._journal, number, self.config.deadline_seconds)
+            self._paces[number] = last_paces(self._journal, number, self._deadline(number))
         return self._paces[number].get(client)
 
     def describe_pace(self, client: str, number: int) -> str | None:
@@ -152,7 +156,7 @@ class Jobs:
         pace = Pace(*(self._seconds(client, one, number) for one in (tier, above)), past.missed)
         memory = self._said(client, number).memory_bytes or able[0].memory_bytes
         tokens = batch(self.config.training) * max_length(self.config.training)
-        said = describe_pace(pace, memory, tokens, self.config.deadline_seconds, tier.manifest, tier.lora)
+        said = describe_pace(pace, memory, tokens, self._deadline(number), tier.manifest, tier.lora)
         return f"{client}: {said}"
 
     def adapter(self, tier: Tier, number: int) -> Path:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from hf_fedlarge.config import FederationConfig
+from hf_fedlarge.config import ATTEMPT_SETTINGS, FederationConfig
 from hf_fedlarge.errors import ConfigError
 
 SETTINGS = "federation.json"
-# More rounds, another budget, other clients or another way to start them don't change what was committed.
-_MAY_CHANGE = {"rounds", "launcher", "budget", "clients"}
+# More rounds, another budget, other clients or another way to start them don't change what was committed; what an
+# attempt at a round was begun with is in the journal.
+_MAY_CHANGE = {"rounds", "launcher", "budget", "clients"} | ATTEMPT_SETTINGS
 
 
 def begun_with(run: Path, config: FederationConfig) -> str | None:

@@ -213,7 +213,7 @@ class _Federation:
                 previous=self._adapter(number - 1),
                 older=[self._adapter(past - 1) for past in sorted(set(late.values()))],
                 round_number=number,
-                min_updates=self.config.min_updates,
+                min_updates=server.settings.min_updates,
                 tiers=self.jobs.derived(number),
                 asked={update: self.jobs.asked(update.name, its) for update, its in number_of.items()},
                 codec=self.config.wire_codec,
@@ -265,8 +265,7 @@ class _Federation:
         """Hand what the order's clients answer to the round, until it has what it wants."""
         down = self.clients.down
         late: list[str] = []
-        if self.config.late == "buffer" and down == "offered" and order.round > 1:
-            past = server.earlier(order.round - 1)
+        if down == "offered" and (past := server.keeping):
             late = past.unheard(past.last_order)
         self.jobs.check_budget(self.journal, server.waiting(order), order.round, down, late)
 

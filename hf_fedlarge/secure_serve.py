@@ -78,7 +78,7 @@ class SecureRound:
         self._jobs, self._server, self._order = jobs, server, order
         self._home = (server.work / SUM).parent
         self._place = secure(order.round, order.attempt)
-        self._least = config.min_updates
+        self._least = server.settings.min_updates
 
     def answers(self) -> Answers:
         """All stages; as `clients.Clients.answers` yields.

@@ -202,9 +202,8 @@ class StoreClients:
         self, jobs: Jobs, server: RoundServer, order: Order, asked: Callable[[str], None]
     ) -> Iterator[tuple[str, str | None]]:
         """Publish the order, and look into the inbox until the round has what it wants."""
-        late = order.round - (self._config.late == "buffer")
         for home in (INBOX, SECURE):
-            self.patience.look(clear, self.store, home, late)
+            self.patience.look(clear, self.store, home, order.round - bool(server.keeping))
         self.patience.look(self._forget, order.round)
         waiting = server.waiting(order)
         for client in waiting:
@@ -238,8 +237,8 @@ class StoreClients:
                     heard = True
                     yield client, came or None
             self.patience.look(self._tell, server, order)
-            if self._config.late == "buffer" and order.round > 1:
-                self._take_late(jobs, server.earlier(order.round - 1), server.work / ".late")
+            if past := server.keeping:
+                self._take_late(jobs, past, server.work / ".late")
             if heard:
                 since = time.monotonic()
             else:
@@ -295,7 +294,7 @@ class StoreClients:
             proximal=self._config.proximal,
             eval_examples=self._config.client_eval_examples,
             codec=self._config.wire_codec,
-            late=self._config.late,
+            late=server.settings.late,
             closes_at=None if left is None else time.time() + left,
             secure=secure,
         )

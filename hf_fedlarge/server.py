@@ -36,9 +36,9 @@ from hf_fedlarge.artifacts import (
     verify_files,
     write_json,
 )
-from hf_fedlarge.config import FederationConfig
+from hf_fedlarge.config import ATTEMPT_SETTINGS, FederationConfig
 from hf_fedlarge.errors import ArtifactError, UpdateRefusedError
-from hf_fedlarge.experience import seen
+from hf_fedlarge.experience import as_begun, late_updates, seen
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import SIGNATURE_NAME, read_signature
 from hf_fedlarge.ledger import Draw
@@ -75,7 +75,7 @@ class RoundServer:
         rounds: the run's directory of rounds.
         number: the round's.
         journal: the run's.
-        config: what the round is selected and closed by.
+        config: what the round is selected and closed by; an attempt keeps what it was begun with (`settings`).
         validate: checks a client's update for a round and gives its manifest, or raises `UpdateRefusedError`.
     """
 
@@ -92,7 +92,7 @@ class RoundServer:
         self.committed = rounds / f"{number:04d}"
         self.work = rounds / f".{number:04d}.work"
         self._late = rounds / ".late"
-        self.begin_wait(config.deadline_seconds)
+        self.begin_wait(self.settings.deadline_seconds)
         # Whoever reaches the clients may have a thread for each: what is looked up and then written is one step.
         self._lock = threading.Lock()
 
@@ -135,7 +135,8 @@ class RoundServer:
                 client: {"examples": there[client].examples, "memory_bytes": there[client].memory_bytes}
                 for client in cohort
             }
-            self._write("selected", attempt=attempt, clients=cohort, said=said, goal=goal, **of)
+            begun = config.model_dump(include=ATTEMPT_SETTINGS)
+            self._write("selected", attempt=attempt, clients=cohort, said=said, goal=goal, **of, **begun)
             self.begin_wait(config.deadline_seconds)
         return self.last_order
 
@@ -144,6 +145,11 @@ class RoundServer:
         """The round's last attempt, open or not."""
         last = self._of("selected")[-1]
         return Order(self.number, last["attempt"], tuple(last["clients"]), last["goal"])
+
+    @property
+    def settings(self) -> FederationConfig:
+        """What the last attempt goes by: a server that is started again may be given others for the next."""
+        return as_begun(self.config, self._of("selected"))
 
     @property
     def draw(self) -> Draw | None:
@@ -159,6 +165,12 @@ class RoundServer:
     def earlier(self, number: int) -> RoundServer:
         """An earlier round of the same run, for updates that come late."""
         return RoundServer(self._rounds, number, self.journal, self.config, self._validate)
+
+    @property
+    def keeping(self) -> RoundServer | None:
+        """The round before, for which late updates are kept; None: there is none, or they are refused."""
+        past = self.earlier(self.number - 1)
+        return past if past.number and past.settings.late == "buffer" else None
 
     @property
     def is_open(self) -> bool:
@@ -228,7 +240,7 @@ class RoundServer:
             if entry["accepted"] or entry["attempt"] == order.attempt:
                 return Receipt(client, digest, entry["accepted"], entry["reason"])
         reason, late = self._refusal(order, client), self._is_closed(order)
-        if reason is None and late and self.config.late == "refuse":
+        if reason is None and late and self.settings.late == "refuse":
             reason = f"{client} refused: its update came after round {self.number} was closed."
         if reason is None:
             try:
@@ -296,19 +308,6 @@ class RoundServer:
     def _is_closed(self, order: Order) -> bool:
         return bool(self._of("closed", attempt=order.attempt)) or self.is_late
 
-    def _kept(self) -> list[list[Any]]:
-        """Round and client of the late updates of earlier rounds that can count in this one."""
-        used = [late for entry in self.journal.find("closed") for late in entry["late"]]
-        # A server that was killed before it said so may have taken the update in time when it came back.
-        said = {(entry["round"], entry["client"]) for entry in self.journal.find("validated", accepted=False)}
-        in_time = {(entry["round"], entry["client"]) for entry in self.journal.find("validated", accepted=True)}
-        kept = {(entry["round"], entry["client"]) for entry in self.journal.find("late")} & said - in_time
-        return sorted(
-            [number, client]
-            for number, client in kept
-            if number < self.number and client not in self.accepted and [number, client] not in used
-        )
-
     # Aggregated, evaluated, committed
 
     def close(
@@ -331,11 +330,12 @@ class RoundServer:
             UpdateRefusedError: too few updates count; the round is abandoned and the run's state is what it was.
         """
         if not self._of("closed"):
-            needed = max(self.config.min_updates, self.config.fewest_updates)
+            needed = max(self.settings.min_updates, self.config.fewest_updates)
             if len(self.accepted) < needed:
                 found = f"{len(self.accepted)} valid updates of {len(order.clients)} clients"
                 self.abandon(order, f"{found}; at least {needed} are needed.")
-            self._write("closed", attempt=order.attempt, clients=self.accepted, late=self._kept())
+            late = late_updates(self.journal, self.number, self.accepted)
+            self._write("closed", attempt=order.attempt, clients=self.accepted, late=late)
         [closed] = self._of("closed")
         updates = [self.work / client for client in sorted(closed["clients"])]
         late = {self._late / f"{number:04d}" / client: number for number, client in closed["late"]}

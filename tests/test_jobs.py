@@ -10,6 +10,7 @@ from served import CLIENTS, Server, make_home
 from hf_fedlarge.artifacts import MANIFEST_NAME
 from hf_fedlarge.clients import SimulatedClients, write_check_ins
 from hf_fedlarge.errors import FedLargeError
+from hf_fedlarge.experience import late_updates
 from hf_fedlarge.orders import inbox
 from hf_fedlarge.plan import CheckIn
 from hf_fedlarge.rounds import drive
@@ -63,7 +64,7 @@ def test_who_was_asked_and_is_gone_is_late_or_refused_like_any_other(home, tmp_p
     store.write(f"{inbox(1, 'cleo', 1)}/{MANIFEST_NAME}", b"{}")
     server.open(2)
     server.ask()
-    assert server.round._kept() == [[1, "ben"]]
+    assert late_updates(server.journal, 2, server.round.accepted) == [[1, "ben"]]
     causes = {entry["client"]: entry["reason"] for entry in server.round.earlier(1).refused}
     assert causes["cleo"].startswith("cleo refused: ")
 

@@ -357,6 +357,28 @@ def test_other_settings_do_not_go_on_with_a_run(home, whole, tmp_path):
         run(home, tmp_path / "run", seed=1, aggregator="fedavg")
 
 
+def test_a_round_that_was_closed_is_aggregated_as_it_was_begun(home, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def train(job):
+        if job.client == "team-red":
+            raise ClientFailedError("the battery is empty")
+        lora = LoraSettings(rank=4, alpha=8)
+        make_update(job.output, job.package, job.client, lora=lora, adapter=job.adapter, examples=9)
+
+    def killed(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_fedlarge.rounds.aggregate_updates", killed)
+        with pytest.raises(Killed):
+            run(home, tmp_path / "run", train, cohort=None, rounds=1)
+    changes = {"min_updates": 4, "deadline_seconds": 60.0, "late": "buffer"}
+    [entry] = run(home, tmp_path / "run", train, cohort=None, rounds=1, **changes)["rounds"]
+    assert len(entry["clients"]) == 3
+
+
 def test_two_servers_on_one_run_are_kept_apart(home, tmp_path):
     def train(job):
         with pytest.raises(OutputError, match="is in use by another server"):

@@ -40,6 +40,7 @@ from hf_fedlarge.cli import main
 from hf_fedlarge.clients import write_check_ins
 from hf_fedlarge.config import LoraSettings, load_federation
 from hf_fedlarge.errors import ArtifactError, ConfigError, DataError, OutputError, StoreError
+from hf_fedlarge.experience import late_updates
 from hf_fedlarge.keys import allow, new_key, read_key, revoke
 from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.memory import used_bytes
@@ -537,10 +538,24 @@ def test_a_late_update_is_kept_for_the_next_round_where_the_policy_says_so(home,
     server.ask()
     assert any("ben came after round 1 was closed" in line for line in server.said)
     make_update(tmp_path / "two", home / "package", "ann", seed=9, adapter=server.adapter(1), round_number=2)
-    assert server.round._kept() == [[1, "ben"]]
+    assert late_updates(server.journal, 2, server.round.accepted) == [[1, "ben"]]
     # In the next round the inbox of the first is cleared.
     clear(store, INBOX, 2)
     assert store.names("inbox") == []
+
+
+def test_a_late_update_is_kept_as_its_round_was_begun_though_the_next_one_refuses_them(home, store, tmp_path):
+    server = Server(home, tmp_path / "run", store, deadline_seconds=0.3, late="buffer")
+    server.open()
+    send(home, store, "ann")
+    server.ask()
+    server.close()
+    send(home, store, "ben")
+    server = Server(home, tmp_path / "run", store, deadline_seconds=0.2)
+    server.open(2)
+    server.ask()
+    assert late_updates(server.journal, 2, server.round.accepted) == [[1, "ben"]]
+    assert server.round.earlier(3).keeping is None
 
 
 def test_the_store_keeps_what_the_last_two_rounds_start_from_and_a_restarted_server_needs_nothing_else(

@@ -18,7 +18,7 @@ from hf_fedlarge.architectures import describe
 from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, read_manifest
 from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.errors import ArtifactError, UpdateRefusedError
-from hf_fedlarge.experience import seen
+from hf_fedlarge.experience import late_updates, seen
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.package import package_config
@@ -241,6 +241,39 @@ def test_another_attempt_at_a_round_has_its_own_deadline(home, tmp_path):
     assert len(server.waiting(again)) == 3
 
 
+def test_an_attempt_goes_on_as_it_was_begun_and_the_next_by_what_a_new_server_is_given(home, tmp_path):
+    _, order = opened(home, tmp_path, deadline_seconds=60, late="buffer")
+    server = make_server(home, tmp_path, deadline_seconds=0.01, min_updates=3)
+    assert server.open(check_ins()) == order
+    first, second, third = order.clients
+    time.sleep(0.02)
+    assert server.receive(order, first, home / "updates" / first).accepted
+    server.fail(order, second, f"{second} has no power")
+    server.begin_wait(-1)
+    assert "kept for a later one" in server.receive(order, third, home / "updates" / third).reason
+    with pytest.raises(UpdateRefusedError, match="at least 2 are needed"):
+        close(server, order, home)
+    again = server.open(check_ins())
+    time.sleep(0.02)
+    assert server.is_late
+    late = next(client for client in again.clients if client != first)
+    assert "after round 1 was closed" in server.receive(again, late, home / "updates" / late).reason
+    with pytest.raises(UpdateRefusedError, match="at least 3 are needed"):
+        close(server, again, home)
+
+
+def test_a_journal_that_does_not_say_what_a_round_was_begun_with_goes_on_by_what_is_given(home, tmp_path):
+    opened(home, tmp_path, deadline_seconds=60)
+    path = tmp_path / "journal.jsonl"
+    [selected] = events(tmp_path, "selected")
+    for name in ("deadline_seconds", "late", "min_updates"):
+        del selected[name]
+    path.write_text(json.dumps(selected) + "\n")
+    server = make_server(home, tmp_path, deadline_seconds=9.0, late="buffer", min_updates=1)
+    assert server.settings == server.config
+    assert 8 < server.seconds_left < 9
+
+
 def test_what_comes_late_may_be_kept_for_the_next_round(home, tmp_path):
     server, order = opened(home, tmp_path, cohort=2, min_updates=1, deadline_seconds=0.2, late="buffer")
     first, second = order.clients
@@ -303,10 +336,11 @@ def test_a_late_update_that_a_new_server_took_in_time_counts_once(home, tmp_path
             server.receive(order, client, home / "updates" / client)
     assert events(tmp_path, "late")
     again = make_server(home, tmp_path, **changes)
+    again.begin_wait(None)
     assert again.receive(order, client, home / "updates" / client).accepted
     following = RoundServer(tmp_path / "rounds", 2, again.journal, config(**changes), lambda *_: None)
     following.open([CheckIn("someone", 1)])
-    assert following._kept() == []
+    assert late_updates(following.journal, 2, {}) == []
 
 
 def test_an_abandoned_round_keeps_what_was_accepted_for_the_next_attempt(home, tmp_path):

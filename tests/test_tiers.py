@@ -267,6 +267,17 @@ def test_a_round_of_which_nothing_came_slows_its_clients_too(make_paced):
     assert [paced.tier(client, 2) for client in ("ann", "ben")] == [1, 1]
 
 
+def test_another_deadline_holds_for_rounds_that_begin_later(make_paced):
+    paced = make_paced(memory=3 * 10**9)
+    paced.round(1, ann=30.0)
+    RoundServer(paced.path / "rounds", 2, paced.journal, paced.config, None).open(list(paced.jobs.check_ins.values()))
+    paced.config = paced.config.model_copy(update={"deadline_seconds": 50.0})
+    paced.start()  # before anybody was asked
+    assert paced.tier("ben", 2) == 1
+    assert "at 512 tokens and 40 s" in paced.jobs.describe_pace("ben", 2)
+    assert paced.tier("ben", 3) == 0  # for it missed one of 40 s
+
+
 def test_a_reason_is_no_missed_deadline(make_paced):
     paced = make_paced()
     paced.round(1, failed=["ben"], ann=30.0)
