@@ -291,7 +291,7 @@ def test_a_budget_has_room_for_what_may_still_come_of_the_round_before(rounds, m
     needed = sum(entry["bytes"] for entry in server.journal.find("asked", "received", "told"))
     needed += changed_bytes(server.adapter(1), None) + server.jobs.upload_bytes("ann", 2)
     for late, more in (("refuse", 0), ("buffer", server.jobs.upload_bytes("ann", 1))):
-        federation.config = server.config.model_copy(update={"late": late})
+        server.journal.find("selected", round=1)[-1]["late"] = late
         server.jobs.config = server.config.model_copy(update={"budget": f"{needed + more}B"})
         _Federation._ask(federation, server.round, server.order)
         server.jobs.config = server.config.model_copy(update={"budget": f"{needed + more - 1}B"})
