@@ -109,22 +109,18 @@ def plan_package(
         FedLargeError: as `plan_shrink`, or the calibration text can't be used.
     """
     plan, wanted = _even_plan(checkpoint, settings)
-    keep_layers = wanted["keep_layers"]
-    listed = isinstance(parse_layers(keep_layers, plan.layers), list)
-    by_layer = settings.layer_choice != "uniform" and plan.dropped and not listed
-    by_width = settings.width_choice != "uniform" and max(plan.widths.values(), default=0) > BLOCK
-    if not by_layer and not by_width:
+    if not plan.undecided:
         return replace(plan, sequences=sequences)
     sequences = sequences or calibration_text(checkpoint, settings)
     known: dict[str, Any] = {"sequences": sequences}
-    if by_layer:
+    kept = plan.kept
+    if "layers" in plan.undecided:
         choice = choose(checkpoint, sequences, settings.layer_choice, len(plan.kept), progress)
-        wanted |= {"keep_layers": choice.kept}
+        wanted["keep_layers"] = kept = choice.kept
         known |= {"scores": tuple(choice.scores), "scored": choice.cost}
-    if by_width:
-        kept = wanted["keep_layers"] if by_layer else plan.kept
+    if "widths" in plan.undecided:
         (mean,) = set(plan.widths.values())
-        wanted |= {"keep_neurons": choose_widths(checkpoint, kept, sequences, mean, progress)}
+        wanted["keep_neurons"] = choose_widths(checkpoint, kept, sequences, mean, progress)
     return replace(plan_shrink(checkpoint, **wanted), **known)
 
 
@@ -132,7 +128,7 @@ def check_plan(checkpoint: Path, settings: PackageSettings) -> ShrinkPlan:
     """Refuse what `plan_package` would refuse; no layer is computed.
 
     Returns:
-        The plan with layers evenly spread and all of one width.
+        The plan with layers evenly spread and all of one width, and what of that is undecided.
 
     Raises:
         FedLargeError: as `plan_package`.
@@ -144,7 +140,7 @@ def check_plan(checkpoint: Path, settings: PackageSettings) -> ShrinkPlan:
 
 
 def _even_plan(checkpoint: Path, settings: PackageSettings) -> tuple[ShrinkPlan, dict[str, Any]]:
-    """The plan with layers evenly spread and all of one width, and what `plan_shrink` was given for it."""
+    """The plan of `check_plan`, and what `plan_shrink` was given for it."""
     keep_layers, keep_neurons = settings.kept
     wanted = {"keep_layers": keep_layers, "keep_neurons": keep_neurons, "embeddings": settings.embeddings}
     plan = plan_shrink(checkpoint, **wanted)
@@ -152,7 +148,12 @@ def _even_plan(checkpoint: Path, settings: PackageSettings) -> tuple[ShrinkPlan,
         raise ConfigError(
             "A surrogate stands behind a kept layer, but layer 0 is dropped: keep it, or use no surrogate."
         )
-    return plan, wanted
+    listed = isinstance(parse_layers(keep_layers, plan.layers), list)
+    to_choose = {
+        "layers": settings.layer_choice != "uniform" and plan.dropped and not listed,
+        "widths": settings.width_choice != "uniform" and max(plan.widths.values(), default=0) > BLOCK,
+    }
+    return replace(plan, undecided=tuple(what for what, wanted in to_choose.items() if wanted)), wanted
 
 
 def calibration_text(checkpoint: Path, settings: PackageSettings) -> list[torch.Tensor]:

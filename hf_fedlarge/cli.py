@@ -143,7 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _shrink(options: argparse.Namespace) -> None:
     from hf_fedlarge.artifacts import check_output
-    from hf_fedlarge.calibrate import make_package, plan_package
+    from hf_fedlarge.calibrate import check_plan, make_package, plan_package
     from hf_fedlarge.config import PackageSettings, checked
     from hf_fedlarge.hub import resolve_checkpoint
     from hf_fedlarge.layers import format_ranges
@@ -152,11 +152,12 @@ def _shrink(options: argparse.Namespace) -> None:
         check_output(options.output, options.overwrite)
     settings = checked(PackageSettings, {name: getattr(options, name) for name in PackageSettings.model_fields})
     checkpoint, revision = resolve_checkpoint(options.checkpoint, options.revision)
+    if options.dry_run:
+        print(check_plan(checkpoint, settings).describe())
+        return
     with progress_bar("choosing", None, " layers") as choosing:
         plan = plan_package(checkpoint, settings, choosing)
     print(plan.describe())
-    if options.dry_run:
-        return
     with (
         progress_bar("fitting", plan.layers, " layers") as fitting,
         progress_bar("shrinking", plan.package_bytes) as writing,

@@ -69,7 +69,9 @@ def add_shrinking(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--embeddings", choices=("int8", "nf4", "bf16"), default="int8", help="embedding and head (int8)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan, but for what is chosen on the text, and write nothing"
+    )
 
 
 def add_aggregation(parser: argparse.ArgumentParser) -> None:

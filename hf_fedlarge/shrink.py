@@ -65,6 +65,7 @@ class ShrinkPlan:
         scores: what each layer scored, where they were chosen by scores; else none.
         scored: by what, and what that took.
         widths: layer → how many of its neurons stay; layers that are not listed keep all.
+        undecided: what of layers and widths is even here, and still to be chosen on calibration text.
         full_bytes, package_bytes: weights before and after, surrogates left out.
         sequences: calibration text (`calibrate.calibration_sequences`), where it was given or read for the plan.
     """
@@ -80,6 +81,7 @@ class ShrinkPlan:
     scores: tuple[float, ...] = ()
     scored: str = ""
     widths: Mapping[int, int] = field(default_factory=dict)
+    undecided: tuple[str, ...] = ()
     sequences: Sequence[torch.Tensor] = field(default=(), repr=False, compare=False)
 
     @property
@@ -99,6 +101,7 @@ class ShrinkPlan:
             having.setdefault(self.widths.get(layer, self.architecture.neuron_count), []).append(layer)
         neurons = (f"layer {format_ranges(having[width])}: {width}" for width in sorted(having, reverse=True))
         count = Counter(self.codecs.values())
+        about, even = "about " if "widths" in self.undecided else "", " and ".join(self.undecided)
         return (
             f"{self.checkpoint}: keep {len(self.kept)} of {self.layers} layers\n"
             f"  kept     {format_ranges(self.kept)}\n"
@@ -108,8 +111,9 @@ class ShrinkPlan:
             + ", ".join(f"{count[codec]} {codec}" for codec in ("nf4", "int8", "dense") if codec in count)
             + (f"\n  scores   {self.scored}" if self.scores else "")
             + "".join(f"\n  layer {layer:3} scores {score:.4f}" for layer, score in enumerate(self.scores))
-            + f"\n  weights  {self.full_bytes / 1e6:.1f} MB → {self.package_bytes / 1e6:.1f} MB"
+            + f"\n  weights  {self.full_bytes / 1e6:.1f} MB → {about}{self.package_bytes / 1e6:.1f} MB"
             f" ({self.package_bytes / self.full_bytes:.1%})"
+            + (f"\n  open     {even}, even here: the calibration text decides when the package is made" if even else "")
         )
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from hf_fedlarge.architectures import describe
 from hf_fedlarge.artifacts import PackageManifest, read_manifest
 from hf_fedlarge.calibrate import make_package, plan_package
+from hf_fedlarge.cli import main
 from hf_fedlarge.config import PackageSettings
 from hf_fedlarge.package import load_package, stream_checkpoint
 from hf_fedlarge.walk import Walk
@@ -108,6 +109,24 @@ def test_layers_and_their_widths_are_chosen_together(idle, tmp_path):
     assert len({plan.widths.get(layer, 256) for layer in plan.kept}) > 1
     make_package(plan, settings, tmp_path / "package")
     assert load_package(tmp_path / "package").package.kept_layers == list(plan.kept)
+
+
+def test_a_dry_run_computes_no_layer_and_says_what_is_still_to_be_chosen(idle, tmp_path, capsys, monkeypatch):
+    def computed(*_):
+        raise AssertionError
+
+    monkeypatch.setattr("hf_fedlarge.calibrate.choose", computed)
+    monkeypatch.setattr("hf_fedlarge.calibrate.choose_widths", computed)
+    words = ["shrink", str(idle), "-o", str(tmp_path / "output"), "--dry-run", "--layer-choice", "loss"]
+    assert main([*words, "--keep-layers", "3", "--keep-neurons", "0.5"]) == 0
+    said = capsys.readouterr().out
+    assert "neurons  layer 0-1, 3: 128\n" in said
+    assert "MB → about " in said
+    assert "open     layers and widths, even here: the calibration text decides when the package is made" in said
+    assert main([*words, "--keep-layers", "0-2"]) == 0
+    said = capsys.readouterr().out
+    assert "about" not in said
+    assert "open" not in said
 
 
 def test_a_package_of_such_widths_computes_what_one_with_zeros_for_neurons_that_went_does(idle, tmp_path):
