@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -32,13 +33,30 @@ def spell_seconds(seconds: float) -> str:
 
 
 def by_tenths(report: Callable[[str], None], what: str, layers: int) -> Callable[[int], None]:
-    """A function that is told of every layer that is done, and reports a line for each tenth of them."""
+    """A function that is told of every layer that is done, and reports a line for each tenth of them.
+
+    How long the others take is told by those since the first that it was told of: what was interrupted goes on there.
+    """
+    first, since = layers, 0.0
 
     def advance(done: int) -> None:
+        nonlocal first, since
+        now = time.monotonic()
+        if done <= first:
+            first, since = done, now
         if done * 10 // layers > (done - 1) * 10 // layers:
-            report(f"{what}: {done} of {layers} layers are done")
+            known = first < done < layers
+            left = f", about {_duration((now - since) / (done - first) * (layers - done))} left" if known else ""
+            report(f"{what}: {done} of {layers} layers are done{left}")
 
     return advance
+
+
+def _duration(seconds: float) -> str:
+    """In the unit that a person would take: 40 s, 12 min or 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def hide_bars() -> None:

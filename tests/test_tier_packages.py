@@ -16,10 +16,28 @@ def test_a_line_for_each_tenth_and_the_last_layer(layers, expected):
     for done in range(1, layers + 1):
         told(done)
     assert lines[-1] == f"fitting: {layers} of {layers} layers are done"
+    lines = [line.partition(",")[0] for line in lines]
     if isinstance(expected, int):
         assert len(lines) == expected
     else:
         assert lines == [f"fitting: {done} of {layers} layers are done" for done in expected]
+
+
+@pytest.mark.parametrize(
+    ("begun", "seconds", "left"), [(0, 2.0, "12 s"), (0, 60.0, "6 min"), (0, 3600.0, "6.0 h"), (2, 60.0, "6 min")]
+)
+def test_the_time_left_is_told_by_the_layers_that_were_done_since_it_began(monkeypatch, begun, seconds, left):
+    lines, clock = [], 500.0  # until the first layer is done libraries are loaded, and what was done before is read
+    told = by_tenths(lines.append, "fitting", 10)
+    monkeypatch.setattr("hf_fedlarge.progress.time.monotonic", lambda: clock)
+    for done in range(begun + 1, 11):
+        told(done)
+        clock += seconds
+    assert lines[0] == f"fitting: {begun + 1} of 10 layers are done"
+    assert lines[3 - begun] == f"fitting: 4 of 10 layers are done, about {left} left"
+    assert lines[-1] == "fitting: 10 of 10 layers are done"
+    told(1)  # of another pass
+    assert lines[-1] == "fitting: 1 of 10 layers are done"
 
 
 def test_who_waits_for_a_package_is_told_what_is_done(tmp_path):
