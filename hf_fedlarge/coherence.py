@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_fedlarge.budget import parse_bytes
@@ -27,13 +28,13 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 }
 
 
-def refuse(what: str, causes: dict[str, bool]) -> None:
-    """Refuse `what` for the first of the causes that was found.
+def refuse(what: str, causes: Sequence[tuple[bool, str]]) -> None:
+    """Refuse `what` for the first of the causes, (whether it was found, what to say), that was.
 
     Raises:
         ValueError: one was.
     """
-    for cause, found in causes.items():
+    for found, cause in causes:
         if found:
             raise ValueError(f"{what} {cause}")
 
@@ -71,34 +72,50 @@ def check_federation(config: FederationConfig) -> None:
     if config.privacy:
         refuse(
             "privacy",
-            {
-                "counts on cohorts drawn evenly; it needs selection: uniform": config.selection != "uniform",
-                "counts on all of a cohort of known size; leave out over_select": config.over_select > 0,
-                "can't take late updates, which are of another round's cohort; use late: refuse": config.late
-                == "buffer",
-                "can't be used with tiers, whose adapters have shapes of their own": bool(config.tiers),
-                "takes a round of however few answers, for a second draw would keep the first one's updates; leave "
-                "min_updates at 1": config.min_updates > 1,
-            },
+            [
+                (config.selection != "uniform", "counts on cohorts drawn evenly; it needs selection: uniform"),
+                (config.over_select > 0, "counts on all of a cohort of known size; leave out over_select"),
+                (
+                    config.late == "buffer",
+                    "can't take late updates, which are of another round's cohort; use late: refuse",
+                ),
+                (bool(config.tiers), "can't be used with tiers, whose adapters have shapes of their own"),
+                (
+                    config.min_updates > 1,
+                    "takes a round of however few answers, for a second draw would keep the first one's updates; leave "
+                    "min_updates at 1",
+                ),
+            ],
         )
     if config.secure:
         alone = min(config.cohort or 2, len(config.clients or "ab")) < 2
         refuse(
             "secure",
-            {
-                f"gives the server a sum of factors, but {config.aggregator} needs each client's own; use ffa or "
-                "fedavg": config.aggregator not in ("ffa", "fedavg"),
-                f"shows the server nothing that weighting {config.weighting} could be computed of; use equal, tokens "
-                "or examples": config.weighting not in ("equal", "tokens", "examples"),
-                "shows the server no update whose norm it could clip; leave out clip": config.clip is not None,
-                "sends whole numbers of its own, which can't be encoded again; leave codec at fp32": config.codec
-                != "fp32",
-                "can't be used with scaffold, whose control variates aren't masked": config.scaffold,
-                "masks an update for one round's clients; use late: refuse": config.late == "buffer",
-                "can't be used with tiers, whose updates have shapes of their own": bool(config.tiers),
-                "shows the server no tokens, and so no speeds; use another selection": config.selection == "resources",
-                "needs two clients in a round, for the sum of one is its update": alone,
-            },
+            [
+                (
+                    config.aggregator not in ("ffa", "fedavg"),
+                    f"gives the server a sum of factors, but {config.aggregator} needs each client's own; use ffa or "
+                    "fedavg",
+                ),
+                (
+                    config.weighting not in ("equal", "tokens", "examples"),
+                    f"shows the server nothing that weighting {config.weighting} could be computed of; use equal, "
+                    "tokens or examples",
+                ),
+                (config.clip is not None, "shows the server no update whose norm it could clip; leave out clip"),
+                (
+                    config.codec != "fp32",
+                    "sends whole numbers of its own, which can't be encoded again; leave codec at fp32",
+                ),
+                (config.scaffold, "can't be used with scaffold, whose control variates aren't masked"),
+                (config.late == "buffer", "masks an update for one round's clients; use late: refuse"),
+                (bool(config.tiers), "can't be used with tiers, whose updates have shapes of their own"),
+                (
+                    config.selection == "resources",
+                    "shows the server no tokens, and so no speeds; use another selection",
+                ),
+                (alone, "needs two clients in a round, for the sum of one is its update"),
+            ],
         )
     _check_clients(config)
     _check_packing(config)

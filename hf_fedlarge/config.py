@@ -264,14 +264,18 @@ class AggregationSettings(Record):
         if self.privacy:
             refuse(
                 "privacy",
-                {
-                    f"clips and adds noise to averaged factors, which {name} doesn't make; use ffa or fedavg": name
-                    not in ("ffa", "fedavg"),
-                    "bounds what each client does, so all count alike; it needs weighting: equal": self.weighting
-                    != "equal",
-                    "has a clip of its own; leave out the other one": self.clip is not None,
-                    "can't be used with scaffold, whose control variates have no noise": self.scaffold,
-                },
+                [
+                    (
+                        name not in ("ffa", "fedavg"),
+                        f"clips and adds noise to averaged factors, which {name} doesn't make; use ffa or fedavg",
+                    ),
+                    (
+                        self.weighting != "equal",
+                        "bounds what each client does, so all count alike; it needs weighting: equal",
+                    ),
+                    (self.clip is not None, "has a clip of its own; leave out the other one"),
+                    (self.scaffold, "can't be used with scaffold, whose control variates have no noise"),
+                ],
             )
         return self
 
