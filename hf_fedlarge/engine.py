@@ -32,7 +32,7 @@ from hf_fedlarge.budget import Plan, plan_activations
 from hf_fedlarge.errors import ArchitectureError, ConfigError
 from hf_fedlarge.linear import FrozenLinear, output_products
 from hf_fedlarge.memory import used_bytes
-from hf_fedlarge.passes import Pass, random_state, restored_random_state
+from hf_fedlarge.passes import Pass, graph_bytes, random_state, restored_random_state
 from hf_fedlarge.processor import product_dtype
 from hf_fedlarge.sequences import Group, Rows, Span, group_spans
 
@@ -220,13 +220,20 @@ class StreamingEngine:
 
     def _planned(self, number: int, boundary_bytes: int, lengths: list[int], blocks: int) -> Plan:
         """The plan for a batch, within the visit of a block. Where a whole block leaves no room, rows are held."""
-        token_bytes, available = self._token_bytes or 0.0, None if self._token_bytes is None else self._available
-        known = self.micro_batch_size, available, token_bytes, boundary_bytes, self.arena.cast_bytes
+        plan = partial(plan_activations, lengths, blocks, micro_batch_size=self.micro_batch_size)
+        if self._token_bytes is None:
+            return plan()
+        plan = partial(plan, token_bytes=self._token_bytes, boundary_bytes=boundary_bytes)
         try:
-            return plan_activations(lengths, blocks, *known)
+            return plan(available=self._available, cast_bytes=self.arena.cast_bytes)
         except ConfigError:
             if self.arena.held != "block":
                 raise
+        self._hold_rows(number)
+        return plan(available=self._available, cast_bytes=self.arena.cast_bytes)
+
+    def _hold_rows(self, number: int) -> None:
+        """Hold rows of matrices from now on, under a memory budget; within the visit of a block."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # another stream may write to what is given back now
         self.arena.leave(number, None)
@@ -234,7 +241,6 @@ class StreamingEngine:
         self.hold("rows")
         self._available -= self.counters.arena_bytes
         self.arena.enter(number, None)
-        return self._planned(number, boundary_bytes, lengths, blocks)
 
     def _measure(self, call: _BlockCall, hidden: torch.Tensor, span: Span) -> float:
         """Bytes that the graph of a block holds for a token, from its forward for one sequence."""
@@ -243,21 +249,11 @@ class StreamingEngine:
         if laid is None:
             part = Rows(slice(0, len(hidden)), hidden.shape[:2])
             laid = part.lay(call.arguments)
-        held: dict[int, int] = {}
 
-        # Nothing is kept, and nothing asked for: an operation that keeps its own output would keep itself, and with it
-        # the whole model, in a circle that no garbage collector sees.
-        def pack(tensor: torch.Tensor) -> None:
-            if not isinstance(tensor, nn.Parameter):
-                held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-
-        with (
-            torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
-            torch.enable_grad(),
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing),
-        ):
+        def forward() -> None:
             call.make(_Part(part, laid), part.take(hidden).detach().requires_grad_())
-        return sum(held.values()) / part.tokens
+
+        return graph_bytes(forward, self.device) / part.tokens
 
     def outputs_of(self, number: int) -> list[FrozenLinear]:
         """The output projections of a block, as far as they are known."""

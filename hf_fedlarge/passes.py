@@ -1,11 +1,12 @@
-"""What a training pass leaves between its forward and its backward, beside the graphs that are kept."""
+"""What a training pass leaves between its forward and its backward, and what a graph would hold."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 
 class Pass:
@@ -28,6 +29,25 @@ class Pass:
         """The output of the next block, at its place."""
         self.following += 1
         return self._places.pop().copy_(hidden)
+
+
+def graph_bytes(forward: Callable[[], None], device: torch.device) -> int:
+    """Bytes that the graph of a forward pass holds, parameters left out; random states are as before afterwards."""
+    held: dict[int, int] = {}
+
+    # Nothing is kept, and nothing asked for: an operation that keeps its own output would keep itself, and with it
+    # the whole model, in a circle that no garbage collector sees.
+    def pack(tensor: torch.Tensor) -> None:
+        if not isinstance(tensor, nn.Parameter):
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing),
+    ):
+        forward()
+    return sum(held.values())
 
 
 RandomState = tuple[torch.Tensor, torch.Tensor | None]

@@ -110,7 +110,7 @@ def test_an_evaluation_is_not_charged_for_inputs_that_only_training_keeps(tmp_pa
     model = adapted(tmp_path)
     plans = []
     planned = engine_module.plan_activations
-    monkeypatch.setattr(engine_module, "plan_activations", lambda *a: plans.append(a[1]) or planned(*a))
+    monkeypatch.setattr(engine_module, "plan_activations", lambda *a, **how: plans.append(a[1]) or planned(*a, **how))
     engine = model.engine
     engine.set_memory_budget(used_bytes(engine.device) + 2**30)
     ids = torch.randint(4, 260, (64, 32), generator=torch.Generator().manual_seed(0))
@@ -121,7 +121,7 @@ def test_an_evaluation_is_not_charged_for_inputs_that_only_training_keeps(tmp_pa
     with torch.no_grad():
         model(input_ids=ids, labels=ids)
     assert set(plans) == {1}
-    monkeypatch.setattr(engine_module, "plan_activations", lambda *a: planned(a[0], 24, *a[2:]))
+    monkeypatch.setattr(engine_module, "plan_activations", lambda lengths, _, **how: planned(lengths, 24, **how))
     with pytest.raises(ConfigError, match="--per_device_eval_batch_size"):
         model(input_ids=ids, labels=ids)
 
