@@ -27,7 +27,12 @@ from hf_fedlarge.tiers import client_bytes, describe_fit, fit_memory
 
 @dataclass(frozen=True)
 class Tier:
-    """What clients of at least `memory_bytes` that are too small, or too slow, for the tier before work with."""
+    """What clients of at least `memory_bytes` that are too small, or too slow, for the tier before work with.
+
+    Of several the first one's `memory_bytes` is the estimate of what its clients need, and that of the others what the
+    file says. Where there is one for everybody it is the size of its package alone: with less nobody can take part, and
+    with how little more is a client's own to try (`--memory-budget`).
+    """
 
     name: str
     package: Path
