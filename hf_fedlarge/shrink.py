@@ -141,8 +141,8 @@ def plan_shrink(
     Args:
         checkpoint: a directory with a configuration and safetensors.
         keep_layers: a count, a fraction, or layer numbers (`config.parse_layers`).
-        keep_neurons: the share of its neurons that each kept layer's feed-forward layer keeps, to a multiple of 64; or
-            layer → how many it keeps, for all that are kept.
+        keep_neurons: the share of its neurons that each kept layer's feed-forward layer keeps, below 1 to a multiple of
+            64; or layer → how many it keeps, for all that are kept.
         embeddings: how the token embedding and the head are stored.
 
     Raises:
@@ -201,6 +201,8 @@ def _width(architecture: Architecture, share: float) -> int:
             f"The feed-forward layers of {architecture.model_type} can't lose neurons, as they aren't recognized (gate "
             "and up may be one matrix); use --keep-neurons 1 and fewer layers."
         )
+    if share == 1:  # which need be no multiple of 64
+        return architecture.neuron_count
     return min(architecture.neuron_count, max(BLOCK, round(share * architecture.neuron_count / BLOCK) * BLOCK))
 
 

@@ -139,6 +139,14 @@ def test_a_plan_knows_the_size_of_what_shrinking_writes(checkpoint, embeddings):
     assert plan.full_bytes == sum(tensor.nbytes for tensor in load_file(checkpoint / "model.safetensors").values())
 
 
+def test_all_neurons_stay_where_they_are_no_multiple_of_64(tmp_path):
+    config = make_config("llama")
+    config.intermediate_size = 200
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "full")
+    assert plan_shrink(tmp_path / "full", keep_layers=1.0, keep_neurons=1.0).widths == {}
+    assert plan_shrink(tmp_path / "full", keep_layers=1.0, keep_neurons=0.99).widths == {0: 192, 1: 192}
+
+
 def test_embeddings_of_an_unknown_kind_are_refused(checkpoint):
     assert "int8, nf4 or bf16" in sentence(plan_shrink, checkpoint, embeddings="int4", error=ConfigError)
 
