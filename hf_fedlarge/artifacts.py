@@ -269,7 +269,7 @@ def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON by way of a temporary name, so that a reader sees all of it or the old file."""
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(path)
 
 
@@ -328,8 +328,8 @@ def commit_directory(staging: Path, output: Path) -> None:
     """Flush `staging` to disk and rename it to `output`, replacing what was there."""
     for path in staging.iterdir():
         if path.is_file():
-            _sync(path)
-    _sync(staging)
+            sync(path)
+    sync(staging)
     if output.exists():
         retired = output.with_name(f".{output.name}.retired")
         if retired.exists():
@@ -339,10 +339,11 @@ def commit_directory(staging: Path, output: Path) -> None:
         shutil.rmtree(retired)
     else:
         staging.replace(output)
-    _sync(output.parent)
+    sync(output.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until what was written of a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -310,11 +310,19 @@ def _fit_directory(
         + b"".join(ids.numpy().tobytes() for ids in sequences)
     ).hexdigest()
     everything = output.with_name(f".{output.name}.fit")
+    retired = everything.with_name(f"{everything.name}.retired")
     work = everything / identity
-    if everything.exists() and not work.exists():
-        shutil.rmtree(everything)
     with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
+        if retired.exists():
+            shutil.rmtree(retired)
+        if everything.exists() and not work.exists():
+            _remove(everything, retired)
         work.mkdir(parents=True, exist_ok=True)
         yield work
-    shutil.rmtree(everything)
+    _remove(everything, retired)
+
+
+def _remove(everything: Path, retired: Path) -> None:
+    """Remove a directory by way of another name, so that what is left of it if this is killed isn't taken for a fit."""
+    everything.replace(retired)
+    shutil.rmtree(retired)

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import nn
 
 from hf_fedlarge.architectures import Architecture
+from hf_fedlarge.artifacts import sync
 from hf_fedlarge.entries import SurrogateEntry
 from hf_fedlarge.gptq import add_inputs, compensated
 from hf_fedlarge.neurons import NeuronFit
@@ -268,12 +269,14 @@ class _Journal:
         self._directory, self._states = directory, directory / "states.safetensors"
 
     def resume(self) -> tuple[int, list[torch.Tensor], list[torch.Tensor]]:
-        """How many layers are done, and the states of both models after them."""
+        """How many layers are done, and the states of both models after them; none where a layer's file is missing."""
         if not self._states.exists():
             return 0, [], []
         with safe_open(self._states, framework="pt") as file:
             done = int(file.metadata()["done"])
             truth, states = (list(file.get_tensor(name).split(_TOGETHER)) for name in ("truth", "states"))
+        if not all(self._file(layer).exists() for layer in range(done)):
+            return 0, [], []
         return done, truth, states
 
     def truth(self) -> torch.Tensor:
@@ -290,9 +293,7 @@ class _Journal:
         states: list[torch.Tensor],
     ) -> None:
         """A layer is done; the states come last, so that what they follow is there."""
-        if result:
-            name = f"layer-{layer:05}.safetensors"
-            self._save({name: [tensor] for name, tensor in result.items()}, self._directory / name, note)
+        self._save({name: [tensor] for name, tensor in result.items()}, self._file(layer), note)
         self._save({"truth": truth, "states": states}, self._states, {"done": str(layer + 1)})
 
     def results(self) -> Fitted:
@@ -312,6 +313,10 @@ class _Journal:
                 fitted.matrices.update(found)
         return fitted
 
+    def _file(self, layer: int) -> Path:
+        """What a layer gave; there is one, be it empty, for each that is done."""
+        return self._directory / f"layer-{layer:05}.safetensors"
+
     def _save(self, tensors: dict[str, list[torch.Tensor]], path: Path, metadata: dict[str, str]) -> None:
         """Write tensors that come in pieces, whole or not at all."""
         partial = path.with_suffix(".partial")
@@ -324,4 +329,5 @@ class _Journal:
             for name, pieces in ordered.items():
                 for piece in pieces:
                     file.write(name, piece.cpu())
+        sync(partial)
         os.replace(partial, path)

@@ -1,8 +1,10 @@
 """Fitting a small model against the full one, block by block."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,6 +124,40 @@ def test_an_interrupted_fit_goes_on_and_ends_the_same(tmp_path):
     whole = calibrated_package(plan, settings, tmp_path / "whole", fitting=steps.append)
     assert whole.digest == manifest.digest
     assert steps == [4, 5, 1, 2, 3, 4, 5]
+
+
+def test_a_fit_of_which_a_layer_is_missing_begins_anew(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "full", "llama", layers=3)
+    plan = plan_shrink(checkpoint, keep_layers="0,2")
+    fit_plan, work = FitPlan(plan.kept, "nf4", {}), tmp_path / "work"
+    work.mkdir()
+    [entry] = fit_package(plan, fit_plan, list(IDS), work).surrogates
+    steps = []
+    assert fit_package(plan, fit_plan, list(IDS), work, steps.append).surrogates == [entry]
+    assert steps == []
+    (work / "layer-00001.safetensors").unlink()  # the surrogate's
+    assert fit_package(plan, fit_plan, list(IDS), work, steps.append).surrogates == [entry]
+    assert steps == [1, 2, 3]
+
+
+def test_a_fit_that_was_half_removed_is_not_gone_on_with(tmp_path, monkeypatch):
+    checkpoint = make_checkpoint(tmp_path / "full", "llama", layers=3)
+    settings = PackageSettings(keep_layers="0,2")
+    plan = replace(plan_shrink(checkpoint, keep_layers="0,2"), sequences=list(IDS))
+
+    def killed(directory):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_fedlarge.calibrate.shutil", SimpleNamespace(rmtree=killed))
+        with pytest.raises(KeyboardInterrupt):
+            calibrated_package(plan, settings, tmp_path / "package")
+    assert not (tmp_path / ".package.fit").exists()
+    shutil.rmtree(tmp_path / "package")
+    steps = []
+    assert calibrated_package(plan, settings, tmp_path / "package", fitting=steps.append).surrogates
+    assert steps == [1, 2, 3]
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_what_is_left_of_another_fit_is_not_used(tmp_path):
