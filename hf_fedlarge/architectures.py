@@ -29,6 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.pytorch_utils import Conv1D
 
 from hf_fedlarge.errors import ArchitectureError, ArtifactError
+from hf_fedlarge.positions import count_positions
 from hf_fedlarge.untrusted import printable, read_json
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class Architecture:
         feed_forward: a block's feed-forward layer, None where it isn't recognized (Phi-3 has gate and up in one matrix,
             Bloom an activation of its own).
         attention_output: path, inside a block, of the matrix that leads back from its attention; None: not found.
+        positions: how many tokens of a sequence there are positions for; None: any number.
         neurons: the number of a block → which of its neurons stay, sorted; blocks that are not listed have all.
     """
 
@@ -83,6 +85,7 @@ class Architecture:
     renamings: tuple[WeightRenaming, ...] = ()
     feed_forward: FeedForward | None = None
     attention_output: str | None = None
+    positions: int | None = None
     neurons: Mapping[int, torch.Tensor] = field(default_factory=dict, compare=False)
 
     def layer_of(self, name: str) -> int | None:
@@ -314,6 +317,7 @@ def describe(config: PretrainedConfig) -> Architecture:
         renamings=tuple(item for item in get_model_conversion_mapping(model) if isinstance(item, WeightRenaming)),
         feed_forward=_feed_forward(blocks[0]),
         attention_output=_attention_output(blocks[0], config.hidden_size),
+        positions=count_positions(model),
     )
 
 

@@ -31,6 +31,7 @@ from hf_fedlarge.artifacts import (
 )
 from hf_fedlarge.errors import ArtifactError, DataError
 from hf_fedlarge.package import load_package, load_tokenizer, stream_checkpoint
+from hf_fedlarge.positions import check_length
 from hf_fedlarge.processor import computing_device
 from hf_fedlarge.templates import tools_of
 from hf_fedlarge.tensors import checkpoint_digest
@@ -70,9 +71,11 @@ def evaluate(
 
     Raises:
         ArtifactError: not a model, or an adapter of another one.
+        ConfigError: the model has no positions for `max_length` tokens.
         DataError: no labelled token.
     """
     model = load_model(model_dir, adapter, verify=verify)
+    check_length(model.architecture.model_type, model.architecture.positions, max_length)
     return evaluate_model(
         model,
         load_tokenizer(model_dir),

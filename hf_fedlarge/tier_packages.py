@@ -20,6 +20,7 @@ from hf_fedlarge.calibrate import check_plan, make_package, plan_package
 from hf_fedlarge.coherence import TRAINING_DEFAULTS
 from hf_fedlarge.config import FederationConfig, LoraSettings, PackageSettings
 from hf_fedlarge.errors import ArtifactError, ConfigError
+from hf_fedlarge.positions import check_length
 from hf_fedlarge.progress import by_tenths
 from hf_fedlarge.tensors import checkpoint_digest
 from hf_fedlarge.tiers import client_bytes, describe_fit, fit_memory
@@ -56,7 +57,7 @@ class _Wanted(NamedTuple):
 
 
 def check_packages(checkpoint: Path, config: FederationConfig) -> None:
-    """Refuse what `make_package`, `make_tiers` or the first adapter would, before anything is computed for hours.
+    """Refuse what packages, the first adapter, training or evaluation would, before anything is computed for hours.
 
     Where a package is given, it must be of this checkpoint, which is read whole for its digest.
 
@@ -76,6 +77,7 @@ def check_packages(checkpoint: Path, config: FederationConfig) -> None:
         return
     plan = check_plan(checkpoint, config)
     target_linears(plan.architecture, config.lora)
+    check_length(plan.architecture.model_type, plan.architecture.positions, max_length(config.training))
     if config.tiers:
         needed = _first_bytes(checkpoint, config, len(plan.kept), plan.package_bytes)
         for tier in _wanted(checkpoint, config, needed):

@@ -20,6 +20,7 @@ from hf_fedlarge.artifacts import AdapterManifest, read_manifest
 from hf_fedlarge.evaluation import encode_example, example_losses, load_model, padded_batches
 from hf_fedlarge.gradients import adapter_gradients, agreement
 from hf_fedlarge.package import load_package, load_tokenizer, stream_checkpoint
+from hf_fedlarge.positions import check_length
 from hf_fedlarge.processor import computing_device
 from hf_fedlarge.tensors import Factors
 
@@ -68,6 +69,7 @@ def transfer_report(
     tokenizer, sums = load_tokenizer(package), {}
     for name, (model, plugged) in models.items():
         loaded = load_model(model, plugged, verify=verify)
+        check_length(loaded.architecture.model_type, loaded.architecture.positions, max_length)
         sums[name], tokens = example_losses(
             loaded, tokenizer, data, max_length=max_length, batch_size=batch_size, assistant_only=assistant_only
         )
@@ -115,6 +117,7 @@ def gradient_agreement(
     batches = list(padded_batches(examples[:_GRADIENT_EXAMPLES], batch_size, tokenizer))
     device = computing_device()
     small = load_package(package, device=device, verify=False)
+    check_length(small.architecture.model_type, small.architecture.positions, max_length)
     kept = small.package.kept_layers
     factors = {module: pair for module, pair in factors.items() if small.architecture.layer_of(f"{module}.") in kept}
     found = []

@@ -22,7 +22,7 @@ LEVELS = [
     {"errors", "options"},
     {"records", "ciphers", "fixed_point", "budget", "directory", "memory", "patience"},
     {"coherence"},
-    {"config", "layers", "stdlib_corpus", "blocks", "untrusted", "processor", "kernels"},
+    {"config", "layers", "stdlib_corpus", "blocks", "untrusted", "positions", "processor", "kernels"},
     {"ledger", "remote", "rerun"},
     {"entries", "summary"},
     {"artifacts"},

@@ -32,6 +32,7 @@ from hf_fedlarge.errors import ConfigError, OutputError
 from hf_fedlarge.evaluation import IGNORED, encode_example
 from hf_fedlarge.memory import give_back_freed_memory
 from hf_fedlarge.package import save_adapter
+from hf_fedlarge.positions import check_length
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +103,8 @@ class StreamingLoraTrainer(SFTTrainer):
         kwargs: as for SFTTrainer, but for what needs logits.
 
     Raises:
-        ConfigError: an argument that needs logits, or a memory budget that is too small: now, or in the first batch
-            where it is for the largest one.
+        ConfigError: an argument that needs logits, a `max_length` for which the model has no positions, or a memory
+            budget that is too small: now, or in the first batch where it is for the largest one.
     """
 
     _saves_checkpoint = False
@@ -114,6 +115,7 @@ class StreamingLoraTrainer(SFTTrainer):
                 raise ConfigError(
                     f"{name} needs logits, which a streamed model doesn't make in training; leave it out."
                 )
+        check_length(model.architecture.model_type, model.architecture.positions, args.max_length)
         model.engine.micro_batch_size = args.per_device_train_batch_size
         # Where a batch is one row, only an engine that takes it apart again can compute it in pieces.
         one_row = args.padding_free or (args.packing and args.packing_strategy.startswith("bfd"))
