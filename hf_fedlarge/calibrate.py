@@ -296,7 +296,7 @@ def fit_package(
     for name in fitted:  # rounded when they are
         del stored_as[name]
     teacher = Walk(stream_checkpoint(plan.checkpoint), sequences[0])
-    student = Walk(stream_checkpoint(plan.checkpoint, dtype=torch.bfloat16, stored_as=stored_as), sequences[0])
+    student = Walk(stream_checkpoint(plan.checkpoint, stored_as=stored_as), sequences[0])
     return fit(teacher, student, full, fit_plan, sequences, work, progress)
 
 

@@ -29,7 +29,7 @@ from hf_fedlarge.config import LoraSettings
 from hf_fedlarge.gradients import adapter_gradients, agreement
 from hf_fedlarge.package import stream_checkpoint
 from hf_fedlarge.surrogate import Regression
-from hf_fedlarge.walk import Walk
+from hf_fedlarge.walk import Walk, check_finite
 
 _TOGETHER = 16  # sequences in a step
 _EVALUATED = 32  # sequences a loss is measured on
@@ -73,6 +73,9 @@ def choose(
         how: see above.
         count: how many stay.
         progress: called with the layers that the pass over the text has behind it.
+
+    Raises:
+        ArtifactError: the model's states are not finite.
     """
     walk = Walk(model := stream_checkpoint(checkpoint), sequences[0])
     scores, surrogates = _pass(walk, sequences, how, progress)
@@ -103,6 +106,7 @@ def _pass(
     scores, surrogates = [], {}
     for layer in range(len(walk)):
         after = [walk.step(layer, hidden) for hidden in states]
+        check_finite(layer, after)
         if how == "influence":
             alike = [torch.cosine_similarity(x.float(), y.float(), dim=-1) for x, y in zip(states, after, strict=True)]
             scores.append(1 - float(torch.cat(alike).mean()))

@@ -32,7 +32,7 @@ from hf_fedlarge.quantize import DenseWeight, FrozenWeight
 from hf_fedlarge.rounding import dense, round_trip
 from hf_fedlarge.surrogate import RIDGE, Regression, store_surrogate
 from hf_fedlarge.tensors import SafetensorsWriter
-from hf_fedlarge.walk import Walk, hooked, token_weights
+from hf_fedlarge.walk import Walk, check_finite, hooked, token_weights
 
 _TOGETHER = 8  # sequences in a step
 _PROBE = 0.05  # the share of a change in a feed-forward layer's output that may be lost where it is just added
@@ -102,6 +102,9 @@ def fit(
         work: an existing directory of this fit's own; what is found there of an earlier, interrupted one with the same
             arguments is used.
         progress: called with the layers that are done.
+
+    Raises:
+        ArtifactError: the full model's states are not finite.
     """
     journal = _Journal(work)
     done, truth, states = journal.resume()
@@ -112,6 +115,7 @@ def fit(
         result: dict[str, torch.Tensor] = {}
         note: dict[str, str] = {}
         after = [teacher.step(layer, hidden) for hidden in truth]
+        check_finite(layer, after)
         if layer in plan.widths:
             states, result = _fit_block(teacher, student, architecture, layer, plan, truth, after, states)
         elif layer in plan.kept:

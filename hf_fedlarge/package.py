@@ -183,7 +183,7 @@ def _neurons(manifest: PackageManifest, architecture: Architecture, tensors: Map
 def stream_checkpoint(
     directory: Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",
     stored_as: Mapping[str, str] | None = None,
 ) -> PreTrainedModel:
@@ -191,7 +191,8 @@ def stream_checkpoint(
 
     Args:
         directory: a checkpoint with safetensors.
-        dtype: of the computation; None: the checkpoint's own.
+        dtype: of the computation, whatever the checkpoint's own: a package computes in bf16, too, and fp16 is too
+            narrow for many a model's states.
         device: where to compute.
         stored_as: matrix → the codec of a package in which its values shall seem to have been stored.
 
@@ -205,7 +206,6 @@ def stream_checkpoint(
     ends = {f"{architecture.embedding}.weight", f"{architecture.head}.weight"}
     matrices = {name for layer in range(architecture.layers) for name in architecture.linear_weights(layer)}
     codecs = dict.fromkeys(matrices | (ends & set(architecture.parameters)), "dense")
-    dtype = dtype or config.dtype or torch.float32
     return _assemble(directory, config, architecture, tensors, codecs, dtype, device, stored_as=stored_as)
 
 

@@ -9,7 +9,7 @@ Shapes: B sequences of S tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_fedlarge.architectures import Architecture
+from hf_fedlarge.errors import ArtifactError
 from hf_fedlarge.loss import StreamedHead
 from hf_fedlarge.memory import give_back_freed_memory
 from hf_fedlarge.quantize import DenseWeight, FrozenWeight
@@ -214,6 +215,19 @@ class Walk:
 def token_weights(states_ND: torch.Tensor) -> torch.Tensor:
     """How much each token counts in a fit, (N, 1), fp32: a few have states a hundred times as large as the others."""
     return 1 / states_ND.square().sum(dim=1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+
+
+def check_finite(layer: int, states: Iterable[torch.Tensor]) -> None:
+    """Refuse to go on with states behind a layer that no fit can be made to.
+
+    Raises:
+        ArtifactError: a value is infinite or not a number.
+    """
+    if not all(hidden.isfinite().all() for hidden in states):
+        raise ArtifactError(
+            f"The model computes infinity or NaN in layer {layer}: its weights are damaged or too large; fetch the "
+            "checkpoint again, or take another."
+        )
 
 
 @contextmanager

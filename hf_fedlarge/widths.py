@@ -21,7 +21,7 @@ from torch import nn
 from hf_fedlarge.neurons import NeuronFit
 from hf_fedlarge.package import stream_checkpoint
 from hf_fedlarge.quantize import BLOCK
-from hf_fedlarge.walk import Walk, hooked, token_weights
+from hf_fedlarge.walk import Walk, check_finite, hooked, token_weights
 
 _TOGETHER = 8  # sequences in a step
 _SEQUENCES = 64  # are enough to compare layers by
@@ -47,6 +47,9 @@ def choose_widths(
         sequences: from `calibrate.calibration_sequences`; up to 64 of them, evenly spread, are used.
         mean: a multiple of 64.
         progress: called with the layers that are done.
+
+    Raises:
+        ArtifactError: the model's states are not finite.
     """
     walk = Walk(stream_checkpoint(checkpoint), sequences[0])
     chosen = torch.cat(list(sequences[:: math.ceil(len(sequences) / _SEQUENCES)]))
@@ -64,10 +67,12 @@ def _costs(walk: Walk, kept: Sequence[int], ids: torch.Tensor, progress: Progres
     for layer in range(len(walk)):
         if layer not in kept:
             states = [walk.step(layer, hidden) for hidden in states]
+            check_finite(layer, states)
         else:
             gain, sums = _gain(walk, layer, path, states[0]), NeuronFit(walk.dense(layer, path))
             for number, hidden in enumerate(states):
                 a_NF, states[number] = walk.step_with_input(layer, path, hidden)
+                check_finite(layer, [states[number]])
                 sums.add(a_NF.flatten(0, -2), None, token_weights(states[number].flatten(0, 1).float()))
             walk.forget()
             costs[layer] = [gain * cost for cost in sums.costs()]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import FAMILIES, make_checkpoint, make_dense, make_package
+from families import FAMILIES, make_checkpoint, make_dense, make_model, make_package
 from safetensors.torch import load_file, save_file
 
 from hf_fedlarge.artifacts import PackageManifest, file_entry, read_manifest, verify_files
@@ -158,6 +158,15 @@ def test_a_fit_that_was_half_removed_is_not_gone_on_with(tmp_path, monkeypatch):
     assert calibrated_package(plan, settings, tmp_path / "package", fitting=steps.append).surrogates
     assert steps == [1, 2, 3]
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"keep_layers": "0,1"}, {"keep_layers": 2, "layer_choice": "loss"}])
+def test_a_model_that_computes_no_numbers_is_refused_by_the_layer(settings, tmp_path):
+    model, checkpoint, settings = make_model("llama", layers=3), tmp_path / "full", PackageSettings(**settings)
+    model.model.layers[1].mlp.down_proj.weight.detach().fill_(float("nan"))
+    model.save_pretrained(checkpoint)
+    with pytest.raises(ArtifactError, match="infinity or NaN in layer 1"):
+        calibrated_package(plan_package(checkpoint, settings, sequences=list(IDS)), settings, tmp_path / "package")
 
 
 def test_what_is_left_of_another_fit_is_not_used(tmp_path):

@@ -34,6 +34,10 @@ def test_a_streamed_checkpoint_computes_what_transformers_does(family, tmp_path)
         torch.testing.assert_close(streamed(IDS).logits, plain(IDS).logits, rtol=1e-5, atol=1e-5)
         loss = plain(IDS, labels=IDS).loss
         torch.testing.assert_close(streamed(IDS, labels=IDS).loss, loss, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_is_streamed_in_bf16_whatever_its_own_dtype(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", dtype=torch.float16)
     assert stream_checkpoint(checkpoint).dtype == torch.bfloat16
 
 
