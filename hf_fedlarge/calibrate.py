@@ -241,13 +241,15 @@ def heal_package(
         plan: what it was made by.
         settings: rank and steps.
         ids: the calibration text (T, S).
-        states: the full model's after its last block, (T, S, D); written over.
+        states: the full model's after its last block, (T, S, D); may be written over.
         progress: called with the steps that are done.
     """
     teacher = Walk(stream_checkpoint(plan.checkpoint), ids[:1])
-    for state, own in zip(states, ids, strict=True):  # in place, for there are many
-        state.copy_(teacher.finish(state[None], own[None])[0])
-    truth = Truth(ids, states, teacher.head)
+    width = teacher.head.weight.shape[1]  # another than the blocks' where a projection stands between
+    finished = states if states.shape[-1] == width else states.new_empty(*ids.shape, width)  # there are many
+    for place, own in enumerate(ids):
+        finished[place] = teacher.finish(states[place][None], own[None])[0]
+    truth = Truth(ids, finished, teacher.head)
     teacher.forget()
     del teacher
     gc.collect()  # models are cycles, and hold an arena each

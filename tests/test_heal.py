@@ -203,6 +203,13 @@ def test_a_package_that_lost_nothing_but_precision_can_be_healed_too(checkpoint,
     assert config["quantization_config"]["quant_method"] == "hf_fedlarge"  # stock loaders would leave corrections out
 
 
+def test_a_model_with_a_projection_behind_its_blocks_can_be_healed(checkpoint, tmp_path):
+    make_checkpoint(tmp_path / "checkpoint", "opt_projected", layers=3, tokenizer=True)
+    settings = {"calibration": str(checkpoint / "public.jsonl"), "keep_neurons": 0.5, "heal_steps": 8}
+    plan = plan_package(tmp_path / "checkpoint", PackageSettings(**settings))
+    assert make_fitted_package(plan, PackageSettings(**settings), tmp_path / "package").healed
+
+
 @pytest.mark.parametrize("rate", [50.0, 1e30])
 def test_corrections_that_are_of_no_use_are_left_out(checkpoint, tmp_path, monkeypatch, rate):
     monkeypatch.setattr("hf_fedlarge.heal._LEARNING_RATE", rate)
