@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,12 +29,16 @@ from hf_fedlarge.artifacts import (
     read_manifest,
     verify_files,
 )
+from hf_fedlarge.data import from_tokens, list_lengths
 from hf_fedlarge.errors import ArtifactError, DataError
 from hf_fedlarge.package import load_package, load_tokenizer, stream_checkpoint
 from hf_fedlarge.positions import check_length
 from hf_fedlarge.processor import computing_device
 from hf_fedlarge.templates import tools_of
 from hf_fedlarge.tensors import checkpoint_digest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 IGNORED = -100
 
@@ -182,9 +186,9 @@ def _batch_losses(
     assistant_only: bool = False,
 ) -> Iterator[tuple[float, list[int]]]:
     """For every batch the sum of its losses, and how many labelled tokens each of its examples has."""
-    examples = [encode_example(row, tokenizer, max_length, assistant_only) for row in data]
-    examples = [example for example in examples if any(label != IGNORED for label in example["labels"][1:])]
-    if not examples:
+    encoded = (encode_example(row, tokenizer, max_length, assistant_only) for row in data)
+    examples = from_tokens(example for example in encoded if any(label != IGNORED for label in example["labels"][1:]))
+    if not len(examples):
         raise DataError(f"None of the {len(data)} examples has a labelled token within {max_length} tokens.")
     device = next(model.parameters()).device
     training = model.training
@@ -287,19 +291,16 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def padded_batches(
-    examples: list[dict[str, list[int]]], size: int, tokenizer: PreTrainedTokenizerBase
+    examples: Dataset, size: int, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """`encode_example`'s examples in padded batches, those of like length together."""
-    examples = sorted(examples, key=lambda example: len(example["input_ids"]))
+    """`encode_example`'s examples, by `data.from_tokens`, in padded batches, those of like length together."""
+    lengths = list_lengths(examples, "input_ids")
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     pad = _pad_id(tokenizer)
-    for start in range(0, len(examples), size):
-        part = examples[start : start + size]
-        width = max(len(example["input_ids"]) for example in part)
+    for start in range(0, len(order), size):
+        part = examples[order[start : start + size]]
+        width = len(part["input_ids"][-1])  # the longest
         yield {
-            key: torch.tensor([example[key] + [filler] * (width - len(example[key])) for example in part])
+            key: torch.tensor([row + [filler] * (width - len(row)) for row in part[key]])
             for key, filler in (("input_ids", pad), ("labels", IGNORED))
-        } | {
-            "attention_mask": torch.tensor(
-                [[1] * len(example["input_ids"]) + [0] * (width - len(example["input_ids"])) for example in part]
-            )
-        }
+        } | {"attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part["input_ids"]])}

@@ -9,6 +9,7 @@ the adapter's gradients in the small and in the full model point the same way (G
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from hf_fedlarge.adapters import attach_lora, get_factors, read_factors, set_factors
 from hf_fedlarge.artifacts import AdapterManifest, read_manifest
+from hf_fedlarge.data import from_tokens
 from hf_fedlarge.evaluation import encode_example, example_losses, load_model, padded_batches
 from hf_fedlarge.gradients import adapter_gradients, agreement
 from hf_fedlarge.package import load_package, load_tokenizer, stream_checkpoint
@@ -25,6 +27,7 @@ from hf_fedlarge.processor import computing_device
 from hf_fedlarge.tensors import Factors
 
 _RESAMPLES = 2000
+_DRAWN_TOGETHER = 2**20  # examples of all resamples that are in memory
 _GRADIENT_EXAMPLES = 16
 
 
@@ -87,9 +90,12 @@ def transfer_report(
 
 def _interval(statistic: Callable[..., Any], *samples: np.ndarray) -> dict[str, float | None]:
     """A function of sums over examples, with the 95 % interval over resampled examples."""
-    count = len(samples[0])
-    drawn = np.random.default_rng(0).integers(count, size=(_RESAMPLES, count))
-    low, high = np.quantile(statistic(*(sample[drawn].sum(axis=1) for sample in samples)), [0.025, 0.975])
+    count, generator, found = len(samples[0]), np.random.default_rng(0), []
+    together = max(1, _DRAWN_TOGETHER // count)
+    for start in range(0, _RESAMPLES, together):  # which draws the same as all at once
+        drawn = generator.integers(count, size=(min(together, _RESAMPLES - start), count))
+        found.append(statistic(*(sample[drawn].sum(axis=1) for sample in samples)))
+    low, high = np.quantile(np.concatenate(found), [0.025, 0.975])
     interval = {"low": float(low), "high": float(high)} if count > 1 else {"low": None, "high": None}
     return {"value": float(statistic(*(sample.sum() for sample in samples)))} | interval
 
@@ -113,8 +119,9 @@ def gradient_agreement(
     """
     lora, factors = read_manifest(adapter, AdapterManifest).lora, read_factors(adapter)
     tokenizer = load_tokenizer(package)
-    examples = [encode_example(row, tokenizer, max_length, assistant_only) for row in data]
-    batches = list(padded_batches(examples[:_GRADIENT_EXAMPLES], batch_size, tokenizer))
+    rows = islice(data, _GRADIENT_EXAMPLES)
+    examples = from_tokens(encode_example(row, tokenizer, max_length, assistant_only) for row in rows)
+    batches = list(padded_batches(examples, batch_size, tokenizer))
     device = computing_device()
     small = load_package(package, device=device, verify=False)
     check_length(small.architecture.model_type, small.architecture.positions, max_length)

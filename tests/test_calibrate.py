@@ -12,7 +12,7 @@ from hf_fedlarge.artifacts import PackageManifest, read_manifest, verify_files
 from hf_fedlarge.calibrate import calibration_sequences, calibration_text, make_package, plan_package
 from hf_fedlarge.choice import choose
 from hf_fedlarge.config import PackageSettings
-from hf_fedlarge.data import load_examples
+from hf_fedlarge.data import from_tokens, load_examples
 from hf_fedlarge.errors import ArtifactError, ConfigError, DataError
 from hf_fedlarge.evaluation import encode_example, padded_batches
 from hf_fedlarge.package import load_package, load_tokenizer
@@ -72,7 +72,7 @@ def test_a_tokenizer_may_lack_an_end_of_text_token():
     tokenizer.eos_token = tokenizer.pad_token = None
     [ids] = calibration_sequences(tokenizer, [{"text": "abcd"}, {"prompt": "ef", "completion": "gh"}], length=8)
     assert tokenizer.decode(ids[0]) == "abcdefgh"
-    examples = [encode_example({"text": text}, tokenizer, 8) for text in ("a", "bc")]
+    examples = from_tokens(encode_example({"text": text}, tokenizer, 8) for text in ("a", "bc"))
     [batch] = padded_batches(examples, 2, tokenizer)
     assert batch["input_ids"][0, 1] == 0
     assert batch["attention_mask"].tolist() == [[1, 0], [1, 1]]

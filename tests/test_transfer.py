@@ -1,6 +1,7 @@
 """The transfer report, where the answer is known."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hf_fedlarge.data import load_examples
 from hf_fedlarge.evaluation import evaluate, example_losses, load_model
 from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.package import load_tokenizer
-from hf_fedlarge.transfer import gradient_agreement, transfer_report
+from hf_fedlarge.transfer import _interval, gradient_agreement, transfer_report
 
 HOW = {"max_length": 64, "batch_size": 5}
 
@@ -43,6 +44,18 @@ def test_losses_of_examples_add_up_to_the_evaluation(home):
     # Each by itself, in another order.
     alone = [evaluate(home / "package", data.select([place]), **HOW) for place in range(len(data))]
     assert np.sort(sums) == pytest.approx(np.sort([one.loss * one.tokens for one in alone]), rel=0.02)
+
+
+def test_resampling_many_examples_takes_little_memory_and_is_as_at_once():
+    of, count = np.random.default_rng(1).random(5000), np.full(5000, 3)
+    tracemalloc.start()
+    found = _interval(lambda a, n: a / n, of, count)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6  # all at once are 80 MB of places and as much of values
+    drawn = np.random.default_rng(0).integers(5000, size=(2000, 5000))
+    low, high = np.quantile(of[drawn].sum(axis=1) / count[drawn].sum(axis=1), [0.025, 0.975])
+    assert found == {"value": of.sum() / count.sum(), "low": low, "high": high}
 
 
 def test_an_adapter_that_changes_nothing_gains_nothing(home):
