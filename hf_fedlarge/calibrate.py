@@ -116,6 +116,7 @@ def plan_package(
     kept = plan.kept
     if "layers" in plan.undecided:
         choice = choose(checkpoint, sequences, settings.layer_choice, len(plan.kept), progress)
+        gc.collect()  # the model, which is a cycle, and its adapter's gradients
         wanted["keep_layers"] = kept = choice.kept
         known |= {"scores": tuple(choice.scores), "scored": choice.cost}
     if "widths" in plan.undecided:

@@ -7,6 +7,7 @@ counts where there is a prompt, and an example is cut at `max_length`.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -80,7 +81,7 @@ def evaluate(
     """
     model = load_model(model_dir, adapter, verify=verify)
     check_length(model.architecture.model_type, model.architecture.positions, max_length)
-    return evaluate_model(
+    found = evaluate_model(
         model,
         load_tokenizer(model_dir),
         data,
@@ -88,6 +89,9 @@ def evaluate(
         batch_size=batch_size,
         assistant_only=assistant_only,
     )
+    del model
+    gc.collect()  # models are cycles, and hold an arena each
+    return found
 
 
 def load_model(model_dir: Path, adapter: Path | None = None, *, verify: bool = True) -> torch.nn.Module:

@@ -8,6 +8,7 @@ the adapter's gradients in the small and in the full model point the same way (G
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -77,6 +78,7 @@ def transfer_report(
             loaded, tokenizer, data, max_length=max_length, batch_size=batch_size, assistant_only=assistant_only
         )
         del loaded
+        gc.collect()  # models are cycles, and hold an arena each
 
     base, plugged_in, full = (sums[name] for name in ("base", "full_model", "reference" if reference else "base"))
     return {

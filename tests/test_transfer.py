@@ -1,7 +1,9 @@
 """The transfer report, where the answer is known."""
 
+import gc
 import json
 import tracemalloc
+import weakref
 
 import numpy as np
 import pytest
@@ -44,6 +46,27 @@ def test_losses_of_examples_add_up_to_the_evaluation(home):
     # Each by itself, in another order.
     alone = [evaluate(home / "package", data.select([place]), **HOW) for place in range(len(data))]
     assert np.sort(sums) == pytest.approx(np.sort([one.loss * one.tokens for one in alone]), rel=0.02)
+
+
+def test_no_model_is_kept_behind_its_evaluation(home, monkeypatch):
+    loaded = []
+
+    def load(*args, **options):
+        assert not any(model() for model in loaded), "an earlier one is still there"
+        model = load_model(*args, **options)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("hf_fedlarge.transfer.load_model", load)
+    monkeypatch.setattr("hf_fedlarge.evaluation.load_model", load)
+    gc.disable()
+    try:
+        report_of(home, "start")
+        evaluate(home / "package", load_examples(str(home / "data.jsonl")), **HOW)
+        assert len(loaded) == 5
+        assert not any(model() for model in loaded)
+    finally:
+        gc.enable()
 
 
 def test_resampling_many_examples_takes_little_memory_and_is_as_at_once():
