@@ -229,6 +229,7 @@ def encode_example(
             start = _chat(tokenizer, prompt, tools=tools, add_generation_prompt=True)["input_ids"]
             ids = _chat(tokenizer, prompt + completion, tools=tools)["input_ids"]
         shared = next((place for place, (a, b) in enumerate(zip(start, ids, strict=False)) if a != b), len(start))
+        shared = min(shared, len(ids))  # a template may render the prompt alone as more than the whole
         counted = [0] * shared + [1] * (len(ids) - shared)
     else:
         ending = "" if row["text"].endswith(eos) else eos

@@ -590,6 +590,14 @@ def test_tools_are_rendered_wherever_a_chat_becomes_tokens(home, tmp_path, assis
             assert ours[column] == theirs[number][column] == trainer.train_dataset[number][column]
 
 
+def test_a_template_that_renders_the_prompt_alone_as_more_than_the_whole_leaves_nothing_counted(home):
+    tokenizer = load_tokenizer(home / "package")
+    tokenizer.chat_template = "{{ messages[0].content }}{% if add_generation_prompt %}Answer: {% endif %}"
+    found = encode_example({"prompt": LONG[:1], "completion": LONG[1:]}, tokenizer, 100)
+    assert tokenizer.decode(found["input_ids"]) == LONG[0]["content"][:100]
+    assert set(found["labels"]) == {-100}
+
+
 def test_a_template_that_can_t_take_a_tool_s_arguments_is_one_sentence(home):
     tokenizer = load_tokenizer(home / "package")
     tokenizer.chat_template = "{{ 'x' + messages[0].role.upper }}"
