@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,6 +44,8 @@ from hf_fedlarge.stdlib_corpus import standard_library_prose
 from hf_fedlarge.tensors import checkpoint_digest
 from hf_fedlarge.walk import Walk
 from hf_fedlarge.widths import choose_widths
+
+logger = logging.getLogger(__name__)
 
 TOKENS = 32_768
 LENGTH = 128
@@ -109,6 +112,7 @@ def plan_package(
         FedLargeError: as `plan_shrink`, or the calibration text can't be used.
     """
     plan, wanted = _even_plan(checkpoint, settings)
+    _say_unused(plan, settings)
     if not plan.undecided:
         return replace(plan, sequences=sequences)
     sequences = sequences or calibration_text(checkpoint, settings)
@@ -123,6 +127,24 @@ def plan_package(
         (mean,) = set(plan.widths.values())
         wanted["keep_neurons"] = choose_widths(checkpoint, kept, sequences, mean, progress)
     return replace(plan_shrink(checkpoint, **wanted), **known)
+
+
+def _say_unused(plan: ShrinkPlan, settings: PackageSettings) -> None:
+    """Warn of settings that have nothing to act on; with tiers they may be meant for another package."""
+    causes: dict[str, str] = {}
+    if not settings.heal_steps:
+        causes["heal_rank"] = "heal_steps is 0"
+    if _is_listed(plan, settings):
+        causes["layer_choice"] = "keep_layers says which layers stay"
+    if settings.surrogate == "none":
+        causes |= dict.fromkeys(("surrogate_codec", "surrogate_rank"), "surrogate is none")
+    if not plan.dropped:
+        causes |= dict.fromkeys(("layer_choice", "surrogate_codec", "surrogate_rank"), "no layer is dropped")
+        if not plan.widths and not settings.heal_steps:
+            causes["calibration"] = "there is nothing to fit"
+    for name, cause in causes.items():
+        if getattr(settings, name) != PackageSettings.model_fields[name].default:
+            logger.warning("%s has no effect: %s.", name, cause)
 
 
 def check_plan(checkpoint: Path, settings: PackageSettings) -> ShrinkPlan:
@@ -149,12 +171,16 @@ def _even_plan(checkpoint: Path, settings: PackageSettings) -> tuple[ShrinkPlan,
         raise ConfigError(
             "A surrogate stands behind a kept layer, but layer 0 is dropped: keep it, or use no surrogate."
         )
-    listed = isinstance(parse_layers(keep_layers, plan.layers), list)
     to_choose = {
-        "layers": settings.layer_choice != "uniform" and plan.dropped and not listed,
+        "layers": settings.layer_choice != "uniform" and plan.dropped and not _is_listed(plan, settings),
         "widths": settings.width_choice != "uniform" and max(plan.widths.values(), default=0) > BLOCK,
     }
     return replace(plan, undecided=tuple(what for what, wanted in to_choose.items() if wanted)), wanted
+
+
+def _is_listed(plan: ShrinkPlan, settings: PackageSettings) -> bool:
+    """Whether the settings name the layers that stay."""
+    return isinstance(parse_layers(settings.kept[0], plan.layers), list)
 
 
 def calibration_text(checkpoint: Path, settings: PackageSettings) -> list[torch.Tensor]:

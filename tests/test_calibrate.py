@@ -118,6 +118,24 @@ def test_no_surrogate_where_none_is_asked_for_or_nothing_is_dropped(checkpoint, 
 
 
 @pytest.mark.parametrize(
+    ("given", "sentences"),
+    [
+        ({"keep_layers": 5, "surrogate_rank": 4, "layer_choice": "loss"}, 2 * ["no layer is dropped"]),
+        ({"keep_layers": 5, "calibration": "x.jsonl"}, ["calibration has no effect: there is nothing to fit"]),
+        ({"keep_layers": "0,1,4", "layer_choice": "loss"}, ["layer_choice has no effect: keep_layers says"]),
+        ({"keep_layers": 3, "surrogate": "none", "surrogate_codec": "int8"}, ["surrogate_codec has no effect"]),
+        ({"keep_layers": 3, "heal_rank": 4}, ["heal_rank has no effect: heal_steps is 0"]),
+        ({"keep_layers": 3, "heal_rank": 4, "heal_steps": 1, "surrogate_rank": 4, "calibration": "x.jsonl"}, []),
+        ({"keep_layers": 5}, []),
+    ],
+)
+def test_settings_that_have_nothing_to_act_on_are_said(given, sentences, checkpoint, caplog):
+    plan_package(checkpoint, PackageSettings(**given))
+    assert len(caplog.messages) == len(sentences)
+    assert all(sentence in message for sentence, message in zip(sentences, caplog.messages, strict=True))
+
+
+@pytest.mark.parametrize(
     ("given", "kept", "width"),
     [({}, 5, 64), ({"keep_layers": 3}, 3, 128), ({"keep_neurons": 0.5}, 5, 64), ({"keep_neurons": 1.0}, 5, 128)],
 )
