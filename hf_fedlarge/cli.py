@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fedlarge.errors import ConfigError, FedLargeError, OutputError, os_problem
 from hf_fedlarge.options import (
-    add_aggregation,
+    add_aggregating,
     add_evaluation,
     add_flower,
     add_joining,
@@ -27,6 +27,7 @@ from hf_fedlarge.options import (
     add_running,
     add_serving,
     add_shrinking,
+    add_transfer,
     chosen_aggregation,
 )
 from hf_fedlarge.progress import hide_bars, progress_bar
@@ -83,18 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="Train adapters on a package with a client's data (train --help).")
 
     one = command("aggregate", _aggregate, "Validate updates and aggregate them into an adapter.")
-    one.add_argument("updates", nargs="+", type=Path, metavar="UPDATE", help="update directories")
-    one.add_argument("--package", type=Path, required=True, help="the package they were trained on")
-    one.add_argument("-o", "--output", type=Path, required=True, help="the adapter directory to make")
-    one.add_argument("--adapter", type=Path, metavar="PREVIOUS", help="the adapter the clients started from")
-    one.add_argument("--older", nargs="+", type=Path, default=[], metavar="ADAPTER", help="what late ones started from")
-    one.add_argument("--codec", default="fp32", help="their encoding: fp32, bf16, int8, nf4 or topk (fp32)")
-    one.add_argument("--topk-share", type=float, default=0.05, help="of a factor's entries, what topk sent (0.05)")
-    one.add_argument("--round", type=int, help="the round they must be for (that of the first)")
-    one.add_argument("--min-updates", type=int, default=1, help="fewer valid ones make no adapter (1)")
-    one.add_argument("--population", type=int, metavar="N", help="clients there are, for --scaffold (the updates)")
-    one.add_argument("--keys", type=Path, metavar="LIST", help="the keys that must have signed them (none)")
-    add_aggregation(one)
+    add_aggregating(one)
     add_overwrite(one)
 
     one = command("relay", _relay, "Make an update of an aggregate: an edge's, for the server above it.")
@@ -120,15 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_evaluation(one)
 
     one = command("transfer", _transfer, "Compare what an adapter is worth on the package and on the full model.")
-    one.add_argument("checkpoint", help="the full model: a directory, or a Hub id")
-    one.add_argument("package", type=Path, help="the package that the adapter was trained on")
-    one.add_argument("adapter", type=Path, help="the adapter directory")
-    one.add_argument("--data", required=True, help="held-out examples: a file, a Hub data set, or stdlib")
-    one.add_argument("--reference", type=Path, metavar="ADAPTER", help="one that was trained on the full model")
-    one.add_argument("--gradients", action="store_true", help="how far both models' gradients agree, a layer at a time")
-    one.add_argument("--revision", help="the Hub revision")
-    add_evaluation(one)
-    one.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    add_transfer(one)
 
     text = "Run a whole federation from a file; run it again to go on after an interruption."
     add_running(command("run", _run, text))

@@ -74,6 +74,24 @@ def add_shrinking(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_aggregating(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `aggregate`."""
+    parser.add_argument("updates", nargs="+", type=Path, metavar="UPDATE", help="update directories")
+    parser.add_argument("--package", type=Path, required=True, help="the package they were trained on")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the adapter directory to make")
+    parser.add_argument("--adapter", type=Path, metavar="PREVIOUS", help="the adapter the clients started from")
+    parser.add_argument(
+        "--older", nargs="+", type=Path, default=[], metavar="ADAPTER", help="what late ones started from"
+    )
+    parser.add_argument("--codec", default="fp32", help="their encoding: fp32, bf16, int8, nf4 or topk (fp32)")
+    parser.add_argument("--topk-share", type=float, default=0.05, help="of a factor's entries, what topk sent (0.05)")
+    parser.add_argument("--round", type=int, help="the round they must be for (that of the first)")
+    parser.add_argument("--min-updates", type=int, default=1, help="fewer valid ones make no adapter (1)")
+    parser.add_argument("--population", type=int, metavar="N", help="clients there are, for --scaffold (the updates)")
+    parser.add_argument("--keys", type=Path, metavar="LIST", help="the keys that must have signed them (none)")
+    add_aggregation(parser)
+
+
 def add_aggregation(parser: argparse.ArgumentParser) -> None:
     """An option for each setting."""
     for name, (kind, text) in AGGREGATION.items():
@@ -186,6 +204,21 @@ def _poll(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--poll", type=seconds, default=5.0, help="seconds between two looks into the store (5)")
     week = 7 * 86400.0  # `orders.PATIENCE_SECONDS`, whose import `--help` need not wait for
     parser.add_argument("--patience", type=seconds, default=week, help="seconds to wait for the other side (a week)")
+
+
+def add_transfer(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `transfer`."""
+    parser.add_argument("checkpoint", help="the full model: a directory, or a Hub id")
+    parser.add_argument("package", type=Path, help="the package that the adapter was trained on")
+    parser.add_argument("adapter", type=Path, help="the adapter directory")
+    parser.add_argument("--data", required=True, help="held-out examples: a file, a Hub data set, or stdlib")
+    parser.add_argument("--reference", type=Path, metavar="ADAPTER", help="one that was trained on the full model")
+    parser.add_argument(
+        "--gradients", action="store_true", help="how far both models' gradients agree, a layer at a time"
+    )
+    parser.add_argument("--revision", help="the Hub revision")
+    add_evaluation(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
 
 
 def add_evaluation(parser: argparse.ArgumentParser) -> None:
