@@ -75,7 +75,7 @@ class SurrogateEntry(Growing):
 
 
 class HealedEntry(Record):
-    """Corrections of all 4-bit matrices, and KL(full ‖ small) on public text without and with them, in nats a token."""
+    """Corrections of the blocks' 4-bit matrices; KL(full ‖ small) on public text without and with them, nats/token."""
 
     rank: Annotated[int, Field(ge=1)]
     without: float
