@@ -276,6 +276,8 @@ def write_json(path: Path, value: object) -> None:
 def check_output(output: Path, overwrite: bool) -> None:
     """Refuse an output that exists, unless `overwrite`; refuse to replace anything that isn't an artifact of ours."""
     if not output.exists() and not output.is_symlink():
+        if any(parent.is_file() for parent in output.parents):
+            raise OutputError(f"{output} could not be written: a parent of it is a file, not a directory.")
         return
     if not overwrite:
         raise OutputError(f"{output} exists already; choose another output or add --overwrite.")

@@ -311,12 +311,13 @@ def _join(options: argparse.Namespace) -> None:
         )
     names = ("client", "data", "eval_data", "cache", "key", "keys", "server_key", "memory_budget", "result")
     brought = {name: getattr(options, name) for name in names}
-    _report(describe_device(computing_device()))
+    report = _report if options.check else _report_with_time
+    report(describe_device(computing_device()))
     if options.check:
-        rehearse(options.store, Site(**brought), _report, options.package)
+        rehearse(options.store, Site(**brought), report, options.package)
     else:
         how = {name: getattr(options, name) for name in ("once", "poll", "patience")}
-        join(options.store, **brought, **how, report=_report_with_time)
+        join(options.store, **brought, **how, report=report)
 
 
 def _flower(options: argparse.Namespace) -> None:

@@ -132,7 +132,7 @@ def test_the_digest_is_the_same_on_every_machine():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"surprise": 1}, ["surprise", "not permitted"]),
+        ({"surprise": 1}, ["surprise", "is not known"]),
         ({"format_version": 2}, ["format_version"]),
         ({"format_version": "1"}, ["format_version"]),
         ({"kind": "picture"}, ["'picture'", "expected"]),
