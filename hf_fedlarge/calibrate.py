@@ -342,6 +342,7 @@ def _fit_directory(
     retired = everything.with_name(f"{everything.name}.retired")
     work = everything / identity
     with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
         if retired.exists():
             shutil.rmtree(retired)
         if everything.exists() and not work.exists():
