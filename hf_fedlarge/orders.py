@@ -20,9 +20,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
+import psutil
 from pydantic import Field, ValidationError, model_validator
 
 from hf_fedlarge.artifacts import MANIFEST_NAME
@@ -35,6 +37,7 @@ from hf_fedlarge.keys import Signature
 from hf_fedlarge.store import Store
 from hf_fedlarge.untrusted import parse_json, printable
 
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA's, AMD's, and Windows' under WSL2
 ORDER = "order.json"
 CHECK_INS = "check_ins"
 INBOX = "inbox"
@@ -315,9 +318,11 @@ def describe_client(client: str, data: str, memory_budget: str | None = None) ->
         ConfigError: a name that can't be a client's, or a budget that is none.
         DataError: the examples can't be read.
     """
-    from hf_fedlarge.memory import machine_bytes  # here, as it loads torch
+    memory = psutil.virtual_memory().total
+    if any(map(os.path.exists, _GPU_DRIVERS)):  # else torch, which takes seconds to load, need not be asked
+        from hf_fedlarge.memory import machine_bytes
 
-    memory = machine_bytes()
+        memory = machine_bytes()
     if memory_budget is not None:
         memory = min(memory, parse_bytes(memory_budget))
     try:

@@ -674,7 +674,7 @@ def test_a_file_in_place_of_a_directory_is_said_before_the_package_is_loaded(hom
     monkeypatch.setattr("hf_fedlarge.package.load_package", lambda *args, **kwargs: pytest.fail("loaded"))
     assert main(["train", *command_line(home, tmp_path / "file" / "update")]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert re.fullmatch(r"hf-fedlarge train: \S+/file/\S+ can't be written: .*a file.*\.", error)
+    assert re.fullmatch(r"hf-fedlarge train: \S+/file/\S+ could not be written: a parent of it is a file, .*\.", error)
 
 
 def test_a_disk_that_fills_up_while_training_is_said_in_a_sentence(home, tmp_path, capsys, monkeypatch):

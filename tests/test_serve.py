@@ -863,6 +863,7 @@ def test_the_memory_that_a_client_says_is_its_gpu_s_where_that_is_less(home, mon
     data = str(home / "data.jsonl")
     whole = describe_client("ann", data).memory_bytes
     assert whole == psutil.virtual_memory().total
+    monkeypatch.setattr("hf_fedlarge.orders._GPU_DRIVERS", ("/dev/null",))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     card = SimpleNamespace(total_memory=10**9)

@@ -582,7 +582,7 @@ def test_a_family_that_adds_to_a_product_in_place(tmp_path, monkeypatch):
     streamed = with_adapter(load_package(tmp_path / "package", dtype=torch.float32))
     for size, kept in ((None, 0), (3, 0), (3, 2)):  # a batch is in one piece, or in three
         streamed.engine.micro_batch_size = size
-        monkeypatch.setattr(engine, "plan_activations", lambda *args, kept=kept: Plan(group_tokens=30, kept=kept))
+        monkeypatch.setattr(engine, "plan_activations", lambda *_, kept=kept, **__: Plan(group_tokens=30, kept=kept))
         for _ in range(2):  # in the second step the output projections' values are not computed again
             found = gradient_of(streamed, some_batch())
             assert found[0] == pytest.approx(loss, rel=1e-5)
