@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Processes that run tests, each some files of them; 2 is what the limit on the whole run's time assumes.
+# Files come in their order: by the number of tests the slowest, of one test each, would come last.
 WORKERS ?= 2
 
 .PHONY: demo test lint format bench clean
@@ -9,7 +10,7 @@ demo: .venv/demo  ## the whole chain on a real model and real data, in demo/run
 	$(BIN)/python scripts/demo.py
 
 test: .venv/dev  ## every test; no network
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: .venv/dev
 	$(BIN)/ruff check .
