@@ -22,8 +22,6 @@ int may_use_tiles(void) {
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 
-static inline int64_t padded(int64_t count) { return (count + BLOCK - 1) / BLOCK * BLOCK; }
-
 /* 2^x to 2^-14 of it, for what bf16 will hold; 2^-126 or 2^126 beyond these. */
 static inline float power_of_two(float x) {
     x = x < -126.0f ? -126.0f : x > 126.0f ? 126.0f : x;
@@ -41,37 +39,12 @@ static inline float power_of_two(float x) {
 /* c (rows, columns) = or += a (rows, inner) b (inner, columns), sizes multiples of BLOCK. */
 static void multiply(int adds, float *c, int64_t c_width, const bf16 *a, int64_t a_width, const uint32_t *b,
                      int64_t b_width, int64_t rows, int64_t columns, int64_t inner) {
-    settle();
     for (int64_t row = 0; row < rows; row += BLOCK)
         for (int64_t column = 0; column < columns; column += BLOCK) {
-            float *upper = c + row * c_width + column, *lower = upper + 16 * c_width;
-            if (adds) {
-                _tile_loadd(0, upper, 4 * c_width);
-                _tile_loadd(1, upper + 16, 4 * c_width);
-                _tile_loadd(2, lower, 4 * c_width);
-                _tile_loadd(3, lower + 16, 4 * c_width);
-            } else {
-                _tile_zero(0);
-                _tile_zero(1);
-                _tile_zero(2);
-                _tile_zero(3);
-            }
-            for (int64_t i = 0; i < inner; i += BLOCK) {
-                _tile_loadd(4, a + row * a_width + i, 2 * a_width);
-                _tile_loadd(5, a + (row + 16) * a_width + i, 2 * a_width);
-                _tile_loadd(6, b + i / 2 * b_width + column, 4 * b_width);
-                _tile_loadd(7, b + i / 2 * b_width + column + 16, 4 * b_width);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-            _tile_stored(0, upper, 4 * c_width);
-            _tile_stored(1, upper + 16, 4 * c_width);
-            _tile_stored(2, lower, 4 * c_width);
-            _tile_stored(3, lower + 16, 4 * c_width);
+            const strip left = {a + row * a_width, 2 * 16 * a_width, 2 * BLOCK, 2 * a_width};
+            const strip right = {b + column, 4 * 16, 4 * 16 * b_width, 4 * b_width};
+            multiply_strips(adds, c + row * c_width + column, c_width, left, right, inner / BLOCK);
         }
-    settle();
 }
 
 /* x (T, E), its rows `step` apart, as a right factor (T, E). */
@@ -111,7 +84,7 @@ static void *take(uint8_t *work, int64_t *used, int64_t bytes) {
 
 /* Gives each its place from `work` on; returns how many bytes all take. */
 static int64_t lay_out(workplace *w, uint8_t *work, int64_t T, int64_t E) {
-    const int64_t rows = padded(T), wide = w->wide = padded(E), across = w->across = rows + 16;
+    const int64_t rows = padded(T, BLOCK), wide = w->wide = padded(E, BLOCK), across = w->across = rows + 16;
     int64_t used = 0;
     w->k = take(work, &used, 2 * rows * wide);
     w->v = take(work, &used, 2 * rows * wide);
@@ -144,7 +117,7 @@ int64_t attention_bytes(int64_t T, int64_t E) {
    Products have keys for rows and queries for columns, so that nothing as large as P is turned. */
 static void head_gradient(const workplace *w, const bf16 *q, const bf16 *out, const bf16 *grad, const float *lse,
                           bf16 *dq, int64_t T, int64_t H, int64_t E, float scale) {
-    const int64_t step = H * E, wide = w->wide, across = w->across, rows = padded(T);
+    const int64_t step = H * E, wide = w->wide, across = w->across, rows = padded(T, BLOCK);
     const float scale2 = scale * LOG2_E;
     pack(q, step, T, E, w->q, wide);
     pack(grad, step, T, E, w->grad, wide);

@@ -1,5 +1,7 @@
 /* bf16 in C: a value is its 16 bits, arithmetic that of fp32. */
 
+#pragma once
+
 #include <stdint.h>
 #include <string.h>
 

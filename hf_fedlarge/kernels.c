@@ -4,7 +4,7 @@
    tensors are contiguous. A bf16 value is its 16 bits, its arithmetic that of fp32; every row or piece is one thread's,
    so results don't depend on their number. Loops are for the compiler to vectorize: no branches, no libm. */
 
-#include "bf16.h"
+#include "nf4.h"
 
 #include <math.h>
 
@@ -157,34 +157,16 @@ SOFTMAX(fp32, float, from_fp32, to_fp32)
 INT8_ROWS(bf16, bf16, to_bf16)
 INT8_ROWS(fp32, float, to_fp32)
 
-#ifdef __AVX512F__
-/* NF4: two values a byte, the first in its high half, 64 under a scale, which is code[codes] outer + offset with one
-   `outer` for 256 of them. 16 bytes are looked up at a time; the two results of one are a 32-bit word. */
-typedef float floats __attribute__((vector_size(64)));
-typedef uint32_t words __attribute__((vector_size(64)));
-typedef uint8_t bytes __attribute__((vector_size(16)));
-
-static inline words rounded(floats values) {
-    const words bits = (words)values;
-    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* a value times a scale is no NaN */
-}
-
+#ifdef __AVX512BW__
 void nf4(const uint8_t *packed, const uint8_t *codes, const float *outer, const float *code, const float *table,
          bf16 *out, int64_t first, int64_t count, float offset, int threads) {
-    floats values;
-    memcpy(&values, table, sizeof values);
+    nf4_matrix w = {packed, codes, outer, code, .offset = offset};
+    memcpy(&w.table, table, sizeof w.table);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t block = 0; block < count; block++) {
-        const float scale = code[codes[first + block]] * outer[(first + block) / 256] + offset;
-        for (int half = 0; half < 2; half++) {
-            bytes pairs;
-            memcpy(&pairs, packed + (first + block) * 32 + half * 16, sizeof pairs);
-            const words wide = __builtin_convertvector(pairs, words);
-            const words even = rounded(__builtin_shuffle(values, wide >> 4) * scale);
-            const words odd = rounded(__builtin_shuffle(values, wide & 15) * scale);
-            const words both = even | odd << 16;
-            memcpy(out + block * 64 + half * 32, &both, sizeof both);
-        }
+        __m512i values[2];
+        read_nf4(&w, first + block, values);
+        memcpy(out + block * SCALED, values, sizeof values);
     }
 }
 #endif

@@ -31,7 +31,8 @@ from pathlib import Path
 
 import torch
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "attention.c", "linear.c", "amx.h", "bf16.h")]
+_FILES = ("kernels.c", "attention.c", "linear.c", "amx.h", "nf4.h", "bf16.h")
+_SOURCES = [Path(__file__).with_name(name) for name in _FILES]
 # None that lets the compiler change a result: a product and a sum stay two roundings, and NaN stays NaN.
 _FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp"]
 _COMPILER_SECONDS = 120

@@ -8,46 +8,15 @@
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__) && defined(__x86_64__)
 #include "amx.h"
+#include "nf4.h"
 
 #include <omp.h>
 
-#define TILE (16 * 32)        /* values */
-#define SCALED 64             /* values under a scale */
-#define DEEPEST 2048          /* of a part; of all sizes multiples of 64 */
+#define TILE (16 * 32)         /* values */
+#define DEEPEST 2048           /* of a part; all sizes are multiples of 64 */
 #define PANEL_VALUES (1 << 19) /* half of what a core's cache holds; the left factor comes by */
 
-typedef float floats __attribute__((vector_size(64)));
-typedef uint32_t words __attribute__((vector_size(64)));
-
-/* A matrix in NF4 (rows, columns), row by row. */
-typedef struct {
-    const uint8_t *packed, *codes;
-    const float *outer, *code;
-    floats table;
-    float offset;
-    int64_t columns;
-} nf4_matrix;
-
-static inline int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
-
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/* The 64 values from (row, column) on, in two registers: what `nf4` of kernels.c gives. Their 16 different values are
-   computed, and then looked up. */
-static inline void read_nf4(const nf4_matrix *w, int64_t row, int64_t column, __m512i out[2]) {
-    const int64_t block = (row * w->columns + column) / SCALED;
-    const float scale = w->code[w->codes[block]] * w->outer[block / 256] + w->offset;
-    const words bits = (words)(w->table * scale);
-    const words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const __m512i values = _mm512_castsi256_si512(_mm512_cvtepi32_epi16((__m512i)rounded));
-    for (int half = 0; half < 2; half++) {
-        const __m512i pairs =
-            _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(w->packed + block * 32 + half * 16)));
-        const __m512i first = _mm512_srli_epi32(pairs, 4);
-        const __m512i second = _mm512_slli_epi32(_mm512_and_si512(pairs, _mm512_set1_epi32(15)), 16);
-        out[half] = _mm512_permutexvar_epi16(_mm512_or_si512(first, second), values);
-    }
-}
 
 /* Turns 16 rows of 16 pairs. */
 static inline void turn(__m512i r[16]) {
@@ -89,15 +58,15 @@ static void lay_left(const bf16 *x, int64_t step, int64_t N, int64_t width, int6
         }
 }
 
-/* A right factor's tiles lie (column, steps). Here: rows [row, row + count) of W, from `column` on, turned. */
-static void lay_nf4_turned(const nf4_matrix *w, int64_t row, int64_t count, int64_t column, int64_t width, int64_t steps,
-                           uint32_t *out) {
+/* A right factor's tiles lie (column, steps). Here: rows [row, row + count) of W (…, columns), from `column` on, turned. */
+static void lay_nf4_turned(const nf4_matrix *w, int64_t columns, int64_t row, int64_t count, int64_t column,
+                           int64_t width, int64_t steps, uint32_t *out) {
     for (int64_t start = 0; start < count; start += 16)
         for (int64_t k = 0; k < width; k += SCALED) {
             __m512i halves[2][16];
             for (int i = 0; i < 16; i++) {
                 __m512i found[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-                if (start + i < count) read_nf4(w, row + start + i, column + k, found);
+                if (start + i < count) read_nf4(w, ((row + start + i) * columns + column + k) / SCALED, found);
                 halves[0][i] = found[0], halves[1][i] = found[1];
             }
             for (int half = 0; half < 2; half++) {
@@ -117,13 +86,13 @@ static inline void interleave(uint32_t *left, uint32_t *right, __m512i even, __m
 }
 
 /* Here: columns [column, column + count) of `depth` rows of W from `row` on. */
-static void lay_nf4(const nf4_matrix *w, int64_t row, int64_t depth, int64_t column, int64_t count, int64_t steps,
-                    uint32_t *out) {
+static void lay_nf4(const nf4_matrix *w, int64_t columns, int64_t row, int64_t depth, int64_t column, int64_t count,
+                    int64_t steps, uint32_t *out) {
     for (int64_t k = 0; k < padded(depth, 32); k += 2)
         for (int64_t start = 0; start < count; start += SCALED) {
             __m512i even[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()}, odd[2] = {even[0], even[0]};
-            if (k < depth) read_nf4(w, row + k, column + start, even);
-            if (k + 1 < depth) read_nf4(w, row + k + 1, column + start, odd);
+            if (k < depth) read_nf4(w, ((row + k) * columns + column + start) / SCALED, even);
+            if (k + 1 < depth) read_nf4(w, ((row + k + 1) * columns + column + start) / SCALED, odd);
             for (int half = 0; half < 2; half++) {
                 uint32_t *tile = out + ((start / 16 + 2 * half) * steps + k / 32) * (TILE / 2) + k % 32 / 2 * 16;
                 interleave(tile, tile + steps * (TILE / 2), even[half], odd[half]);
@@ -155,35 +124,20 @@ static void lay_dense(const bf16 *e, int64_t step, int turned, int64_t count, in
             }
 }
 
-/* c (32, 32) = or += two rows of tiles of the left factor times two columns of the right one. */
-static inline void multiply(int adds, const bf16 *left, const uint32_t *right, int64_t steps, float *c) {
-    settle();
-    if (adds) {
-        _tile_loadd(0, c, 128);
-        _tile_loadd(1, c + 16, 128);
-        _tile_loadd(2, c + 512, 128);
-        _tile_loadd(3, c + 528, 128);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+/* A sum, and the bias, as `rows` rows of the result, rounded; `there` are those of its columns that there are. */
+static void store_sum(const float *c, const bf16 *bias, __mmask32 there, int64_t rows, bf16 *out, int64_t P) {
+    __m512 more[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    if (bias) {
+        const __m512i values = _mm512_maskz_loadu_epi16(there, bias);
+        const __m256i halves[2] = {_mm512_castsi512_si256(values), _mm512_extracti64x4_epi64(values, 1)};
+        for (int side = 0; side < 2; side++)
+            more[side] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves[side]), 16));
     }
-    for (int64_t s = 0; s < steps; s++) {
-        _tile_loadd(4, left + s * TILE, 64);
-        _tile_loadd(5, left + (steps + s) * TILE, 64);
-        _tile_loadd(6, right + s * (TILE / 2), 64);
-        _tile_loadd(7, right + (steps + s) * (TILE / 2), 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+    for (int64_t r = 0; r < rows; r++) {
+        const __m512 left = _mm512_add_ps(_mm512_load_ps(c + r * BLOCK), more[0]);
+        const __m512 right = _mm512_add_ps(_mm512_load_ps(c + r * BLOCK + 16), more[1]);
+        _mm512_mask_storeu_epi16(out + r * P, there, (__m512i)_mm512_cvtne2ps_pbh(right, left));
     }
-    _tile_stored(0, c, 128);
-    _tile_stored(1, c + 16, 128);
-    _tile_stored(2, c + 512, 128);
-    _tile_stored(3, c + 528, 128);
-    settle();
 }
 
 /* How a product is divided. */
@@ -203,6 +157,18 @@ static division divide(int64_t N, int64_t K, int64_t P, int64_t R, int turned, i
     return d;
 }
 
+/* A part of K: where it begins, how deep it is, how many rows of the second product follow it, and tiles in all. */
+typedef struct {
+    int64_t first, depth, with, steps;
+} part;
+
+static part part_of(const division *d, int64_t number, int64_t K, int64_t R) {
+    part p = {.first = number * d->deep, .with = number + 1 < d->parts ? 0 : R};
+    p.depth = smaller(d->deep, K - p.first);
+    p.steps = (padded(p.depth, 32) + padded(p.with, 32)) / 32;
+    return p;
+}
+
 /* What it works in. */
 int64_t nf4_linear_bytes(int64_t N, int64_t K, int64_t P, int64_t R, int turned, int threads) {
     const division d = divide(N, K, P, R, turned, threads);
@@ -215,7 +181,7 @@ void nf4_linear(const bf16 *x, const uint8_t *packed, const uint8_t *codes, cons
                 const float *table, const bf16 *u, const bf16 *e, const bf16 *bias, bf16 *out, uint8_t *work, int64_t N,
                 int64_t K, int64_t P, int64_t R, float offset, int turned, int threads) {
     const division d = divide(N, K, P, R, turned, threads);
-    nf4_matrix w = {packed, codes, outer, code, .offset = offset, .columns = turned ? K : P};
+    nf4_matrix w = {packed, codes, outer, code, .offset = offset};
     memcpy(&w.table, table, sizeof w.table);
     bf16 *left = (bf16 *)work;
     uint8_t *own = work + 2 * d.left_values;
@@ -226,48 +192,37 @@ void nf4_linear(const bf16 *x, const uint8_t *packed, const uint8_t *codes, cons
         float *sums = (float *)((uint8_t *)panel + 2 * d.panel_values);
         tiles theirs;
         enter(&theirs);
-        for (int64_t part = 0; part < d.parts; part++) {
-            const int64_t first = part * d.deep, depth = smaller(d.deep, K - first);
-            const int64_t with = part + 1 < d.parts ? 0 : R, steps = (padded(depth, 32) + padded(with, 32)) / 32;
+        for (int64_t number = 0; number < d.parts; number++) {
+            const part p = part_of(&d, number, K, R);
             const int64_t from = blocks * thread / count, to = blocks * (thread + 1) / count;
-            lay_left(x + first, K, N, depth, steps, from, to, left + first * d.rows);
-            if (with) lay_left(u, R, N, R, steps, from, to, left + first * d.rows + padded(depth, 32) / 32 * TILE);
+            bf16 *tiled = left + p.first * d.rows;
+            lay_left(x + p.first, K, N, p.depth, p.steps, from, to, tiled);
+            if (p.with) lay_left(u, R, N, R, p.steps, from, to, tiled + padded(p.depth, 32) / 32 * TILE);
         }
 #pragma omp barrier
 #pragma omp for schedule(dynamic)
         for (int64_t column = 0; column < P; column += d.wide) {
             const int64_t width = smaller(d.wide, P - column);
-            for (int64_t part = 0; part < d.parts; part++) {
-                const int64_t first = part * d.deep, depth = smaller(d.deep, K - first);
-                const int64_t with = part + 1 < d.parts ? 0 : R, steps = (padded(depth, 32) + padded(with, 32)) / 32;
+            for (int64_t number = 0; number < d.parts; number++) {
+                const part p = part_of(&d, number, K, R);
                 if (turned)
-                    lay_nf4_turned(&w, column, width, first, depth, steps, panel);
+                    lay_nf4_turned(&w, K, column, width, p.first, p.depth, p.steps, panel);
                 else
-                    lay_nf4(&w, first, depth, column, width, steps, panel);
-                if (with)
-                    lay_dense(turned ? e + column * R : e + column, turned ? R : P, turned, width, R, steps,
-                              panel + padded(depth, 32) / 32 * (TILE / 2));
+                    lay_nf4(&w, P, p.first, p.depth, column, width, p.steps, panel);
+                if (p.with)
+                    lay_dense(turned ? e + column * R : e + column, turned ? R : P, turned, width, R, p.steps,
+                              panel + padded(p.depth, 32) / 32 * (TILE / 2));
+                const int64_t row_bytes = 2 * TILE * p.steps;
                 for (int64_t row = 0; row < d.rows; row += BLOCK)
                     for (int64_t at = 0; at < width; at += BLOCK) {
                         float *c = d.parts > 1 ? sums + row * d.wide + at * BLOCK : sums;
-                        multiply(part > 0, left + first * d.rows + row / 16 * steps * TILE,
-                                 panel + at / 16 * steps * (TILE / 2), steps, c);
-                        if (part + 1 < d.parts) continue;
-                        const __mmask32 there = first_of_32(width - at);
-                        __m512 more[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-                        if (bias) {
-                            const __m512i values = _mm512_maskz_loadu_epi16(there, bias + column + at);
-                            for (int side = 0; side < 2; side++)
-                                more[side] = _mm512_castsi512_ps(_mm512_slli_epi32(
-                                    _mm512_cvtepu16_epi32(side ? _mm512_extracti64x4_epi64(values, 1)
-                                                               : _mm512_castsi512_si256(values)), 16));
-                        }
-                        for (int64_t r = 0; r < smaller(BLOCK, N - row); r++) {
-                            const __m512 one = _mm512_add_ps(_mm512_load_ps(c + r * BLOCK), more[0]);
-                            const __m512 two = _mm512_add_ps(_mm512_load_ps(c + r * BLOCK + 16), more[1]);
-                            _mm512_mask_storeu_epi16(out + (row + r) * P + column + at, there,
-                                                     (__m512i)_mm512_cvtne2ps_pbh(two, one));
-                        }
+                        const strip a = {left + p.first * d.rows + row / 16 * p.steps * TILE,
+                                         row_bytes, 2 * TILE, 64};
+                        const strip b = {panel + at / 16 * p.steps * (TILE / 2), row_bytes, 2 * TILE, 64};
+                        multiply_strips(number > 0, c, BLOCK, a, b, p.steps);
+                        if (number + 1 == d.parts)
+                            store_sum(c, bias ? bias + column + at : NULL, first_of_32(width - at),
+                                      smaller(BLOCK, N - row), out + row * P + column + at, P);
                     }
             }
         }
