@@ -37,12 +37,11 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def machine_bytes() -> int:
-    """What this machine has for a client: its memory, or a GPU's, which is computed on where there is one, if less."""
-    memory = psutil.virtual_memory().total
-    if torch.cuda.is_available():
-        memory = min(memory, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
-    return memory
+def gpu_bytes() -> float:
+    """What the GPU has that is computed on; infinity where there is none."""
+    if not torch.cuda.is_available():
+        return float("inf")
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 
 def used_bytes(device: torch.device) -> int:

@@ -320,9 +320,9 @@ def describe_client(client: str, data: str, memory_budget: str | None = None) ->
     """
     memory = psutil.virtual_memory().total
     if any(map(os.path.exists, _GPU_DRIVERS)):  # else torch, which takes seconds to load, need not be asked
-        from hf_fedlarge.memory import machine_bytes
+        from hf_fedlarge.memory import gpu_bytes
 
-        memory = machine_bytes()
+        memory = min(memory, gpu_bytes())
     if memory_budget is not None:
         memory = min(memory, parse_bytes(memory_budget))
     try:

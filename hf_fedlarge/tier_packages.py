@@ -73,12 +73,13 @@ def check_packages(checkpoint: Path, config: FederationConfig) -> None:
                 f"{config.package} is a package of {base.id} with the digest {base.digest[:12]}…, but {checkpoint} has "
                 f"the digest {found[:12]}…; give the package of this checkpoint."
             )
-        target_linears(describe(load_config(checkpoint)), config.lora)
-        return
-    plan = check_plan(checkpoint, config)
-    target_linears(plan.architecture, config.lora)
-    check_length(plan.architecture.model_type, plan.architecture.positions, max_length(config.training))
-    if config.tiers:
+        architecture = describe(load_config(checkpoint))
+    else:
+        plan = check_plan(checkpoint, config)
+        architecture = plan.architecture
+    target_linears(architecture, config.lora)
+    check_length(architecture.model_type, architecture.positions, max_length(config.training))
+    if config.tiers:  # for which packages are made
         needed = _first_bytes(checkpoint, config, len(plan.kept), plan.package_bytes)
         for tier in _wanted(checkpoint, config, needed):
             check_plan(checkpoint, tier.package)
