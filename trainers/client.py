@@ -1,9 +1,8 @@
 """Train LoRA adapters on a package with a client's own data, and write an update.
 
+    # without a GPU: accelerate launch --cpu --num_processes 1, or it leaves the program one thread
     accelerate launch trainers/client.py --package PACKAGE --data DATA.jsonl --output UPDATE
     accelerate launch -m hf_fedlarge.trainers.client --package PACKAGE --data DATA.jsonl --output UPDATE
-
-Without a GPU accelerate needs `--cpu --num_processes 1`, or it leaves the program one thread.
     hf-fedlarge train --package PACKAGE --data DATA.jsonl --output UPDATE
 
     # from the federation's current adapter, as client `lab-3` of round 2, 50 steps of 2 x 4 sequences, packed
