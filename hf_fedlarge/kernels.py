@@ -1,9 +1,9 @@
-"""What C does of a step on a CPU: elementwise work in one pass over memory, attention's gradient, products with NF4.
+"""What C does on a CPU: a step's elementwise work in one pass, attention's gradient, products with NF4; merging.
 
 What torch computes in several operations goes through memory several times, and wakes its threads for each. Python
-calls these functions, of `kernels.c`, `attention.c` and `linear.c`, through ctypes, as it does bitsandbytes'. GCC
-compiles them for this very processor when they are first needed, within seconds, and they are kept in the cache. Where
-there is no GCC torch's operations do the same work in more time; `HF_FEDLARGE_KERNELS=off` asks for that.
+calls these functions, of the C files beside it, through ctypes, as it does bitsandbytes'. GCC compiles them for this
+processor when they are first needed, within seconds, and they are kept in the cache. Where there is no GCC torch's
+operations do the same work in more time; `HF_FEDLARGE_KERNELS=off` asks for that.
 
 Numbers are those of torch's operations in fp32, rounded once, but for the last bits of e^x and of sums. So processes
 whose runs are to end with the same bytes have them all, or none.
@@ -28,16 +28,19 @@ from contextlib import suppress
 from functools import cache, cached_property
 from itertools import takewhile
 from pathlib import Path
+from threading import Lock
 
 import torch
 
-_FILES = ("kernels.c", "attention.c", "linear.c", "amx.h", "nf4.h", "bf16.h")
+from hf_fedlarge.cache import cache_directory, is_own
+
+_FILES = ("kernels.c", "attention.c", "linear.c", "merge.c", "amx.h", "nf4.h", "bf16.h")
 _SOURCES = [Path(__file__).with_name(name) for name in _FILES]
 # None that lets the compiler change a result: a product and a sum stay two roundings, and NaN stays NaN.
 _FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp"]
 _COMPILER_SECONDS = 120
 _ALONE = 2**13  # values that one thread has done before another is awake
-_C_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
+_C_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double, "i": ctypes.c_int}
 _ARGUMENTS = {
     "rms_norm": "ppppllfi",
     "rms_norm_gradient": "ppppplli",
@@ -50,10 +53,16 @@ _ARGUMENTS = {
     "attention_bytes": "ll",
     "nf4_linear": "pppppppppppllllfii",
     "nf4_linear_bytes": "llllii",
+    "add_product": "pppppllld",
 }
-_RESULTS = {"attention_bytes": ctypes.c_int64, "nf4_linear_bytes": ctypes.c_int64}  # of the others, nothing
+_RESULTS = {  # of the others, nothing
+    "attention_bytes": ctypes.c_int64,
+    "nf4_linear_bytes": ctypes.c_int64,
+    "add_product": ctypes.c_int,
+}
 COMPUTED = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # what results may be in, and what C calls it
 
+_compiling = Lock()
 _logger = logging.getLogger(__name__)
 
 
@@ -203,6 +212,22 @@ class Kernels:
         """What such a product takes of memory beside its result; `threads` 0: as many as torch has."""
         return self._call("nf4_linear_bytes", "", N, K, P, R, turned, threads or torch.get_num_threads())
 
+    def add_product(
+        self, rows_NM: torch.Tensor, left_NR: torch.Tensor, right_RM: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, bool]:
+        """rows + scale · left right, summed in fp64 and rounded once, and whether that is finite. One thread's work.
+
+        Args:
+            rows_NM: what is added to.
+            left_NR: fp64.
+            right_RM: fp64.
+            scale: the factor before the product.
+        """
+        out_NM = torch.empty_like(rows_NM)
+        work = left_NR.new_empty(left_NR.shape[1], 32)
+        sizes = *rows_NM.shape, left_NR.shape[1]
+        return out_NM, bool(self._call("add_product", "", rows_NM, left_NR, right_RM, out_NM, work, *sizes, scale))
+
     def attention_gradient(
         self,
         q_BTHE: torch.Tensor,
@@ -260,7 +285,8 @@ def kernels() -> Kernels | None:
     if os.environ.get("HF_FEDLARGE_KERNELS") == "off":
         return None
     try:
-        return Kernels(_compiled())
+        with _compiling:  # of two threads that need them first, one waits
+            return Kernels(_compiled())
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         _logger.info(
@@ -272,9 +298,9 @@ def kernels() -> Kernels | None:
 def _compiled() -> ctypes.CDLL:
     flags = [*_FLAGS, "-mprefer-vector-width=512"] if platform.machine() == "x86_64" else _FLAGS
     key = hashlib.sha256("\0".join([*flags, _processor(), *map(Path.read_text, _SOURCES)]).encode()).hexdigest()[:16]
-    kept = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hf_fedlarge" / f"kernels-{key}.so"
+    kept = cache_directory() / f"kernels-{key}.so"
     with suppress(OSError):  # it isn't there, or broken
-        if kept.stat().st_uid == os.getuid():  # nobody else's code is run
+        if is_own(kept):  # nobody else's code is run
             return ctypes.CDLL(str(kept))
     compiler = shutil.which("gcc")
     if compiler is None:

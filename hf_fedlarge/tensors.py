@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hf_fedlarge.artifacts import file_entry, sha256_of
+from hf_fedlarge.artifacts import file_entry
+from hf_fedlarge.digests import remembered_sha256
 from hf_fedlarge.entries import FileEntry
 from hf_fedlarge.errors import ArtifactError
 
@@ -194,6 +195,7 @@ class SafetensorsWriter:
         self._hash: Any = hashlib.sha256(head)
         self._hashed = 0
         self._beside = ThreadPoolExecutor(1)
+        self._hashing: Future[None] | None = None
         self._file = path.open("wb")
         self._file.write(head)
 
@@ -203,9 +205,10 @@ class SafetensorsWriter:
         offset = self._next[name]
         assert offset + data.nbytes <= self._end[name], f"{name}: more bytes than announced"
         self._next[name] += data.nbytes
-        hashing = None
         if self._hash is not None and offset == self._hashed:
-            hashing = self._beside.submit(self._hash.update, data)
+            if self._hashing is not None:
+                self._hashing.result()
+            self._hashing = self._beside.submit(self._hash.update, data)
             self._hashed += data.nbytes
         elif data.nbytes:
             self._hash = None
@@ -216,8 +219,6 @@ class SafetensorsWriter:
         if hasattr(os, "posix_fadvise"):
             # Linux begins to write what is called not needed. An fsync here would stop the writing until it is done.
             os.posix_fadvise(self._file.fileno(), self._start + offset, data.nbytes, os.POSIX_FADV_DONTNEED)
-        if hashing:
-            hashing.result()
 
     def close(self) -> FileEntry:
         """End the file and give its size and SHA-256."""
@@ -267,7 +268,8 @@ def shard_names(count: int) -> list[str]:
 def checkpoint_digest(directory: Path) -> str:
     """What a checkpoint computes, as one SHA-256: over its config, its shards and their index, by name and content.
 
-    Tokenizer, card and templates are left out: they may change without a weight changing. Reads every byte once.
+    Tokenizer, card and templates are left out: they may change without a weight changing. Reads every byte once, unless
+    it did so before and nothing touched the files since.
 
     Raises:
         ArtifactError: the directory is not a safetensors checkpoint with a config.
@@ -277,7 +279,7 @@ def checkpoint_digest(directory: Path) -> str:
     if not (directory / "config.json").is_file():
         raise ArtifactError(f"{directory} has no config.json, so it is not a Hugging Face checkpoint.")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = dict(zip(names, pool.map(sha256_of, (directory / name for name in names)), strict=True))
+        digests = dict(zip(names, pool.map(remembered_sha256, (directory / name for name in names)), strict=True))
     return hashlib.sha256(json.dumps(digests, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -20,12 +20,13 @@ LIBRARY = ROOT / "hf_fedlarge"
 # Imports point down: a module may import those of the lines above its own.
 LEVELS = [
     {"errors", "options"},
-    {"records", "ciphers", "fixed_point", "budget", "directory", "memory", "patience"},
-    {"coherence"},
-    {"config", "layers", "stdlib_corpus", "blocks", "untrusted", "positions", "processor", "kernels"},
+    {"records", "ciphers", "fixed_point", "budget", "directory", "memory", "patience", "cache"},
+    {"coherence", "kernels"},
+    {"config", "layers", "stdlib_corpus", "blocks", "untrusted", "positions", "processor"},
     {"ledger", "remote", "rerun"},
     {"entries", "summary"},
     {"artifacts"},
+    {"digests"},
     {
         "tensors",
         "architectures",

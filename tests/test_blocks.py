@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_fedlarge import blocks
 from hf_fedlarge.blocks import Buckets, add_product, in_order, round_fp64, workers
+from hf_fedlarge.kernels import kernels
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -83,9 +85,18 @@ def test_rounding_keeps_what_is_not_a_number(dtype):
     assert torch.signbit(found[5:]).tolist() == [False, True, False, True]
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (300, 1000), (2, 2**18)], ids=str)
+@pytest.fixture(params=["compiled", "torch"])
+def way(request, monkeypatch):
+    """Both ways of adding a product to bf16."""
+    if request.param == "torch":
+        monkeypatch.setattr(blocks, "kernels_for", lambda rows: None)
+    elif kernels() is None:
+        pytest.skip("nothing is compiled: there is no GCC, or HF_FEDLARGE_KERNELS=off")
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (300, 1000), (2, 2**18), (21, 32)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_product_is_added_and_rounded_once(dtype, shape):
+def test_a_product_is_added_and_rounded_once(way, dtype, shape):
     """Values at ties and beside them by less than fp32 shows, which torch alone rounds wrong, and plain ones."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(shape, generator=generator).to(dtype)
@@ -95,12 +106,38 @@ def test_a_product_is_added_and_rounded_once(dtype, shape):
     left[:, 1] = half
     right = torch.randn(2, shape[1], generator=generator, dtype=torch.float64)
     right[1] = 1.0
-    found = add_product(rows, left, right, 1.0)
+    found, finite = add_product(rows, left, right, 1.0)
     exact = torch.addmm(rows.double(), left, right)
     assert found.dtype == dtype
+    assert finite
     assert torch.equal(found, round_fp64(exact, dtype))
     if dtype != torch.float32:
         assert not torch.equal(found, exact.to(dtype))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3, 16, 70])
+def test_a_product_of_any_rank(way, rank):
+    generator = torch.Generator().manual_seed(rank)
+    rows = torch.randn(19, 75, generator=generator).bfloat16()
+    left = torch.randn(rank, 19, generator=generator, dtype=torch.float64).T  # as a transposed matrix's factor comes
+    right = torch.randn(rank, 75, generator=generator, dtype=torch.float64)
+    found, finite = add_product(rows, left, right, 0.3)
+    assert finite
+    assert torch.equal(found, round_fp64(rows.double() + 0.3 * (left @ right), torch.bfloat16))
+
+
+@pytest.mark.parametrize("row", [0, 4, 8], ids="row {}".format)
+@pytest.mark.parametrize("column", [0, 31, 32, 39], ids="column {}".format)
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 3.4e38])
+def test_a_sum_beyond_the_dtype_is_noticed_wherever_it_is(way, value, row, column):
+    rows = torch.zeros(9, 40, dtype=torch.bfloat16)
+    rows[row, column] = value  # 3.4e38 is nearer to infinity than to bf16's largest number
+    one = torch.zeros(9, 1, dtype=torch.float64)
+    found, finite = add_product(rows, one, torch.zeros(1, 40, dtype=torch.float64), 1.0)
+    assert not finite
+    assert not found[row, column].isfinite()
+    found[row, column] = 0
+    assert not found.any()
 
 
 # Buckets

