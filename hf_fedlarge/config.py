@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from hf_fedlarge.coherence import ON_FACTORS, ROBUST, check_federation, refuse
 from hf_fedlarge.errors import ConfigError
@@ -312,7 +313,7 @@ class FederationConfig(PackageSettings, SelectionSettings, AggregationSettings):
     checkpoint: str
     revision: str | None = None
     base_id: str | None = None
-    package: str | None = None
+    package: Annotated[str, AfterValidator(os.path.expanduser)] | None = None
     data: DataConfig | None = None
     clients: dict[ClientName, Annotated[int, Field(ge=1)]] | None = None
     eval_data: str | None = None

@@ -461,6 +461,14 @@ def test_a_run_takes_a_package_that_was_made_elsewhere_and_goes_on_with_its_copy
     (given / "away").rename(given / "package")
 
 
+def test_a_given_package_may_lie_below_the_home(given, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(given))
+    text = (given / "federation.yaml").read_text().replace(str(given / "package"), "~/package")
+    assert "~/package" in text
+    (tmp_path / "federation.yaml").write_text(text)
+    assert load_federation(tmp_path / "federation.yaml").package == str(given / "package")
+
+
 def test_a_given_package_is_looked_at_before_anything_else(given, tmp_path):
     with pytest.raises(ArtifactError, match="is not a directory; expected a package"):
         run(given, tmp_path / "run", package=str(tmp_path / "nowhere"), checkpoint="nobody/nothing")
