@@ -25,11 +25,12 @@ def progress_bar(what: str, total: int | None, unit: str = "B") -> Iterator[Call
 
 
 def spell_seconds(seconds: float) -> str:
-    """A time as people say it: `1 h 52 min`, `12 min`, `40 s`."""
+    """A time as people say it: `1 h 52 min`, `6 h`, `12 min`, `40 s`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+    parts = [f"{hours} h"] * (hours > 0) + [f"{minutes} min"] * (minutes > 0)
+    return " ".join(parts)
 
 
 def by_tenths(report: Callable[[str], None], what: str, layers: int) -> Callable[[int], None]:
@@ -46,17 +47,10 @@ def by_tenths(report: Callable[[str], None], what: str, layers: int) -> Callable
             first, since = done, now
         if done * 10 // layers > (done - 1) * 10 // layers:
             known = first < done < layers
-            left = f", about {_duration((now - since) / (done - first) * (layers - done))} left" if known else ""
+            left = f", about {spell_seconds((now - since) / (done - first) * (layers - done))} left" if known else ""
             report(f"{what}: {done} of {layers} layers are done{left}")
 
     return advance
-
-
-def _duration(seconds: float) -> str:
-    """In the unit that a person would take: 40 s, 12 min or 3.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def hide_bars() -> None:

@@ -24,7 +24,8 @@ def test_a_line_for_each_tenth_and_the_last_layer(layers, expected):
 
 
 @pytest.mark.parametrize(
-    ("begun", "seconds", "left"), [(0, 2.0, "12 s"), (0, 60.0, "6 min"), (0, 3600.0, "6.0 h"), (2, 60.0, "6 min")]
+    ("begun", "seconds", "left"),
+    [(0, 2.0, "12 s"), (0, 60.0, "6 min"), (0, 3600.0, "6 h"), (0, 1000.0, "1 h 40 min"), (2, 60.0, "6 min")],
 )
 def test_the_time_left_is_told_by_the_layers_that_were_done_since_it_began(monkeypatch, begun, seconds, left):
     lines, clock = [], 500.0  # until the first layer is done libraries are loaded, and what was done before is read
