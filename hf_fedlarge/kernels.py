@@ -62,7 +62,7 @@ _RESULTS = {  # of the others, nothing
 }
 COMPUTED = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # what results may be in, and what C calls it
 
-_compiling = Lock()
+_loading = Lock()
 _logger = logging.getLogger(__name__)
 
 
@@ -279,14 +279,18 @@ def kernels_for(*tensors: torch.Tensor) -> Kernels | None:
     return kernels()
 
 
-@cache
 def kernels() -> Kernels | None:
     """The kernels, compiled now if they have never been; None where they can't be, or are not wanted."""
+    with _loading:  # of several threads that need them first one compiles, and the others wait
+        return _load()
+
+
+@cache
+def _load() -> Kernels | None:
     if os.environ.get("HF_FEDLARGE_KERNELS") == "off":
         return None
     try:
-        with _compiling:  # of two threads that need them first, one waits
-            return Kernels(_compiled())
+        return Kernels(_compiled())
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         _logger.info(

@@ -6,6 +6,9 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -366,9 +369,24 @@ def test_a_compiler_that_fails_is_as_good_as_none(tmp_path, compiler, script):
     assert libraries(tmp_path) == []
 
 
+def test_threads_that_need_them_first_wait_for_one_of_them(monkeypatch):
+    tried = []
+
+    def fail():
+        tried.append(None)
+        time.sleep(0.1)
+        raise OSError("GCC was not found")
+
+    monkeypatch.setattr(module, "_load", cache(module._load.__wrapped__))
+    monkeypatch.setattr(module, "_compiled", fail)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: kernels(), range(4))) == [None] * 4
+    assert len(tried) == 1
+
+
 def test_they_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("HF_FEDLARGE_KERNELS", "off")
-    assert module.kernels.__wrapped__() is None
+    assert module._load.__wrapped__() is None
 
 
 @needs_gcc
