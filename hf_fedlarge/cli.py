@@ -20,6 +20,7 @@ from hf_fedlarge.options import (
     add_aggregating,
     add_evaluation,
     add_flower,
+    add_generating,
     add_joining,
     add_keys,
     add_overwrite,
@@ -108,6 +109,8 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--data", required=True, help="examples: a file, a Hub data set, or stdlib")
     one.add_argument("--revision", help="the Hub revision of the checkpoint")
     add_evaluation(one)
+
+    add_generating(command("generate", _generate, "Print what a checkpoint or package answers to prompts (greedy)."))
 
     one = command("transfer", _transfer, "Compare what an adapter is worth on the package and on the full model.")
     add_transfer(one)
@@ -220,22 +223,24 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from hf_fedlarge.artifacts import AdapterManifest, manifest_kind, read_manifest
+    from hf_fedlarge.artifacts import AdapterManifest, read_manifest
     from hf_fedlarge.evaluation import as_record, evaluate
-    from hf_fedlarge.hub import resolve_checkpoint
+    from hf_fedlarge.hub import resolve_model
     from hf_fedlarge.processor import computing_device, describe_device
 
-    model = Path(options.model)
-    is_package = manifest_kind(model) == "package"
-    if is_package and options.revision is not None:
-        raise ConfigError(f"{model} is a package, which has no revision {options.revision!r}; leave that out.")
     if options.adapter:
         read_manifest(options.adapter, AdapterManifest)
     data, how = _evaluated(options)
-    if not is_package:
-        model, _ = resolve_checkpoint(options.model, options.revision)
+    model = resolve_model(options.model, options.revision)
     print(describe_device(computing_device()), file=sys.stderr)
     print(json.dumps(as_record(evaluate(model, data, adapter=options.adapter, **how))))
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from hf_fedlarge.generate import answer
+
+    names = ("revision", "adapter", "prompt", "prompts", "output", "max_new_tokens", "batch_size", "plain")
+    answer(options.model, **{name: getattr(options, name) for name in names})
 
 
 def _transfer(options: argparse.Namespace) -> None:
@@ -363,15 +368,8 @@ def _print_run(summary: dict[str, Any], output: Path) -> None:
 def _push(options: argparse.Namespace) -> None:
     from hf_fedlarge.hub import push
 
-    print(
-        push(
-            options.directory,
-            options.repo_id,
-            private=not options.public,
-            summary=options.summary,
-            commit_message=options.message,
-        )
-    )
+    how = {"private": not options.public, "summary": options.summary, "commit_message": options.message}
+    print(push(options.directory, options.repo_id, **how))
 
 
 def _keys(options: argparse.Namespace) -> None:

@@ -37,6 +37,7 @@ from hf_fedlarge.stdlib_corpus import standard_library_pairs
 
 STDLIB = "stdlib"
 FORMS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("text",))
+PROMPTS = (("messages",), ("prompt",))
 TOOLS = "tools"
 
 _SHAPES: dict[str, tuple[type, str]] = {"messages": (list, "a list of messages"), "text": (str, "a string")}
@@ -58,21 +59,23 @@ def load_examples(source: str, *, split: str = "train", revision: str | None = N
         DataError: nothing there, not readable, no usable column, or a row that is empty or of another shape.
         ConfigError: a split or a revision of a local source.
     """
-    path = Path(os.path.expanduser(source))
-    local = path.exists() or path.suffix.lower() in _READERS or source == STDLIB
-    if local and (split != "train" or revision is not None):
-        raise ConfigError(f"{source} is local and has no splits or revisions; leave split and revision out.")
-    if path.exists():
-        dataset = _read_file(path)
-    elif path.suffix.lower() in _READERS:
-        raise DataError(f"There is no such file as {source}.")
-    elif source == STDLIB:
-        dataset = Dataset.from_list(standard_library_pairs())
-    elif _HUB_ID.fullmatch(source):
-        dataset = _load_from_hub(source, split, revision)
-    else:
-        raise DataError(f"{source!r} is not a file, {STDLIB!r}, or a Hub data set's id such as 'owner/name'.")
-    return usable_columns(dataset, source)
+    return usable_columns(_load(source, split, revision), source)
+
+
+def load_prompts(source: str) -> Dataset:
+    """Load what a model shall answer: `messages`, or `prompt` as text or as messages, checked as in examples.
+
+    All columns stay; a `completion` isn't looked at.
+
+    Args:
+        source: see `load_examples`; of a data set of the Hub its `train` split.
+
+    Raises:
+        DataError: nothing there, not readable, no such column, or a row that is empty or of another shape.
+    """
+    dataset = _load(source, "train", None)
+    _check_rows(dataset, source, PROMPTS)
+    return dataset
 
 
 def public_name(source: str | None) -> str | None:
@@ -89,15 +92,7 @@ def usable_columns(dataset: Dataset, source: str) -> Dataset:
     Raises:
         DataError: no examples, no usable column, or a value that is empty or of another shape; the row is named.
     """
-    if len(dataset) == 0:
-        raise DataError(f"{source} holds no examples.")
-    form = _form(dataset, source)
-    checked = [*form, *({TOOLS} & set(dataset.column_names))]
-    number = 0
-    for batch in dataset.select_columns(checked).iter(batch_size=1000):
-        for row in zip(*(batch[column] for column in checked), strict=True):
-            number += 1
-            _check_row(dict(zip(checked, row, strict=True)), f"Row {number} of {source}")
+    form = _check_rows(dataset, source)
     others = {column for other in FORMS for column in other} - set(form)
     return dataset.remove_columns([column for column in dataset.column_names if column in others])
 
@@ -159,7 +154,7 @@ def digest_of(dataset: Dataset) -> str:
     return found.hexdigest()
 
 
-def write_jsonl(dataset: Dataset, path: Path) -> None:
+def write_jsonl(rows: Iterable[dict[str, Any]], path: Path) -> None:
     """Write one JSON object a line, by way of a temporary name; `load_examples` gives the same rows back.
 
     Raises:
@@ -169,16 +164,42 @@ def write_jsonl(dataset: Dataset, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            for row in dataset:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            for row in rows:
+                file.write(json_line(row, path))
         temporary.replace(path)
-    except TypeError as error:
-        raise DataError(f"{path} can't be written as JSON, so convert or drop that column: {error}.") from error
     except OSError as error:
         raise OutputError(f"{path} can't be written: {error.strerror}.") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def json_line(row: dict[str, Any], path: Path) -> str:
+    """A row as a line of JSON for the file `path`.
+
+    Raises:
+        DataError: a column holds what JSON can't, such as dates or bytes.
+    """
+    try:
+        return json.dumps(row, ensure_ascii=False) + "\n"
+    except TypeError as error:
+        raise DataError(f"{path} can't be written as JSON, so convert or drop that column: {error}.") from error
+
+
+def _load(source: str, split: str, revision: str | None) -> Dataset:
+    path = Path(os.path.expanduser(source))
+    local = path.exists() or path.suffix.lower() in _READERS or source == STDLIB
+    if local and (split != "train" or revision is not None):
+        raise ConfigError(f"{source} is local and has no splits or revisions; leave split and revision out.")
+    if path.exists():
+        return _read_file(path)
+    if path.suffix.lower() in _READERS:
+        raise DataError(f"There is no such file as {source}.")
+    if source == STDLIB:
+        return Dataset.from_list(standard_library_pairs())
+    if _HUB_ID.fullmatch(source):
+        return _load_from_hub(source, split, revision)
+    raise DataError(f"{source!r} is not a file, {STDLIB!r}, or a Hub data set's id such as 'owner/name'.")
 
 
 def _load_from_hub(source: str, split: str, revision: str | None) -> Dataset:
@@ -303,14 +324,27 @@ def _pruned(value: Any) -> Any:
     return [_pruned(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _form(dataset: Dataset, source: str) -> tuple[str, ...]:
+def _form(dataset: Dataset, source: str, forms: Sequence[tuple[str, ...]] = FORMS) -> tuple[str, ...]:
     columns = dataset.column_names
-    for form in FORMS:
+    for form in forms:
         if set(form) <= set(columns):
             return form
-    raise DataError(
-        f"{source} has the columns {', '.join(columns)}; expected 'messages', 'prompt' with 'completion', or 'text'."
-    )
+    *others, last = (" with ".join(map(repr, form)) for form in forms)
+    raise DataError(f"{source} has the columns {', '.join(columns)}; expected {', '.join(others)}, or {last}.")
+
+
+def _check_rows(dataset: Dataset, source: str, forms: Sequence[tuple[str, ...]] = FORMS) -> tuple[str, ...]:
+    """The preferred form, every value of which was checked."""
+    if len(dataset) == 0:
+        raise DataError(f"{source} holds no examples.")
+    form = _form(dataset, source, forms)
+    checked = [*form, *({TOOLS} & set(dataset.column_names))]
+    number = 0
+    for batch in dataset.select_columns(checked).iter(batch_size=1000):
+        for row in zip(*(batch[column] for column in checked), strict=True):
+            number += 1
+            _check_row(dict(zip(checked, row, strict=True)), f"Row {number} of {source}")
+    return form
 
 
 def _check_row(row: dict[str, Any], where: str) -> None:

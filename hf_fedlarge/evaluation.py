@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from hf_fedlarge.artifacts import (
     verify_files,
 )
 from hf_fedlarge.data import from_tokens, list_lengths
-from hf_fedlarge.errors import ArtifactError, DataError
+from hf_fedlarge.errors import ArtifactError, ConfigError, DataError
 from hf_fedlarge.package import load_package, load_tokenizer, stream_checkpoint
 from hf_fedlarge.positions import check_length
 from hf_fedlarge.processor import computing_device
@@ -240,25 +240,86 @@ def encode_example(
 
 
 @torch.no_grad()
-def generate_text(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int = 48
-) -> str:
-    """The model's greedy answer to one user message, by the tokenizer's chat template if it has one."""
-    if tokenizer.chat_template:
-        inputs = _chat(
-            tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt"
+def generate_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, Any]],
+    *,
+    max_new_tokens: int = 48,
+    batch_size: int = 8,
+    plain: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """The model's greedy answers, in the order of `rows`.
+
+    Prompts of like length are continued together, so that a streamed model is read once for a token of each.
+
+    Args:
+        model: a streamed one, with or without an adapter.
+        tokenizer: its own.
+        rows: with a `prompt`, messages or a text, and perhaps `tools` for messages. A text is a user's message where
+            the tokenizer has a chat template.
+        max_new_tokens: where an answer is cut.
+        batch_size: prompts continued together.
+        plain: continue texts as they are, whatever the tokenizer has.
+        progress: called with how many tokens are done, of `max_new_tokens` a row, after each step.
+
+    Raises:
+        DataError: messages, and the tokenizer's template is missing or refuses them.
+        ConfigError: the model has no positions for so many tokens.
+    """
+    ids = [_prompt_ids(row, tokenizer, plain) for row in rows]
+    positions, longest = model.architecture.positions, max(map(len, ids))
+    if positions is not None and longest + max_new_tokens > positions:
+        raise ConfigError(
+            f"A prompt of {longest} tokens and {max_new_tokens} new ones are more than the {positions} that this "
+            f"{model.architecture.model_type} model has positions for; shorten the prompt, or ask for fewer tokens."
         )
+    order, pad = sorted(range(len(ids)), key=lambda row: len(ids[row])), _pad_id(tokenizer)
+    device = next(model.parameters()).device
+    texts = [""] * len(ids)
+    for start in range(0, len(ids), batch_size):
+        part = order[start : start + batch_size]
+        width = len(ids[part[-1]])  # the longest
+        padding = [width - len(ids[row]) for row in part]
+        output = model.generate(
+            input_ids=torch.tensor([[pad] * n + ids[row] for n, row in zip(padding, part, strict=True)], device=device),
+            attention_mask=torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            streamer=_Steps(progress, start * max_new_tokens, len(part)) if progress else None,
+        )
+        for row, tokens in zip(part, output[:, width:], strict=True):
+            texts[row] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        if progress:
+            progress((start + len(part)) * max_new_tokens)
+    return texts
+
+
+def _prompt_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, plain: bool) -> list[int]:
+    prompt, tools = row["prompt"], None
+    if not isinstance(prompt, str):
+        tools = tools_of(row)
+    elif plain or not tokenizer.chat_template:
+        return tokenizer(prompt)["input_ids"]
     else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    ids = inputs["input_ids"].to(next(model.parameters()).device)
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=_pad_id(tokenizer),
-    )
-    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        prompt = [{"role": "user", "content": prompt}]
+    return _chat(tokenizer, prompt, tools=tools, add_generation_prompt=True)["input_ids"]
+
+
+class _Steps:
+    """What `generate` tells of its steps, as transformers' streamers are told: the prompts, then a token of each."""
+
+    def __init__(self, progress: Callable[[int], None], before: int, rows: int) -> None:
+        self._progress, self._done, self._rows = progress, before - rows, rows
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self._done += self._rows
+        self._progress(self._done)
+
+    def end(self) -> None:
+        pass
 
 
 def as_record(evaluation: Evaluation) -> dict[str, float]:

@@ -30,7 +30,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import get_session, validate_repo_id
 
-from hf_fedlarge.artifacts import MANIFEST_NAME, MAX_MANIFEST_BYTES, UNPUBLISHED_FILES, verify_files
+from hf_fedlarge.artifacts import MANIFEST_NAME, MAX_MANIFEST_BYTES, UNPUBLISHED_FILES, manifest_kind, verify_files
 from hf_fedlarge.cards import MARKER, PublishedManifest, read_published, render_card
 from hf_fedlarge.errors import ArtifactError, ConfigError, FedLargeError, HubError
 from hf_fedlarge.untrusted import CODE_SUFFIXES, COMPANIONS, parse_json
@@ -95,6 +95,21 @@ def resolve_checkpoint(checkpoint: str, revision: str | None = None) -> tuple[Pa
     _require(snapshot, "config.json", f"{checkpoint} on the Hub")
     _require(snapshot, "*.safetensors", f"{checkpoint} on the Hub")
     return snapshot, snapshot.name
+
+
+def resolve_model(model: str, revision: str | None = None) -> Path:
+    """The directory of a package, or that of a checkpoint as `resolve_checkpoint` finds it.
+
+    Raises:
+        ConfigError: a revision of a package, or as `resolve_checkpoint`.
+        ArtifactError, HubError: as `resolve_checkpoint`.
+    """
+    path = Path(os.path.expanduser(model))
+    if manifest_kind(path) != "package":
+        return resolve_checkpoint(model, revision)[0]
+    if revision is not None:
+        raise ConfigError(f"{model} is a package, which has no revision {revision!r}; leave that out.")
+    return path
 
 
 def is_reachable(repo_id: str, timeout: float = 5.0) -> bool:

@@ -229,6 +229,28 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--assistant-only", action="store_true", help="count only what the assistant says")
 
 
+def add_generating(parser: argparse.ArgumentParser) -> None:
+    """What `generate` takes."""
+    parser.epilog = (
+        "Each token reads the model once: from the disk where it is larger than memory, so one can take as long as "
+        "that. Give several prompts at once; --batch-size of them share what is read."
+    )
+    parser.add_argument("model", help="a checkpoint (directory or Hub id) or a package directory")
+    parser.add_argument("--adapter", type=Path, help="an adapter to plug in; in a checkpoint its carry counts, too")
+    parser.add_argument("--revision", help="the Hub revision of the checkpoint")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    text = "what to answer: a user's message if the model has a chat template, else a text to go on with"
+    asked.add_argument("--prompt", nargs="+", metavar="TEXT", help=text)
+    text = "the same from a .jsonl file (or what else --data takes): prompt, as text or messages; or messages"
+    asked.add_argument("--prompts", metavar="FILE", help=text)
+    text = "go on with texts as they are, without the chat template: so clients train on them"
+    parser.add_argument("--plain", action="store_true", help=text)
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="where answers are cut (128)")
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts answered together (8)")
+    text = "write a JSON object a prompt there: prompt, completion, the row's own completion as expected, all else"
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=text)
+
+
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
     """What every command that makes a directory takes."""
     parser.add_argument("--overwrite", action="store_true", help="replace an output that hf-fedlarge made")

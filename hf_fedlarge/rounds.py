@@ -46,7 +46,7 @@ from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import FederationConfig
 from hf_fedlarge.data import load_examples, public_name
 from hf_fedlarge.errors import FedLargeError, OutputError, UpdateRefusedError
-from hf_fedlarge.evaluation import as_record, evaluate, generate_text, load_model
+from hf_fedlarge.evaluation import as_record, evaluate, generate_texts, load_model
 from hf_fedlarge.hub import resolve_checkpoint
 from hf_fedlarge.jobs import Jobs, Train
 from hf_fedlarge.journal import Journal
@@ -343,7 +343,8 @@ class _Federation:
     def _sample(self, model: Path) -> str | None:
         if self.config.sample_prompt is None:
             return None
-        return generate_text(load_model(model, verify=False), load_tokenizer(model), self.config.sample_prompt)
+        prompt = {"prompt": self.config.sample_prompt}
+        return generate_texts(load_model(model, verify=False), load_tokenizer(model), [prompt])[0]
 
     def _record(self, number: int) -> dict[str, Any]:
         return json.loads((self._round(number) / "round.json").read_text())

@@ -81,7 +81,7 @@ LEVELS = [
     {"lineage"},
     {"collect", "evaluation", "server", "tiers", "choice", "widths"},
     {"heal"},
-    {"calibrate", "transfer", "report", "clients", "relay", "tables", "secure_sum"},
+    {"calibrate", "transfer", "generate", "report", "clients", "relay", "tables", "secure_sum"},
     {"tier_packages"},
     {"jobs"},
     {"rounds"},
