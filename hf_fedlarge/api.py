@@ -14,6 +14,7 @@ from hf_fedlarge.calibrate import make_package as shrink
 from hf_fedlarge.calibrate import plan_package as plan_shrink
 from hf_fedlarge.collect import aggregate_updates as aggregate
 from hf_fedlarge.evaluation import evaluate
+from hf_fedlarge.export import export_adapter as export
 from hf_fedlarge.generate import generate
 from hf_fedlarge.hub import push
 from hf_fedlarge.lineage import start_adapter
@@ -29,6 +30,7 @@ from hf_fedlarge.transfer import transfer_report as transfer
 __all__ = [
     "aggregate",
     "evaluate",
+    "export",
     "generate",
     "join",
     "load_package",

@@ -19,6 +19,7 @@ from hf_fedlarge.errors import ConfigError, FedLargeError, OutputError, os_probl
 from hf_fedlarge.options import (
     add_aggregating,
     add_evaluation,
+    add_exporting,
     add_flower,
     add_generating,
     add_joining,
@@ -111,9 +112,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_evaluation(one)
 
     add_generating(command("generate", _generate, "Print what a checkpoint or package answers to prompts (greedy)."))
-
-    one = command("transfer", _transfer, "Compare what an adapter is worth on the package and on the full model.")
-    add_transfer(one)
+    add_transfer(command("transfer", _transfer, "Compare what an adapter is worth on package and full model."))
+    add_exporting(command("export", _export, "Write adapter and carry as one adapter, for peft alone."))
 
     text = "Run a whole federation from a file; run it again to go on after an interruption."
     add_running(command("run", _run, text))
@@ -220,6 +220,12 @@ def _merge(options: argparse.Namespace) -> None:
     with progress_bar("merging", total) as advance:
         manifest = merge(checkpoint, options.adapter, options.output, overwrite=options.overwrite, progress=advance)
     print(f"{options.output}: {len(manifest.merged)} matrices merged, digest {manifest.digest[:12]}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from hf_fedlarge.export import export_adapter
+
+    print(f"{options.output}: an adapter of rank {export_adapter(options.adapter, options.output).rank} for peft")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -163,7 +163,7 @@ def plan_merge(checkpoint: Path, adapter: Path) -> MergePlan:
     lora = manifest.lora.model_copy(update={"targets": None})
     expected = expected_shapes(architecture, list(range(architecture.layers)), lora)
     if CARRY_WEIGHTS in manifest.files:
-        _check_carry(adapter, tensor_shapes(expected).keys() & stored.keys(), stored)
+        check_carry(adapter, tensor_shapes(expected).keys() & stored.keys(), stored)
     for module, shapes in expected.items():
         wanted = tensor_shapes({module: shapes})
         factors = {name: stored.pop(name) for name in wanted if name in stored}
@@ -270,8 +270,17 @@ def merge(
     return manifest
 
 
-def _check_carry(adapter: Path, names: Set[str], stored: dict[str, tuple[int, ...]]) -> None:
-    """A carry has factors for some of the adapter's modules, alike but for their rank."""
+def check_carry(adapter: Path, names: Set[str], stored: dict[str, tuple[int, ...]]) -> None:
+    """A carry has factors for some of the adapter's modules, alike but for their rank.
+
+    Args:
+        adapter: the directory, with a carry.
+        names: tensors that the carry may continue.
+        stored: name → shape of the adapter's tensors.
+
+    Raises:
+        ArtifactError: it has others.
+    """
     carried = read_header(adapter / CARRY_WEIGHTS)
     for name, info in carried.items():
         side = 1 if name.endswith(".lora_A.weight") else 0

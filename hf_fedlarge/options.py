@@ -229,6 +229,12 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--assistant-only", action="store_true", help="count only what the assistant says")
 
 
+def add_exporting(parser: argparse.ArgumentParser) -> None:
+    """What `export` takes."""
+    parser.add_argument("adapter", type=Path, help="the adapter directory")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the directory to make")
+
+
 def add_generating(parser: argparse.ArgumentParser) -> None:
     """What `generate` takes."""
     parser.epilog = (
