@@ -146,8 +146,12 @@ class SecureRound:
         if self._server.stage(self._order, "masked"):
             return
         self._publish("masked", sharers, sharers)
-        since = time.monotonic()
-        while waiting := [client for client in self._server.waiting(self._order) if client in sharers]:
+        since, late = time.monotonic(), False
+        while not late:  # once more after the end, as in `_gather`
+            late = self._server.is_late
+            waiting = [client for client in self._server.waiting(self._order, overtime=True) if client in sharers]
+            if not waiting:
+                break
             heard = False
             for client in self._patience.look(self._clients.present, self._order, waiting) or []:
                 came = self._patience.look(self._fetched, roster, client)
@@ -156,7 +160,7 @@ class SecureRound:
                     yield client, came or None
             if heard:
                 since = time.monotonic()
-            else:
+            elif not late:
                 self._progress(waiting, sharers, "masked updates")
                 self._patience.wait(since, waiting, self._server.seconds_left)
         survivors = sorted(self._server.accepted)

@@ -41,6 +41,7 @@ from hf_fedlarge.orders import (
     Said,
     SecureOrder,
     VerdictDocument,
+    Work,
     inbox,
     one_line,
     read_document,
@@ -205,9 +206,10 @@ class StoreClients:
         for home in (INBOX, SECURE):
             self.patience.look(clear, self.store, home, order.round - bool(server.keeping))
         self.patience.look(self._forget, order.round)
-        waiting = server.waiting(order)
+        waiting = server.waiting(order, overtime=True)
         for client in waiting:
             asked(client)
+        server.begin_wait(server.settings.deadline_seconds)  # nobody knows of the order yet
         try:
             if self._config.secure:
                 yield from SecureRound(self, self._config, jobs, server, order).answers()
@@ -225,11 +227,12 @@ class StoreClients:
     ) -> Iterator[tuple[str, str | None]]:
         if waiting:
             self.publish(jobs, server, order, waiting)
-        since = time.monotonic()
-        while waiting := server.waiting(order):
-            heard = False
+        since, late = time.monotonic(), False
+        # Once more after the deadline: what came in the last moment lies in the inbox.
+        while not late and (waiting := server.waiting(order, overtime=True)):
+            late, heard = server.is_late, False
             for client in self.patience.look(self.present, order, waiting) or []:
-                if client not in server.waiting(order):
+                if client not in server.waiting(order, overtime=True):
                     continue
                 update = server.work / client
                 came = self.patience.look(self.fetched, jobs, server, order, client, update)
@@ -241,7 +244,7 @@ class StoreClients:
                 self._take_late(jobs, past, server.work / ".late")
             if heard:
                 since = time.monotonic()
-            else:
+            elif not late:
                 if answered := len(order.clients) - len(waiting):
                     line = f"round {order.round}: {answered} of {len(order.clients)} clients answered"
                     self.patience.progress(line, waiting)
@@ -263,25 +266,28 @@ class StoreClients:
     ) -> OrderDocument:
         """Ask clients for what an order wants of them, or for a stage of it, in a document.
 
-        What time is left for it counts from when the store could be written.
+        What time is left for it counts from when all that the document names is in the store, and it can be written.
         """
         left = server.seconds_left
+        work = self.patience.insist(self._work, jobs, server, order, waiting)
 
         def ask() -> OrderDocument:
             server.begin_wait(left)
-            return self._publish(jobs, server, order, waiting, secure)
+            return self._publish(server, order, work, secure)
 
         return self.patience.insist(ask)
 
-    def _publish(
-        self, jobs: Jobs, server: RoundServer, order: Order, waiting: list[str], secure: SecureOrder | None
-    ) -> OrderDocument:
+    def _work(self, jobs: Jobs, server: RoundServer, order: Order, waiting: list[str]) -> list[Work]:
         work = []
         for tier in jobs.tiers:
             clients = [client for client in waiting if jobs.tier_of(client, order.round) is tier]
-            if not clients:
-                continue
-            work.append(self._offers.work(jobs, tier, clients, server))
+            if clients:
+                work.append(self._offers.work(jobs, tier, clients, server))
+        return work
+
+    def _publish(
+        self, server: RoundServer, order: Order, work: list[Work], secure: SecureOrder | None
+    ) -> OrderDocument:
         left = server.seconds_left
         document = OrderDocument(
             run=self._id,

@@ -178,9 +178,9 @@ class RoundServer:
         entries = self._of("selected")
         return bool(entries) and not self._of("abandoned", attempt=entries[-1]["attempt"])
 
-    def waiting(self, order: Order) -> list[str]:
-        """The clients to wait for: `unheard`, or none once the goal or the deadline is reached."""
-        if len(self.accepted) >= order.goal or self._is_closed(order):
+    def waiting(self, order: Order, overtime: bool = False) -> list[str]:
+        """The clients to wait for: `unheard`, or none once the goal or, without `overtime`, the deadline is reached."""
+        if len(self.accepted) >= order.goal or self._is_closed(order) or (self.is_late and not overtime):
             return []
         return self.unheard(order)
 
@@ -219,16 +219,17 @@ class RoundServer:
             entries = [entry for entry in entries if self.is_open and entry["attempt"] == self.last_order.attempt]
         return {entry["client"]: entry["digest"] for entry in entries}
 
-    def receive(self, order: Order, client: str, directory: Path) -> Receipt:
+    def receive(self, order: Order, client: str, directory: Path, in_time: bool = False) -> Receipt:
         """Take a client's update and check it; what `directory` holds may be removed when this returns.
 
         Handing the same update over again changes nothing. A client's first valid update counts; another one from it
-        is refused, and so is one that comes after the round was closed. Threads may call it, and take turns.
+        is refused, and so is one that comes after the round was closed, or the deadline if it wasn't there `in_time`.
+        Threads may call it, and take turns.
         """
         with self._lock:
-            return self._receive(order, client, directory)
+            return self._receive(order, client, directory, in_time)
 
-    def _receive(self, order: Order, client: str, directory: Path) -> Receipt:
+    def _receive(self, order: Order, client: str, directory: Path, in_time: bool) -> Receipt:
         home = self.work / client
         try:
             digest, signed = read_update(directory).digest, read_signature(directory)
@@ -239,7 +240,7 @@ class RoundServer:
         for entry in self._of("validated", client=client, digest=digest, signature=signature):
             if entry["accepted"] or entry["attempt"] == order.attempt:
                 return Receipt(client, digest, entry["accepted"], entry["reason"])
-        reason, late = self._refusal(order, client), self._is_closed(order)
+        reason, late = self._refusal(order, client), self._is_closed(order) or (self.is_late and not in_time)
         if reason is None and late and self.settings.late == "refuse":
             reason = f"{client} refused: its update came after round {self.number} was closed."
         if reason is None:
@@ -306,7 +307,7 @@ class RoundServer:
         return None
 
     def _is_closed(self, order: Order) -> bool:
-        return bool(self._of("closed", attempt=order.attempt)) or self.is_late
+        return bool(self._of("closed", attempt=order.attempt))
 
     # Aggregated, evaluated, committed
 

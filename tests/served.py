@@ -63,7 +63,7 @@ class Server:
 
         for client, problem in self.clients.answers(self.jobs, self.round, self.order, asked):
             if problem is None:
-                self.round.receive(self.order, client, self.round.work / client)
+                self.round.receive(self.order, client, self.round.work / client, in_time=True)
             else:
                 self.round.fail(self.order, client, problem)
 

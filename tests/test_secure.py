@@ -237,6 +237,36 @@ def test_who_is_lost_at_a_stage_is_left_out_and_the_others_sum_up(home, federati
     assert not list((tmp_path / "cache").rglob("secure/*.json"))  # nor are ben's secrets kept when all is over
 
 
+@pytest.mark.parametrize("last", ["in the last moment", "when it is being fetched"])
+def test_masked_updates_that_were_there_at_the_deadline_count(federation, store, monkeypatch, last):
+    server, members = federation()
+    fetch, wait = Store.fetch, server.clients.patience.wait
+
+    def pass_the_deadline():
+        until(lambda: all(MANIFEST_NAME in store.names(inbox(1, client, 1)) for client in CLIENTS))
+        server.round.begin_wait(-1)
+
+    def fetching(*arguments, **options):
+        if not server.round.is_late:
+            pass_the_deadline()
+        return fetch(*arguments, **options)
+
+    def waiting(*arguments):
+        if server.round.stage(server.order, "shares") and not server.round.stage(server.order, "masked"):
+            pass_the_deadline()
+        else:
+            wait(*arguments)
+
+    if last == "in the last moment":
+        monkeypatch.setattr(server.clients.patience, "wait", waiting)
+    else:
+        monkeypatch.setattr(Store, "fetch", fetching)
+    with together(server, members):
+        server.whole()
+    assert server.journal.find("staged", stage="masked")[0]["found"]["survivors"] == sorted(CLIENTS)
+    assert server.round.refused == []
+
+
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_with_too_few_a_round_is_abandoned_and_the_next_attempt_has_new_keys(home, federation, store, tmp_path, stage):
     server, members = federation(secure={"stage_seconds": 3.0})

@@ -488,10 +488,10 @@ def test_what_the_server_writes_is_tried_again_and_the_deadline_counts_from_when
     home, store, tmp_path, monkeypatch
 ):
     """The package, the order, its closing, the verdict, the last adapter and the end: each fails for a while."""
-    server = Server(home, tmp_path / "run", store, clients={"ann": 10}, deadline_seconds=30)
+    # Less than the store is away for.
+    server = Server(home, tmp_path / "run", store, clients={"ann": 10}, deadline_seconds=0.2)
     write_check_ins(server.run, [CheckIn("ann", 10)])
     server.open()
-    server.round.begin_wait(0.2)  # less than the store is away for
     failures, plain = {}, {name: getattr(Store, name) for name in ("write", "put")}
 
     def failing(name):
@@ -515,6 +515,59 @@ def test_what_the_server_writes_is_tried_again_and_the_deadline_counts_from_when
     assert failures.keys() == {"put", "open", "verdict", "closed", "over"}
     for state in failures.keys() - {"verdict"}:
         assert server.said.count(f"the line is dead for {state}. Trying again.") == 1
+
+
+def test_the_deadline_does_not_run_while_the_package_is_on_its_way(home, store, tmp_path, monkeypatch):
+    server = Server(home, tmp_path / "run", store, clients={"ann": 10}, deadline_seconds=0.2)
+    write_check_ins(server.run, [CheckIn("ann", 10)])
+    server.open()
+    put, write, left = Store.put, Store.write, []
+
+    def slow(self, *arguments, **options):
+        time.sleep(0.15)  # for the package, and again for the adapter
+        return put(self, *arguments, **options)
+
+    def writing(self, path, content):
+        write(self, path, content)
+        if json.loads(content).get("state") == "open":
+            left.append(json.loads(content)["closes_at"] - time.time())
+            send(home, store, "ann")
+
+    monkeypatch.setattr(Store, "put", slow)
+    monkeypatch.setattr(Store, "write", writing)
+    server.ask()
+    assert 0 < left[0] <= 0.2
+    assert set(server.round.accepted) == {"ann"}
+
+
+def test_what_came_in_the_last_moment_before_the_deadline_counts(home, store, tmp_path, monkeypatch):
+    server = Server(home, tmp_path / "run", store, deadline_seconds=30)
+    server.open()
+
+    def wait(*_):
+        send(home, store, "ann")
+        server.round.begin_wait(-1)
+
+    monkeypatch.setattr(server.clients.patience, "wait", wait)
+    server.ask()
+    assert set(server.round.accepted) == {"ann"}
+
+
+def test_what_is_fetched_when_the_deadline_passes_and_what_waits_for_that_count(home, store, tmp_path, monkeypatch):
+    server = Server(home, tmp_path / "run", store, deadline_seconds=30)
+    server.open()
+    for client in CLIENTS[:3]:
+        send(home, store, client)
+    fetch = Store.fetch
+
+    def slow(*arguments, **options):
+        server.round.begin_wait(-1)
+        return fetch(*arguments, **options)
+
+    monkeypatch.setattr(Store, "fetch", slow)
+    server.ask()
+    assert set(server.round.accepted) == set(CLIENTS[:3])
+    assert server.round.refused == []
 
 
 def test_a_store_that_cannot_be_written_is_given_up_when_patience_ends(home, store, tmp_path, monkeypatch):
