@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 CHECK_INS = "check_ins.json"
 HELD_OUT = "held_out.jsonl"
+SERVED = "store.json"  # of a run whose clients a store or Flower reaches
 
 
 def split_clients(config: FederationConfig) -> dict[str, Dataset]:
@@ -149,6 +150,11 @@ class SimulatedClients:
             raise ConfigError(
                 "secure hides clients' updates from a server, but simulated clients are on it; serve a store, or leave "
                 "it out."
+            )
+        if (run / SERVED).exists():
+            raise ConfigError(
+                f"{run} was begun with clients that aren't simulated; go on as it was begun (serve, or flwr run), or "
+                "choose another --output."
             )
         if not (run / CHECK_INS).exists():
             self._examples = split_clients(config)

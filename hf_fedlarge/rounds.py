@@ -12,6 +12,7 @@ any point goes on from what is whole and ends with the same bytes:
       package/           the shrunk model; its download is counted in every client's first round
       rounds/0000/       the adapter that changes nothing
       rounds/0001/       adapter/ and round.json; a round is committed by the rename of this directory (`server.py`)
+      store.json         of a served run: what its orders in the store are known by (`serve.py`)
       journal.jsonl      what was done, whose updates count, how many bytes went where (`journal.py`)
       merged/            the checkpoint with the last adapter folded in
       summary.json

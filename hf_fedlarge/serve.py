@@ -21,7 +21,7 @@ from typing import Any
 from hf_fedlarge.admission import Admission
 from hf_fedlarge.artifacts import UNPUBLISHED_FILES, AdapterManifest, UpdateManifest, read_manifest, write_json
 from hf_fedlarge.ciphers import check_that_secrets_can_be_shared
-from hf_fedlarge.clients import HELD_OUT, write_check_ins
+from hf_fedlarge.clients import HELD_OUT, SERVED, write_check_ins
 from hf_fedlarge.config import FederationConfig
 from hf_fedlarge.data import load_examples, write_jsonl
 from hf_fedlarge.errors import ArtifactError, ConfigError, UpdateRefusedError
@@ -59,7 +59,6 @@ from hf_fedlarge.update import MAX_SMALL_BYTES
 from hf_fedlarge.voice import signed
 
 logger = logging.getLogger(__name__)
-_IDENTITY = "store.json"
 
 
 def serve_federation(
@@ -135,15 +134,16 @@ class StoreClients:
             check_that_secrets_can_be_shared()
         self._config, self._run = config, run
         self._training = training_order(config.training)
-        if not (run / _IDENTITY).exists():
+        if not (run / SERVED).exists():
             if (run / HELD_OUT).exists():
                 raise ConfigError(f"{run} was begun with simulated clients; choose another --output.")
             self._check_that_it_is_free("")
+        if not (run / HELD_OUT).exists():
             self._examples = load_examples(config.eval_data)
 
     def prepare(self, config: FederationConfig, run: Path, begin: Callable[[], None]) -> str | None:
         """Take the public examples, and the store for this run."""
-        identity = run / _IDENTITY
+        identity = run / SERVED
         if not identity.exists():
             self._check_that_it_is_free("")  # still
             begin()
@@ -151,8 +151,9 @@ class StoreClients:
             for home in (CHECK_INS, INBOX, SECURE, VERDICTS):
                 for name in self.store.names(home):
                     self.store.remove(f"{home}/{name}")
-            write_jsonl(self._examples, run / HELD_OUT)
             write_json(identity, {"run": uuid.uuid4().hex})
+        if not (run / HELD_OUT).exists():  # after the identity, without which it is a simulated run's
+            write_jsonl(self._examples, run / HELD_OUT)
         self._id = json.loads(identity.read_text())["run"]
         found = self._check_that_it_is_free(self._id)
         if found is None or found.state == "over":

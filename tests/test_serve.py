@@ -37,7 +37,7 @@ from hf_fedlarge.artifacts import (
     write_manifest,
 )
 from hf_fedlarge.cli import main
-from hf_fedlarge.clients import write_check_ins
+from hf_fedlarge.clients import HELD_OUT, write_check_ins
 from hf_fedlarge.config import LoraSettings, load_federation
 from hf_fedlarge.errors import ArtifactError, ConfigError, DataError, OutputError, StoreError
 from hf_fedlarge.experience import late_updates
@@ -64,6 +64,7 @@ from hf_fedlarge.orders import (
 )
 from hf_fedlarge.plan import CheckIn
 from hf_fedlarge.retention import clear, discard
+from hf_fedlarge.rounds import run_federation
 from hf_fedlarge.serve import StoreClients, serve_federation
 from hf_fedlarge.server import RoundServer
 from hf_fedlarge.store import Store
@@ -779,6 +780,21 @@ def test_a_federation_that_begins_takes_nothing_of_the_one_before_and_one_that_g
     leave()
     Server(home, tmp_path / "run", store)
     assert store.names(CHECK_INS) == ["ann.json"]
+
+
+def test_a_server_that_was_killed_while_it_began_goes_on(home, store, tmp_path):
+    server = Server(home, tmp_path / "run", store)
+    (server.run / HELD_OUT).unlink()  # the last that is written
+    again = Server(home, tmp_path / "run", store)
+    assert (server.run / HELD_OUT).read_text() == (home / "data.jsonl").read_text()
+    assert again.clients._id == server.clients._id
+
+
+def test_a_served_run_does_not_go_on_with_simulated_clients(home, store, tmp_path):
+    server = Server(home, tmp_path / "run", store)
+    with pytest.raises(ConfigError, match="run was begun with clients that aren't simulated; go on as it was begun"):
+        run_federation(server.config, server.run, None)
+    assert not events(server.run)
 
 
 def test_a_check_in_that_cannot_be_read_keeps_nobody_else_out(home, store, tmp_path, monkeypatch):
