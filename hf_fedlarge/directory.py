@@ -40,6 +40,18 @@ class Directory(LocalFileSystem):
         with self._entered(f"{path}/.", make=True):
             pass
 
+    def share(self, path: str) -> None:
+        """Make a folder in which may write who may in the one that it is in, whatever the umask."""
+        self.makedirs(path, exist_ok=True)
+        with self._entered(path) as (above, name):
+            folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
+            try:
+                wanted, found = (stat.S_IMODE(os.fstat(each).st_mode) for each in (above, folder))
+                if found != wanted:
+                    os.fchmod(folder, wanted)
+            finally:
+                os.close(folder)
+
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
         """Some bytes of a file, or all."""
         with self._entered(path) as (folder, name):

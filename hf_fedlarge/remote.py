@@ -96,6 +96,18 @@ class RemoteFiles:
         names = {str(each).rstrip("/").rpartition("/")[2] for each in listed}
         return sorted(name for name in names if not name.startswith("."))
 
+    def share(self, path: str) -> None:
+        """Make a folder in which may write who may in the one that it is in; nothing where folders needn't be made.
+
+        Raises:
+            StoreError: it can't be made.
+        """
+        if isinstance(self.fs, Directory):
+            try:
+                self._call("share", self._at(path))
+            except (FileNotFoundError, ArtifactError) as error:
+                raise StoreError(f"{self.url}/{path} can't be made: {error}") from error
+
     def remove(self, path: str) -> None:
         """Remove all there is under `path`.
 

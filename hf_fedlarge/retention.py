@@ -8,10 +8,14 @@ artifact gets a `StoreError` that says so, and takes the next order.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from hf_fedlarge.artifacts import MAX_MANIFEST_BYTES, Manifest
-from hf_fedlarge.errors import ArtifactError
+from hf_fedlarge.errors import ArtifactError, StoreError
 from hf_fedlarge.store import ARTIFACTS, Store, artifact_path, object_path
 from hf_fedlarge.untrusted import parse_json
+
+_NAMED = 5  # of what can't be removed, in a line
 
 
 def discard(store: Store, manifest: Manifest) -> None:
@@ -38,11 +42,38 @@ def clear(store: Store, home: str, before: int) -> None:
     """Remove what came or was said in rounds before one, each of which has a folder of its number in `home`.
 
     Raises:
-        StoreError: the store can't be read or written.
+        StoreError: the store can't be read, or some of it can't be removed: the message names that, all else is gone.
     """
+    stuck: dict[str, StoreError] = {}
     for name in store.names(home):
         if name.isdecimal() and int(name) < before:
-            store.remove(f"{home}/{name}")
+            stuck |= _stuck(store, f"{home}/{name}")
+    if not stuck:
+        return
+    first = next(iter(stuck.values()))
+    cause = first.__cause__ or first
+    more = f" and {len(stuck) - _NAMED} more" if len(stuck) > _NAMED else ""
+    raise StoreError(
+        f"{store.url} keeps {', '.join(list(stuck)[:_NAMED])}{more}, of rounds that are over "
+        f"({type(cause).__name__}: {cause}): remove that by hand, and in a shared directory have its clients send in "
+        "the server's group with umask 007 (docs/deployment.md)."
+    ) from first
+
+
+def _stuck(store: Store, folder: str) -> dict[str, StoreError]:
+    """Remove a folder; returns what of it can't be removed: some clients', if the others' can."""
+    try:
+        store.remove(folder)
+        return {}
+    except StoreError as error:
+        stuck = {}
+        with suppress(StoreError):  # of looking into it
+            for name in store.names(folder):
+                try:
+                    store.remove(f"{folder}/{name}")
+                except StoreError as of_one:
+                    stuck[f"{folder}/{name}"] = of_one
+        return stuck or {folder: error}
 
 
 def _files(store: Store, path: str) -> set[str]:

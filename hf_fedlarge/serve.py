@@ -207,6 +207,7 @@ class StoreClients:
         for home in (INBOX, SECURE):
             self.patience.look(clear, self.store, home, order.round - bool(server.keeping))
         self.patience.look(self._forget, order.round)
+        self.patience.look(self.store.share, inbox(order.round))
         waiting = server.waiting(order, overtime=True)
         for client in waiting:
             asked(client)

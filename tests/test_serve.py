@@ -797,6 +797,38 @@ def test_a_served_run_does_not_go_on_with_simulated_clients(home, store, tmp_pat
     assert not events(server.run)
 
 
+def test_a_round_s_folder_is_open_to_whom_the_inbox_is(home, tmp_path):
+    store, modes = Store(str(tmp_path / "store")), []
+    server = Server(home, tmp_path / "run", store, deadline_seconds=0.1)
+    (tmp_path / "store" / INBOX).mkdir(parents=True)
+    (tmp_path / "store" / INBOX).chmod(0o2770)
+    order, mask = server.open(), os.umask(0o027)
+    try:
+        for _ in server.clients.answers(server.jobs, server.round, order, modes.append):
+            pass
+    finally:
+        os.umask(mask)
+    assert modes == list(CLIENTS)
+    assert oct((tmp_path / "store" / inbox(1)).stat().st_mode & 0o7777) == "0o2770"
+
+
+def test_what_cannot_be_removed_is_named_and_keeps_nothing_else(home, store, monkeypatch):
+    for number in (1, 2, 3):
+        for client in ("ann", "ben"):
+            store.write(f"{inbox(number, client, 1)}/x", b"1")
+    remove = store.fs.rm
+
+    def refusing(path, recursive):
+        if path.endswith(("/0001", "/0001/ann")):
+            raise PermissionError(13, "Permission denied", "ann")
+        remove(path, recursive=recursive)
+
+    monkeypatch.setattr(store.fs, "rm", refusing)
+    with pytest.raises(StoreError, match=r"keeps inbox/0001/ann, of rounds that are over .*denied.* with umask 007"):
+        clear(store, INBOX, 3)
+    assert [store.names(inbox(number)) for number in (1, 2, 3)] == [["ann"], [], ["ann", "ben"]]
+
+
 def test_a_check_in_that_cannot_be_read_keeps_nobody_else_out(home, store, tmp_path, monkeypatch):
     """Such as one whose owner alone may read it, in a shared directory."""
     server = Server(home, tmp_path / "run", store, clients={"ann": 10, "ben": 10}, deadline_seconds=0.3)
