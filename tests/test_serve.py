@@ -1179,6 +1179,19 @@ def test_a_client_says_what_it_is_asked_for_and_until_when(published, member, st
     assert f"round 1: {said}" in member.said
 
 
+def test_a_client_whose_clock_is_ahead_says_so_once(published, member):
+    published(closes_at=time.time() - 60)
+    with pytest.raises(StoreError, match="had no new order"):
+        member(once=False, patience=0.2)
+    assert not member.jobs
+    [line] = [line for line in member.said if "clock" in line]
+    assert re.match(r"round 1 was over for \d+ s by this machine's clock when its order was first seen; unless", line)
+    published(clients=["ben"], closes_at=time.time() - 60)
+    with pytest.raises(StoreError, match="had no new order"):
+        member(once=False, patience=0.2)
+    assert len([line for line in member.said if "clock" in line]) == 1
+
+
 @pytest.mark.parametrize("late", ["refuse", "buffer"])
 def test_after_the_deadline_a_client_sends_only_what_will_be_kept(home, store, published, member, late):
     def train(job):

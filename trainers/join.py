@@ -187,6 +187,8 @@ class _Member:
                     return
                 if order != last:
                     last, since = order, time.monotonic()
+                    if order is not None and order.state == "open" and not (self._step or order.is_open):
+                        self._hear_too_late(order)
                 is_open = order is not None and (order.state == "open" if self._step else order.is_open)
                 work = order.work_of(self._client) if is_open else None
                 if order is not None and order.state != "over" and work is None:
@@ -227,6 +229,15 @@ class _Member:
                 "with it any more; waiting for the next one"
             )
         return False
+
+    def _hear_too_late(self, order: OrderDocument) -> None:
+        """Report that an order was over when it was first seen, if it asks this client."""
+        if order.work_of(self._client):
+            ago = spell_seconds(time.time() - order.closes_at)
+            self._report(
+                f"round {order.round} was over for {ago} by this machine's clock when its order was first seen; unless "
+                f"{self._client} came late, its clock and the server's have to agree"
+            )
 
     def _hear_refusal(self, run: str) -> None:
         """Report once why the server can't take this client; it may yet, so this one waits."""
