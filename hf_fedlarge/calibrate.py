@@ -32,8 +32,8 @@ from hf_fedlarge.artifacts import (
 from hf_fedlarge.choice import choose
 from hf_fedlarge.config import PackageSettings
 from hf_fedlarge.data import load_examples
+from hf_fedlarge.encoding import encode_example
 from hf_fedlarge.errors import ConfigError, DataError
-from hf_fedlarge.evaluation import encode_example
 from hf_fedlarge.fit import FitPlan, Fitted, fit, last_states
 from hf_fedlarge.heal import Healed, Truth, heal
 from hf_fedlarge.layers import parse_layers

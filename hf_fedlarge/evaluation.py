@@ -1,8 +1,7 @@
 """Held-out loss of a checkpoint or a package, with or without an adapter, and what it writes.
 
 The loss is the mean of −log p over labelled tokens of all examples together, so that figures of the small and the
-full model compare. Examples become tokens as trl's SFTTrainer makes them (a test compares the two): only the answer
-counts where there is a prompt, and an example is cut at `max_length`.
+full model compare.
 """
 
 from __future__ import annotations
@@ -12,13 +11,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from hf_fedlarge.adapters import attach_lora, read_factors, read_state, set_factors
 from hf_fedlarge.artifacts import (
@@ -30,18 +27,23 @@ from hf_fedlarge.artifacts import (
     read_manifest,
     verify_files,
 )
-from hf_fedlarge.data import from_tokens, list_lengths
+from hf_fedlarge.data import from_tokens
+from hf_fedlarge.encoding import (
+    IGNORED,
+    encode_example,
+    has_counted,
+    nothing_counts,
+    pad_id,
+    padded_batches,
+    render_chat,
+    warn_of_cut,
+)
 from hf_fedlarge.errors import ArtifactError, ConfigError, DataError
 from hf_fedlarge.package import load_package, load_tokenizer, stream_checkpoint
 from hf_fedlarge.positions import check_length
 from hf_fedlarge.processor import computing_device
 from hf_fedlarge.templates import tools_of
 from hf_fedlarge.tensors import checkpoint_digest
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -190,10 +192,22 @@ def _batch_losses(
     assistant_only: bool = False,
 ) -> Iterator[tuple[float, list[int]]]:
     """For every batch the sum of its losses, and how many labelled tokens each of its examples has."""
-    encoded = (encode_example(row, tokenizer, max_length, assistant_only) for row in data)
-    examples = from_tokens(example for example in encoded if any(label != IGNORED for label in example["labels"][1:]))
+    cut = 0
+
+    def encoded() -> Iterator[dict[str, list[int]]]:
+        nonlocal cut
+        for row in data:
+            whole = encode_example(row, tokenizer, None, assistant_only)
+            cut += len(whole["input_ids"]) > max_length
+            example = {name: values[:max_length] for name, values in whole.items()}
+            if has_counted(example):
+                yield example
+
+    examples = from_tokens(encoded())
+    if cut:
+        warn_of_cut(cut, len(data), "held out", max_length)
     if not len(examples):
-        raise DataError(f"None of the {len(data)} examples has a labelled token within {max_length} tokens.")
+        raise nothing_counts(len(data), max_length)
     device = next(model.parameters()).device
     training = model.training
     model.eval()
@@ -203,40 +217,6 @@ def _batch_losses(
         )
         yield float(outputs.loss), (batch["labels"][:, 1:] != IGNORED).sum(dim=1).tolist()
     model.train(training)
-
-
-def encode_example(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int, assistant_only: bool = False
-) -> dict[str, list[int]]:
-    """`input_ids` and `labels` (−100 where nothing counts) of one example in any of the three forms.
-
-    Raises:
-        DataError: it is a chat, and the tokenizer's template is missing or refuses it.
-    """
-    eos = tokenizer.eos_token or ""
-    if "messages" in row:
-        encoded = _chat(tokenizer, row["messages"], assistant_only, tools=tools_of(row))
-        ids = encoded["input_ids"]
-        counted = encoded["assistant_masks"] if assistant_only else [1] * len(ids)
-    elif "prompt" in row:
-        prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, str):
-            ending = "" if completion.endswith(eos) else eos
-            start = tokenizer(prompt)["input_ids"]
-            ids = tokenizer(prompt + completion + ending)["input_ids"]
-        else:
-            tools = tools_of(row)
-            start = _chat(tokenizer, prompt, tools=tools, add_generation_prompt=True)["input_ids"]
-            ids = _chat(tokenizer, prompt + completion, tools=tools)["input_ids"]
-        shared = next((place for place, (a, b) in enumerate(zip(start, ids, strict=False)) if a != b), len(start))
-        shared = min(shared, len(ids))  # a template may render the prompt alone as more than the whole
-        counted = [0] * shared + [1] * (len(ids) - shared)
-    else:
-        ending = "" if row["text"].endswith(eos) else eos
-        ids = tokenizer(row["text"] + ending)["input_ids"]
-        counted = [1] * len(ids)
-    labels = [token if wanted else IGNORED for token, wanted in zip(ids, counted, strict=True)]
-    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
 
 @torch.no_grad()
@@ -275,7 +255,7 @@ def generate_texts(
             f"A prompt of {longest} tokens and {max_new_tokens} new ones are more than the {positions} that this "
             f"{model.architecture.model_type} model has positions for; shorten the prompt, or ask for fewer tokens."
         )
-    order, pad = sorted(range(len(ids)), key=lambda row: len(ids[row])), _pad_id(tokenizer)
+    order, pad = sorted(range(len(ids)), key=lambda row: len(ids[row])), pad_id(tokenizer)
     device = next(model.parameters()).device
     texts = [""] * len(ids)
     for start in range(0, len(ids), batch_size):
@@ -305,7 +285,7 @@ def _prompt_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, plain: 
         return tokenizer(prompt)["input_ids"]
     else:
         prompt = [{"role": "user", "content": prompt}]
-    return _chat(tokenizer, prompt, tools=tools, add_generation_prompt=True)["input_ids"]
+    return render_chat(tokenizer, prompt, tools=tools, add_generation_prompt=True)["input_ids"]
 
 
 class _Steps:
@@ -331,42 +311,3 @@ def as_record(evaluation: Evaluation) -> dict[str, float]:
     if not math.isfinite(evaluation.loss):
         raise DataError(f"The loss over {evaluation.tokens} tokens is {evaluation.loss}; the model is broken.")
     return asdict(evaluation)
-
-
-def _chat(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], assistant_only: bool = False, **options: Any
-) -> dict[str, Any]:
-    if not tokenizer.chat_template:
-        raise DataError(
-            "The examples are chats, but the model's tokenizer has no chat template; take an instruction-tuned model, "
-            "or examples with 'prompt' and 'completion' or 'text' as plain strings."
-        )
-    try:
-        if assistant_only:
-            options["return_assistant_tokens_mask"] = True
-            if not has_generation_markers(tokenizer.chat_template):
-                options["chat_template"] = get_training_chat_template(tokenizer)
-        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
-    except (TemplateError, ValueError, TypeError) as error:  # a template is a program
-        raise DataError(f"The model's chat template can't be used for an example: {error}") from error
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any token will do, as padding is masked."""
-    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
-
-
-def padded_batches(
-    examples: Dataset, size: int, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[dict[str, torch.Tensor]]:
-    """`encode_example`'s examples, by `data.from_tokens`, in padded batches, those of like length together."""
-    lengths = list_lengths(examples, "input_ids")
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    pad = _pad_id(tokenizer)
-    for start in range(0, len(order), size):
-        part = examples[order[start : start + size]]
-        width = len(part["input_ids"][-1])  # the longest
-        yield {
-            key: torch.tensor([row + [filler] * (width - len(row)) for row in part[key]])
-            for key, filler in (("input_ids", pad), ("labels", IGNORED))
-        } | {"attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part["input_ids"]])}

@@ -76,6 +76,7 @@ class TrainingOrder(Record):
     gradient_accumulation_steps: _Batch | None = None
     max_length: Annotated[int, Field(ge=1, le=2**20)] | None = None
     packing: bool | None = None
+    packing_strategy: Literal["bfd", "bfd_split", "wrapped"] | None = None
     assistant_only_loss: bool | None = None
     completion_only_loss: bool | None = None
     optim: (

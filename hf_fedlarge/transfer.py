@@ -20,7 +20,8 @@ import torch
 from hf_fedlarge.adapters import attach_lora, get_factors, read_factors, set_factors
 from hf_fedlarge.artifacts import AdapterManifest, read_manifest
 from hf_fedlarge.data import from_tokens
-from hf_fedlarge.evaluation import encode_example, example_losses, load_model, padded_batches
+from hf_fedlarge.encoding import encode_example, padded_batches
+from hf_fedlarge.evaluation import example_losses, load_model
 from hf_fedlarge.gradients import adapter_gradients, agreement
 from hf_fedlarge.package import load_package, load_tokenizer, stream_checkpoint
 from hf_fedlarge.positions import check_length

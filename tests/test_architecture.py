@@ -78,7 +78,7 @@ LEVELS = [
     {"feedback", "scaffold"},
     {"update"},
     {"package", "merge", "combine", "traffic"},
-    {"lineage", "export"},
+    {"lineage", "export", "encoding"},
     {"collect", "evaluation", "server", "tiers", "choice", "widths"},
     {"heal"},
     {"calibrate", "transfer", "generate", "report", "clients", "relay", "tables", "secure_sum"},

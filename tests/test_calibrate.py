@@ -13,8 +13,8 @@ from hf_fedlarge.calibrate import calibration_sequences, calibration_text, make_
 from hf_fedlarge.choice import choose
 from hf_fedlarge.config import PackageSettings
 from hf_fedlarge.data import from_tokens, load_examples
+from hf_fedlarge.encoding import encode_example, padded_batches
 from hf_fedlarge.errors import ArtifactError, ConfigError, DataError
-from hf_fedlarge.evaluation import encode_example, padded_batches
 from hf_fedlarge.package import load_package, load_tokenizer
 from hf_fedlarge.stdlib_corpus import standard_library_prose
 

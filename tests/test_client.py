@@ -24,8 +24,9 @@ from hf_fedlarge.cli import main
 from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import Codec
 from hf_fedlarge.data import load_examples, training_columns
+from hf_fedlarge.encoding import encode_example, warn_of_cut
 from hf_fedlarge.errors import ArtifactError, ConfigError, DataError, FedLargeError, OutputError
-from hf_fedlarge.evaluation import encode_example, evaluate
+from hf_fedlarge.evaluation import evaluate
 from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.merge import merge
 from hf_fedlarge.package import load_package, load_tokenizer
@@ -400,6 +401,33 @@ def test_examples_that_lose_all_labels_are_said_and_not_counted(home, tmp_path, 
     manifest = train(home, tmp_path / "update", how, max_steps=1, **options)
     said = "6 of 8 examples (train) have no labelled token within max_length (64) tokens and are left out."
     assert (manifest.examples, said in caplog.text) == ((8, False) if form == "split" else (2, True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"packing": True},
+        {"packing": True, "packing_strategy": "bfd_split"},
+        {"dataset_num_proc": 1},
+        {"dataset_num_proc": 1, "packing": True},
+        {"assistant_only_loss": True},
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+def test_how_many_examples_are_cut_is_said_once(home, tmp_path, caplog, options):
+    tokenizer, model = load_tokenizer(home / "package"), load_package(home / "package")
+    rows = [{"messages": LONG}] * 3 + [{"messages": [{**message, "content": "hi"} for message in LONG]}] * 2
+    warn_of_cut.cache_clear()
+    adapted = attach_lora(model, model.architecture, LORA)
+    for _ in range(2):
+        config = StreamingLoraConfig(output_dir=str(tmp_path / "x"), max_length=100, disable_tqdm=True, **options)
+        trainer = StreamingLoraTrainer(
+            adapted, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        )
+        assert list(trainer.example_lengths) == [len(encode_example(row, tokenizer, None)["input_ids"]) for row in rows]
+    said = "3 of 5 examples (train) are longer than max_length (100) tokens and were cut."
+    assert caplog.text.count(said) == (options.get("packing_strategy") != "bfd_split")
 
 
 def test_held_out_examples_are_evaluated_while_training_where_it_is_asked_for(home, tmp_path, capsys):

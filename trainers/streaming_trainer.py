@@ -14,8 +14,9 @@ logging, checkpoints and data parallelism. What changes:
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +29,8 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_fedlarge.budget import parse_bytes
 from hf_fedlarge.data import FORMS, TOOLS, from_tokens, list_lengths
+from hf_fedlarge.encoding import IGNORED, encode_example, warn_of_cut
 from hf_fedlarge.errors import ConfigError, OutputError
-from hf_fedlarge.evaluation import IGNORED, encode_example
 from hf_fedlarge.memory import give_back_freed_memory
 from hf_fedlarge.package import save_adapter
 from hf_fedlarge.positions import check_length
@@ -56,6 +57,11 @@ _PLAIN = {
     "dataset_text_field": "text",
     "truncation_mode": "keep_start",
 }
+
+
+def _cut_at(args: SFTConfig, packing: bool) -> int | None:
+    """The tokens that are left of a longer example; None: all are. Of the ways to pack one cuts."""
+    return None if packing and args.packing_strategy != "bfd" else args.max_length
 
 
 @dataclass
@@ -155,42 +161,51 @@ class StreamingLoraTrainer(SFTTrainer):
         trl takes five passes through Arrow, and a fingerprint of the whole tokenizer for each, which takes longer than
         a step of a small client. A test compares the two.
 
-        Examples without a labelled token within `max_length` are left out, which is said; how many of the training
-        data have one is `labelled_examples` afterwards.
+        Examples without a labelled token within `max_length` are left out, and longer ones are cut, which is said. Of
+        the training data `labelled_examples` is afterwards how many have one, `example_lengths` how many tokens each
+        has as a whole.
         """
-        is_plain = formatting_func is None and all(getattr(args, name) == value for name, value in _PLAIN.items())
-        is_stream = not hasattr(dataset, "__len__")
-        if is_plain and not is_stream and set(dataset.column_names or ()) - {TOOLS} in map(set, FORMS):
-            longest = sys.maxsize if packing or args.max_length is None else args.max_length
-            # Of the ways to pack, this one cuts what is too long.
-            within = None if packing and args.packing_strategy != "bfd" else args.max_length
-            labelled = 0
-
-            def encoded() -> Iterator[dict[str, list[int]]]:
-                nonlocal labelled
-                for row in dataset:
-                    tokens = encode_example(row, processing_class, longest)
-                    counts = any(label != IGNORED for label in tokens["labels"][:within])
-                    labelled += counts
-                    if counts or packing:
-                        yield tokens
-
-            tokens = from_tokens(encoded())
-            self._count_labelled(labelled, len(dataset), args, dataset_name)
-            if len(tokens):
-                dataset = tokens
-                if not packing:
-                    return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+        if not hasattr(dataset, "__len__"):  # a stream
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        if hasattr(prepared, "__len__"):  # not one that is streamed
-            self._count_labelled(len(dataset if packing else prepared), len(dataset), args, dataset_name)
-        return prepared
+        is_plain = formatting_func is None and all(getattr(args, name) == value for name, value in _PLAIN.items())
+        if not is_plain or set(dataset.column_names or ()) - {TOOLS} not in map(set, FORMS):
+            whole = copy(args)  # for lengths
+            whole.max_length, whole.shuffle_dataset = None, False
+            tokens = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+            prepared = super()._prepare_dataset(tokens, processing_class, args, packing, None, dataset_name)
+            labelled = len(tokens if packing else prepared)
+            self._count(labelled, list_lengths(tokens, "input_ids"), args, packing, dataset_name)
+            return prepared
+        longest, within = None if packing else args.max_length, _cut_at(args, packing)
+        labelled, lengths = 0, array("I")
 
-    def _count_labelled(self, labelled: int, given: int, args: SFTConfig, dataset_name: str) -> None:
+        def encoded() -> Iterator[dict[str, list[int]]]:
+            nonlocal labelled
+            for row in dataset:
+                tokens = encode_example(row, processing_class, None)
+                lengths.append(len(tokens["input_ids"]))
+                counts = any(label != IGNORED for label in tokens["labels"][:within])
+                labelled += counts
+                if counts or packing:
+                    yield {name: values[:longest] for name, values in tokens.items()}
+
+        tokens = from_tokens(encoded())
+        self._count(labelled, lengths, args, packing, dataset_name)
+        if len(tokens):
+            dataset = tokens
+            if not packing:
+                return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+    def _count(self, labelled: int, lengths: Sequence[int], args: SFTConfig, packing: bool, dataset_name: str) -> None:
         if dataset_name == "train":
-            self.labelled_examples = labelled
-        if 0 < labelled < given and args.process_index == 0:
+            self.labelled_examples, self.example_lengths = labelled, lengths
+        if args.process_index != 0:
+            return
+        given, within = len(lengths), _cut_at(args, packing)
+        if within is not None and (cut := sum(length > within for length in lengths)):
+            warn_of_cut(cut, given, dataset_name, within)
+        if 0 < labelled < given:
             logger.warning(
                 "%d of %d examples (%s) have no labelled token within max_length (%s) tokens and are left out.",
                 given - labelled,
