@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from hf_fedlarge.jobs import Down, Jobs, Train
     from hf_fedlarge.server import Order, RoundServer
 
+    Begin = Callable[[Dataset, Dataset | None], None]
+
 CHECK_INS = "check_ins.json"
 HELD_OUT = "held_out.jsonl"
 SERVED = "store.json"  # of a run whose clients a store or Flower reaches
@@ -55,8 +57,12 @@ def split_clients(config: FederationConfig) -> dict[str, Dataset]:
     return clients
 
 
-def check_in(clients: dict[str, Dataset], config: FederationConfig, run: Path) -> list[CheckIn]:
+def check_in(
+    clients: dict[str, Dataset], config: FederationConfig, run: Path, eval_data: Dataset | None
+) -> list[CheckIn]:
     """Write each client's files into the run directory, and last of all who checked in.
+
+    Without `eval_data` what they hold out is evaluated.
 
     Raises:
         ConfigError: no client has enough examples for one to be held out.
@@ -75,9 +81,9 @@ def check_in(clients: dict[str, Dataset], config: FederationConfig, run: Path) -
             together.append(held_out)
         memory = parse_bytes(next(memories)) if memories else psutil.virtual_memory().total
         check_ins.append(CheckIn(name, examples=len(kept), memory_bytes=memory))
-    if not together and config.eval_data is None:
+    if not together and eval_data is None:
         raise ConfigError("No client has an example to hold out; give each at least two.")
-    write_jsonl(load_examples(config.eval_data) if config.eval_data else concatenate(together), run / HELD_OUT)
+    write_jsonl(concatenate(together) if eval_data is None else eval_data, run / HELD_OUT)
     write_check_ins(run, check_ins)
     return check_ins
 
@@ -108,10 +114,11 @@ class Clients(Protocol):
             FedLargeError: as a setting, the examples, or the place where the clients are met, is wrong.
         """
 
-    def prepare(self, config: FederationConfig, run: Path, begin: Callable[[], None]) -> str | None:
-        """Make the run's held-out examples, once, of what `check` found: `begin` is called before anything is written.
+    def prepare(self, config: FederationConfig, run: Path, begin: Begin) -> str | None:
+        """Make the run's held-out examples, once, of what `check` found.
 
-        Returns what is to be reported.
+        Before anything is written `begin` is called, which may refuse them, with the examples that will be evaluated,
+        and all that will be trained on if the server has them. Returns what is to be reported.
         """
 
     def check_in(self, jobs: Jobs, server: RoundServer) -> None:
@@ -143,6 +150,7 @@ class SimulatedClients:
     def __init__(self, train: Train) -> None:
         self._train = train
         self._examples: dict[str, Dataset] = {}  # as each client has them
+        self._eval_data: Dataset | None = None
 
     def check(self, config: FederationConfig, run: Path) -> None:
         """Split the data among them, once; nothing is written."""
@@ -158,14 +166,16 @@ class SimulatedClients:
             )
         if not (run / CHECK_INS).exists():
             self._examples = split_clients(config)
+            self._eval_data = load_examples(config.eval_data) if config.eval_data else None
 
-    def prepare(self, config: FederationConfig, run: Path, begin: Callable[[], None]) -> str | None:
+    def prepare(self, config: FederationConfig, run: Path, begin: Begin) -> str | None:
         """Write down what each of them has, once."""
         if (run / CHECK_INS).exists():
             return None
-        begin()
-        check_ins = check_in(self._examples, config, run)
-        self._examples = {}
+        trained = concatenate(list(self._examples.values()))
+        begin(trained if self._eval_data is None else self._eval_data, trained)
+        check_ins = check_in(self._examples, config, run, self._eval_data)
+        self._examples, self._eval_data = {}, None
         return f"{len(check_ins)} clients checked in with {sum(entry.examples for entry in check_ins)} examples"
 
     def check_in(self, jobs: Jobs, server: RoundServer) -> None:

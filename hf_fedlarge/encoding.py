@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 
 from hf_fedlarge.data import list_lengths
 from hf_fedlarge.errors import DataError
+from hf_fedlarge.package import load_tokenizer
 from hf_fedlarge.templates import tools_of
 
 if TYPE_CHECKING:
@@ -83,14 +85,30 @@ def render_chat(
             "The examples are chats, but the model's tokenizer has no chat template; take an instruction-tuned model, "
             "or examples with 'prompt' and 'completion' or 'text' as plain strings."
         )
+    if assistant_only:
+        options |= {"return_assistant_tokens_mask": True, "chat_template": marking_template(tokenizer)}
     try:
-        if assistant_only:
-            options["return_assistant_tokens_mask"] = True
-            if not has_generation_markers(tokenizer.chat_template):
-                options["chat_template"] = get_training_chat_template(tokenizer)
         return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
     except (TemplateError, ValueError, TypeError) as error:  # a template is a program
         raise DataError(f"The model's chat template can't be used for an example: {error}") from error
+
+
+def marking_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template that marks what the assistant says, as trl chooses it; None: the tokenizer's own does.
+
+    Raises:
+        DataError: neither the tokenizer nor trl has one.
+    """
+    own = tokenizer.chat_template
+    try:
+        return None if own and has_generation_markers(own) else get_training_chat_template(tokenizer)
+    except (TemplateError, ValueError, TypeError) as error:
+        raise DataError(
+            "assistant_only_loss (--assistant-only) needs a chat template that marks what the assistant says, but "
+            f"{'trl knows none for this model, whose own does not' if own else 'this model has no chat template'}; "
+            "leave it out, so that all that is said counts, or take a local copy of the checkpoint with {% generation "
+            "%} … {% endgeneration %} around the assistant's turns in its chat_template.jinja."
+        ) from error
 
 
 def has_counted(example: dict[str, list[int]]) -> bool:
@@ -101,6 +119,44 @@ def has_counted(example: dict[str, list[int]]) -> bool:
 def nothing_counts(examples: int, max_length: int) -> DataError:
     """The error where no example has anything counted."""
     return DataError(f"None of the {examples} examples has a labelled token within {max_length} tokens.")
+
+
+def check_examples(
+    checkpoint: Path, evaluated: Dataset, trained: Dataset | None, *, max_length: int, assistant_only: bool
+) -> None:
+    """Refuse what can't be rendered or has nothing to count, tried on some of all examples and without the model.
+
+    Args:
+        checkpoint: the directory that has the tokenizer.
+        evaluated: what will be evaluated.
+        trained: what clients will train on; None: nobody here has it.
+        max_length, assistant_only: as `evaluate` is given them, and trainers are.
+
+    Raises:
+        DataError: as `evaluate`, or as training would.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    encode = functools.partial(
+        encode_example, tokenizer=tokenizer, max_length=max_length, assistant_only=assistant_only
+    )
+    if assistant_only:
+        marking_template(tokenizer)
+        if trained is not None and not isinstance(trained[0].get("messages", trained[0].get("prompt")), list):
+            raise DataError(
+                "assistant_only_loss counts what the assistant says in chats, but what clients train on are none; "
+                "leave it out."
+            )
+    if trained is not None and trained is not evaluated:
+        for row in _some(trained):
+            encode(row)
+    counted = [has_counted(encode(row)) for row in _some(evaluated)]
+    if not any(counted) and not any(has_counted(encode(row)) for row in evaluated):
+        raise nothing_counts(len(evaluated), max_length)
+
+
+def _some(data: Dataset) -> Dataset:
+    """Examples from all of the data, fewer than a thousand."""
+    return data.select(range(0, len(data), max(1, len(data) // 500)))
 
 
 def padded_batches(

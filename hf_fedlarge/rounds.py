@@ -28,7 +28,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
@@ -46,6 +46,7 @@ from hf_fedlarge.coherence import TRAINING_DEFAULTS
 from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import FederationConfig
 from hf_fedlarge.data import load_examples, public_name
+from hf_fedlarge.encoding import check_examples
 from hf_fedlarge.errors import FedLargeError, OutputError, UpdateRefusedError
 from hf_fedlarge.evaluation import as_record, evaluate, generate_texts, load_model
 from hf_fedlarge.hub import resolve_checkpoint
@@ -65,6 +66,9 @@ from hf_fedlarge.tier_packages import check_packages, make_tier_package, make_ti
 from hf_fedlarge.transfer import transfer_report
 from hf_fedlarge.update import outcome, validate_update
 from hf_fedlarge.weighting import weighing
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 _BAD_ROUNDS = 2  # in a row, before a run stops
@@ -167,8 +171,11 @@ class _Federation:
             verify_files(given, read_manifest(given, PackageManifest), published=True)
         self.checkpoint, self.revision = resolve_checkpoint(self.config.checkpoint, revision)
 
-    def _begin(self) -> None:
-        """The settings become the run's: what can be refused without computing layers was looked at."""
+    def _begin(self, evaluated: Dataset, trained: Dataset | None) -> None:
+        """The settings become the run's, now that all is looked at that can be refused without computing layers."""
+        how = self._how()
+        del how["batch_size"]
+        check_examples(self.checkpoint, evaluated, trained, **how)
         write_json(self.run / SETTINGS, {"settings": self.config.model_dump(mode="json"), "revision": self.revision})
 
     def _baseline(self) -> None:

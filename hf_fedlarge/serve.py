@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_fedlarge.admission import Admission
 from hf_fedlarge.artifacts import UNPUBLISHED_FILES, AdapterManifest, UpdateManifest, read_manifest, write_json
@@ -57,6 +57,9 @@ from hf_fedlarge.server import Order, RoundServer
 from hf_fedlarge.store import Store
 from hf_fedlarge.update import MAX_SMALL_BYTES
 from hf_fedlarge.voice import signed
+
+if TYPE_CHECKING:
+    from hf_fedlarge.clients import Begin
 
 logger = logging.getLogger(__name__)
 
@@ -141,12 +144,12 @@ class StoreClients:
         if not (run / HELD_OUT).exists():
             self._examples = load_examples(config.eval_data)
 
-    def prepare(self, config: FederationConfig, run: Path, begin: Callable[[], None]) -> str | None:
+    def prepare(self, config: FederationConfig, run: Path, begin: Begin) -> str | None:
         """Take the public examples, and the store for this run."""
         identity = run / SERVED
         if not identity.exists():
             self._check_that_it_is_free("")  # still
-            begin()
+            begin(self._examples, None)
             # Of a former federation; the directories stay, which clients may not be allowed to make.
             for home in (CHECK_INS, INBOX, SECURE, VERDICTS):
                 for name in self.store.names(home):

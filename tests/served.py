@@ -37,7 +37,7 @@ class Server:
         self.run, self.journal = run, Journal(run / "journal.jsonl")
         self.clients = StoreClients(store, self.said.append, poll=0.02, packages=packages, key=key)
         self.clients.check(self.config, run)
-        self.clients.prepare(self.config, run, lambda: None)
+        self.clients.prepare(self.config, run, lambda *examples: None)
         size = read_manifest(home / "package", PackageManifest).total_bytes
         self.jobs = Jobs(self.config, run, self.adapter, [Tier("", home / "package", LORA, size)], self.journal)
 

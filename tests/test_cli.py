@@ -192,6 +192,11 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(home, tmp_path, capsys, wor
         ("run {out}.yaml --budget lots", {"data": {"source": "stdlib"}}, "The budget 'lots' can't be read"),
         ("run {out}.yaml", {}, "has no data"),
         ("run {out}.yaml", {"data": {"source": "nowhere.jsonl"}}, "no such file as nowhere.jsonl"),
+        (
+            "run {out}.yaml",
+            {"data": {"source": "stdlib", "clients": 2}, "eval_data": "nowhere.jsonl"},
+            "no such file as nowhere.jsonl",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_is_fetched(home, tmp_path, capsys, monkeypatch, words, changes, sentence):

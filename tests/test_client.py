@@ -654,7 +654,7 @@ def test_evaluation_counts_the_tokens_that_trl_trains_on(home, tmp_path, assista
     ("template", "sentence"),
     [
         (None, "has no chat template; take an instruction-tuned model"),
-        ("{{ raise_exception('no such role') }}", "can't be used for an example"),
+        ("{% generation %}{{ raise_exception('no such role') }}{% endgeneration %}", "can't be used for an example"),
     ],
 )
 def test_chats_without_a_template_that_takes_them_are_one_sentence(home, template, sentence, assistant_only):

@@ -11,7 +11,7 @@ import killed
 import pytest
 import torch
 import yaml
-from families import make_checkpoint
+from families import MISTRAL, make_checkpoint
 from federation import make_update
 from transformers import AutoModelForCausalLM
 
@@ -428,6 +428,51 @@ def test_settings_that_make_no_package_do_not_become_the_run_s(home, tmp_path, c
     with pytest.raises(error, match=sentence):
         run(home, tmp_path / "run", **changes)
     assert not (tmp_path / "run" / "federation.json").exists()
+
+
+ASSISTANT_ONLY = {"assistant_only_loss": True}
+
+
+@pytest.mark.parametrize(
+    ("template", "training", "sentence"),
+    [
+        (None, {}, "the model's tokenizer has no chat template; take an instruction-tuned model"),
+        (None, ASSISTANT_ONLY, "but this model has no chat template; leave it out"),
+        (
+            MISTRAL,
+            ASSISTANT_ONLY,
+            r"assistant_only_loss .* needs a chat template that marks what the assistant says, but trl knows none for "
+            r"this model, whose own does not; leave it out, so that .*, or take a local copy of .* {% generation %} … ",
+        ),
+        (
+            "{% for m in messages %}{{ raise_exception('no 47') if ' 47.' in m.content }}{{ m.content }}{% endfor %}",
+            {},
+            "The model's chat template can't be used for an example: no 47",
+        ),
+        (MISTRAL, {"max_length": 4}, "None of the 48 examples has a labelled token within 4 tokens"),
+    ],
+)
+def test_examples_that_can_not_be_rendered_or_count_nothing_do_not_become_the_run_s(
+    home, tmp_path, template, training, sentence
+):
+    checkpoint = shutil.copytree(home / "checkpoint", tmp_path / "checkpoint")
+    (checkpoint / "chat_template.jinja").unlink()
+    if template is not None:
+        (checkpoint / "chat_template.jinja").write_text(template)
+    changes = {"checkpoint": str(checkpoint), "training": config_of(home).training | training}
+    with pytest.raises(DataError, match=sentence):
+        run(home, tmp_path / "run", **changes)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("eval_data", [False, True])
+def test_what_clients_train_on_must_be_chats_where_the_assistant_s_turns_alone_count(home, tmp_path, eval_data):
+    (tmp_path / "data.jsonl").write_text('{"text": "red", "team": "a"}\n{"text": "blue", "team": "a"}\n')
+    data = config_of(home).data.model_copy(update={"source": str(tmp_path / "data.jsonl")})
+    changes = {"data": data, "training": config_of(home).training | ASSISTANT_ONLY, "cohort": None}
+    changes["eval_data"] = str(home / "data.jsonl") if eval_data else None
+    with pytest.raises(DataError, match="in chats, but what clients train on are none; leave it out"):
+        run(home, tmp_path / "run", **changes)
 
 
 @pytest.fixture(scope="module")

@@ -195,6 +195,11 @@ def test_serving_needs_public_examples_and_a_store_of_its_own(whole, tmp_path, c
     assert "has no eval_data" in serve(eval_data=None)
     assert "can't be ordered of clients: hub_token" in serve(training={"hub_token": "x"})
     assert "can't be ordered of clients: max_steps" in serve(training={"max_steps": 10**7})
+    bare = shutil.copytree(raw["checkpoint"], tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
+    chats = {"checkpoint": str(bare), "eval_data": str(tmp_path / "chats.jsonl")}
+    assert "the model's tokenizer has no chat template; take" in serve(**chats)
     write_document(Store(str(tmp_path / "store")), ORDER, OrderDocument(run="0" * 32, state="open", round=3, attempt=1))
     assert "serves another federation, whose order.json is for its round 3" in serve()
     with pytest.raises(ConfigError, match="was begun with simulated clients"):
@@ -711,7 +716,7 @@ def test_who_may_check_in(home, store, tmp_path):
     assert CheckIn("ben", 10, 5) in server.clients._admission.look(server.config.clients)
     assert store.names(f"{VERDICTS}/{CHECK_INS}/ben") == []
     # Neither is who is in the file when the server is started again.
-    server.clients.prepare(server.config, server.run, lambda: None)
+    server.clients.prepare(server.config, server.run, lambda *examples: None)
     assert store.names(f"{VERDICTS}/{CHECK_INS}") == []
     server.clients._admission.look(server.config.clients, least_bytes=6)
     note = read_document(store, refusal("ben"), RefusalDocument)
@@ -867,7 +872,7 @@ def test_a_server_waits_for_clients_as_long_as_its_patience(home, store, tmp_pat
     server = Server(home, tmp_path / "run", store, clients={"ann": 10, "ben": 10})
     server.clients = StoreClients(store, server.said.append, poll=0.02, patience=0.2)
     server.clients.check(server.config, server.run)
-    server.clients.prepare(server.config, server.run, lambda: None)
+    server.clients.prepare(server.config, server.run, lambda *examples: None)
     write_document(store, f"{CHECK_INS}/ann.json", CheckInDocument(client="ann", examples=1))
     round_server = RoundServer(server.run / "rounds", 1, server.journal, server.config, server.validate)
     waited = r"Waited 0\.2 s \(patience\) for "

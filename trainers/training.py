@@ -27,6 +27,7 @@ from hf_fedlarge.artifacts import (
 )
 from hf_fedlarge.config import LoraSettings, first_problem, make_codec
 from hf_fedlarge.data import digest_of, load_examples, training_columns
+from hf_fedlarge.encoding import marking_template
 from hf_fedlarge.errors import ConfigError, DataError
 from hf_fedlarge.evaluation import evaluate_model
 from hf_fedlarge.feedback import read_lost, with_lost
@@ -256,6 +257,8 @@ def _train(
     if start.correction:
         corrected = Corrected(parameter_values(opened.model, start.correction, opened.architecture, layers))
     try:
+        if config.assistant_only_loss:
+            marking_template(opened.tokenizer)
         trainer = StreamingLoraTrainer(
             opened.model,
             config,
