@@ -316,16 +316,15 @@ def _join(options: argparse.Namespace) -> None:
     from hf_fedlarge.trainers.sites import Site
 
     hide_bars()
-    if options.package and not options.check:
-        raise ConfigError(
-            f"--package {options.package} is for --check; without that the store's is taken: leave it out."
-        )
+    for name in ("package", "show"):
+        if (given := getattr(options, name)) and not options.check:
+            raise ConfigError(f"--{name} {given} is for --check, which tries what a client would do; leave it out.")
     names = ("client", "data", "eval_data", "cache", "key", "keys", "server_key", "memory_budget", "result")
     brought = {name: getattr(options, name) for name in names}
     report = _report if options.check else _report_with_time
     report(describe_device(computing_device()))
     if options.check:
-        rehearse(options.store, Site(**brought), report, options.package)
+        rehearse(options.store, Site(**brought), report, options.package, options.show)
     else:
         how = {name: getattr(options, name) for name in ("once", "poll", "patience")}
         join(options.store, **brought, **how, report=report)

@@ -172,6 +172,8 @@ def add_joining(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--package", type=Path, metavar="DIR", help="for --check: the package, where the store names none yet"
     )
+    text = "for --check: print so many examples as the model sees them, which are private text (0)"
+    parser.add_argument("--show", type=int, default=0, metavar="N", help=text)
     _poll(parser)
 
 

@@ -1,5 +1,6 @@
 """`join --check`: everything but sending, before a federation begins."""
 
+import json
 import re
 import uuid
 
@@ -8,6 +9,8 @@ from federation import LORA, make_examples, make_federation
 
 from hf_fedlarge.artifacts import SERVER_FILES, AdapterManifest, PackageManifest, read_manifest
 from hf_fedlarge.cli import main
+from hf_fedlarge.data import load_examples
+from hf_fedlarge.encoding import warn_of_cut
 from hf_fedlarge.errors import ArtifactError, ConfigError, DataError
 from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.orders import ORDER, OrderDocument, TrainingOrder, Work, write_document
@@ -37,11 +40,11 @@ def store():
 def check(home, store, tmp_path):
     """Rehearses as ann; gives what was said, with nothing new in the store and only the package in the cache."""
 
-    def check(package=None, **options):
+    def check(package=None, show=0, **options):
         before, said = _all(store), []
         site = Site(**{"client": "ann", "data": str(home / "data.jsonl"), "cache": tmp_path / "cache"} | options)
         try:
-            rehearse(store.url, site, said.append, package)
+            rehearse(store.url, site, said.append, package, show)
         finally:
             assert _all(store) == before
             left = [path.name for path in (tmp_path / "cache").glob("*")]
@@ -86,7 +89,7 @@ def test_two_steps_of_what_is_ordered_are_tried_and_nothing_is_sent(published, c
     assert "ann would check in with 12 examples and " in said
     assert f"{tmp_path / 'cache'} has " in said
     assert f"{store.url} asks for round 1\nthe package of " in said
-    assert "MB is fetched\n12 examples have a labelled token within 64 tokens\n" in said
+    assert "MB is fetched\n12 examples have a labelled token within 64 tokens; the median length is " in said
     assert re.search(r"\na step takes \d+\.\d\d s, 500 of them \d[^\n]*, \d\.\d GB at most; nothing was sent$", said)
     published(client="ben")
     said = check()
@@ -112,9 +115,44 @@ def test_without_an_order_a_package_may_be_given(home, check, capsys, store, tmp
     assert main([*words, "--check", "--package", str(home / "package")]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("computing on the CPU, 1 thread\nann would check in")
-    assert "12 examples have a labelled token within 1024 tokens\na step takes " in printed
-    assert main([*words, "--package", str(home / "package")]) == 2
-    assert "is for --check" in capsys.readouterr().err
+    assert re.search(r"within 1024 tokens; the median length is \d+, the longest \d+\n", printed)
+    for option in (["--package", str(home / "package")], ["--show", "1"]):
+        assert main([*words, *option]) == 2
+        assert f"{' '.join(option)} is for --check" in capsys.readouterr().err
+
+
+def test_examples_are_shown_as_the_model_sees_them(published, home, check, tmp_path):
+    published()
+    lines = check(show=2).splitlines()
+    place = lines.index("1 of 12 as the model sees it, what counts behind >:")
+    example = load_examples(str(home / "data.jsonl"))[0]
+    assert lines[place + 1 : place + 4] == [
+        f"  '<|im_start|>user\\n{example['prompt'][0]['content']}<|im_end|>\\n<|im_start|>assistant\\n'",
+        f"> '{example['completion'][0]['content']}<|im_end|>\\n'",
+        "2 of 12 as the model sees it, what counts behind >:",
+    ]
+    published(assistant_only_loss=True, max_length=4096)
+    turns = [{"role": role, "content": "\x1b[2J" + role * 100} for role in ("user", "assistant") * 2]
+    (tmp_path / "long.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    lines = check(show=2, data=str(tmp_path / "long.jsonl")).splitlines()
+    place = lines.index("1 of 1 as the model sees it, what counts behind >:")
+    shown = lines[place + 1 : -1]
+    assert shown[-1] == "  …"
+    assert [line[0] for line in shown[:-1]] == [" ", ">", " "]
+    assert shown[1].startswith("> '\\x1b[2Jassistantassistant")
+    assert " … " in shown[1]
+    assert sum(map(len, shown)) < 1600
+
+
+def test_packing_that_splits_long_documents_may_be_ordered(published, check, tmp_path, caplog):
+    rows = [{"text": "long " * 100}] * 3
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    warn_of_cut.cache_clear()
+    for strategy, cut in (("bfd_split", False), ("bfd", True)):
+        published(packing=True, packing_strategy=strategy)
+        said = check(data=str(tmp_path / "long.jsonl"))
+        assert "3 examples have a labelled token within 64 tokens; the median length is 501, the longest 501" in said
+        assert ("3 of 3 examples (train) are longer than max_length (64) tokens" in caplog.text) == cut
 
 
 def test_what_would_keep_a_client_from_training_is_said(published, check):

@@ -31,6 +31,7 @@ from hf_fedlarge.errors import ConfigError, FedLargeError, os_problem
 if TYPE_CHECKING:
     from hf_fedlarge.artifacts import UpdateManifest
     from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig
+    from hf_fedlarge.trainers.training import Look
     from hf_fedlarge.trainers.worker import Worker
 
 
@@ -70,14 +71,14 @@ def _one_at_a_time(train: Callable[..., UpdateManifest]) -> Callable[..., Update
     """
 
     @wraps(train)
-    def alone(client: ClientArguments, config: StreamingLoraConfig, worker: Worker | None = None) -> UpdateManifest:
+    def alone(client: ClientArguments, config: StreamingLoraConfig, *how: Any, **named: Any) -> UpdateManifest:
         output = Path(client.output)
         if config.process_index != 0 or not output.parent.is_dir():
-            return train(client, config, worker)
+            return train(client, config, *how, **named)
         lock = output.with_name(f".{output.name}.lock")
         with FileLock(lock):
             try:
-                return train(client, config, worker)
+                return train(client, config, *how, **named)
             finally:
                 lock.unlink(missing_ok=True)
 
@@ -85,7 +86,12 @@ def _one_at_a_time(train: Callable[..., UpdateManifest]) -> Callable[..., Update
 
 
 @_one_at_a_time
-def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: Worker | None = None) -> UpdateManifest:
+def train_client(
+    client: ClientArguments,
+    config: StreamingLoraConfig,
+    worker: Worker | None = None,
+    look: Look | None = None,
+) -> UpdateManifest:
     """Train and write the update directory; on a process that is not the first, train along and write nothing.
 
     Args:
@@ -93,6 +99,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
         config: how to train; its output directory is replaced by one beside the update.
         worker: keeps the loaded package from one client to the next; None: it is loaded for this one. The update is
             the same.
+        look: called before the first step with the Trainer, which has the examples as tokens; None: nobody looks.
 
     Returns:
         The update's manifest. `measured` has the `steps` and `seconds` of this training, of which `train_seconds` went
@@ -106,7 +113,7 @@ def train_client(client: ClientArguments, config: StreamingLoraConfig, worker: W
     """
     from hf_fedlarge.trainers.training import train  # here, so that `--help` and argument errors come at once
 
-    return train(client, config, worker)
+    return train(client, config, worker, look)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[ClientArguments, Any]:

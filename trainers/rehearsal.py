@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import groupby
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from hf_fedlarge.artifacts import SERVER_FILES, AdapterManifest, PackageManifest, writing
+from hf_fedlarge.encoding import IGNORED
 from hf_fedlarge.orders import OrderDocument
 from hf_fedlarge.progress import spell_seconds
 from hf_fedlarge.store import Store
 from hf_fedlarge.trainers.client import ClientArguments, train_client
 from hf_fedlarge.trainers.launch import training_config
 from hf_fedlarge.trainers.sites import Site
+from hf_fedlarge.trainers.streaming_trainer import StreamingLoraTrainer
+from hf_fedlarge.trainers.training import Look
 from hf_fedlarge.voice import Ear
 
 STEPS = 2
 _QUIET = {"max_steps": STEPS, "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+_MOST_LETTERS, _LETTERS = 1500, 400  # of an example that is shown, and of each of its parts
 
 
-def rehearse(url: str, site: Site, report: Callable[[str], None], package: Path | None = None) -> None:
+def rehearse(url: str, site: Site, report: Callable[[str], None], package: Path | None = None, show: int = 0) -> None:
     """Try all that a client does in a round but sending: read, fetch the package as `join` does, train two steps.
 
     Args:
@@ -31,6 +39,7 @@ def rehearse(url: str, site: Site, report: Callable[[str], None], package: Path 
         site: what the client brings.
         report: told in lines what was found.
         package: its directory, where the store has no order that names one; None: nothing is trained then.
+        show: of so many examples it is told, too, what the model sees of them and what counts.
 
     Raises:
         FedLargeError: what would keep it from taking part.
@@ -48,11 +57,11 @@ def rehearse(url: str, site: Site, report: Callable[[str], None], package: Path 
     with scratch as directory:
         order = Ear(store, site.client, Path(directory), site.server_key, report).order()
         report(f"{store.url} {_found(order, site.client)}")
-        home = Path(directory)
+        home, look = Path(directory), partial(_describe, report=report, show=show)
         if order is not None and order.work:
-            _rehearse_order(site, store, order, home, report)
+            _rehearse_order(site, store, order, home, report, look)
         elif package is not None:
-            report(_steps(site, None, {"package": str(package)}, home, report))
+            report(_steps(site, None, {"package": str(package)}, home, look))
         else:
             report("no package is named there yet, so no step was tried (--package DIR tries one); nothing was sent")
 
@@ -65,7 +74,9 @@ def _found(order: OrderDocument | None, client: str) -> str:
     return f"can be read; its federation {'is over' if order.state == 'over' else 'asks for nothing now'}"
 
 
-def _rehearse_order(site: Site, store: Store, order: OrderDocument, home: Path, report: Callable[[str], None]) -> None:
+def _rehearse_order(
+    site: Site, store: Store, order: OrderDocument, home: Path, report: Callable[[str], None], look: Look
+) -> None:
     work = order.work_of(site.client) or order.work[0]
     package = site.package(work.package)
     report(f"the package of {work.package_bytes / 1e6:.1f} MB is {'here' if package.exists() else 'fetched'}")
@@ -80,17 +91,14 @@ def _rehearse_order(site: Site, store: Store, order: OrderDocument, home: Path, 
         "codec": order.codec.name,
         "topk_share": order.codec.topk_share,
     }
-    report(_steps(site, order, arguments, home, report))
+    report(_steps(site, order, arguments, home, look))
 
 
-def _steps(
-    site: Site, order: OrderDocument | None, arguments: dict[str, Any], home: Path, report: Callable[[str], None]
-) -> str:
+def _steps(site: Site, order: OrderDocument | None, arguments: dict[str, Any], home: Path, look: Look) -> str:
     """Train; returns what that took."""
     config = training_config(site.training(order) | _QUIET)
     own = {"data": site.data, "client": site.client, "output": str(home / "update"), "state": str(home / "state")}
-    manifest = train_client(ClientArguments(**arguments | own, eval_examples=0), config)
-    report(f"{manifest.examples} examples have a labelled token within {config.max_length} tokens")
+    manifest = train_client(ClientArguments(**arguments | own, eval_examples=0), config, look=look)
     second = manifest.measured["train_seconds"] / manifest.measured["steps"]
     peak = manifest.measured["peak_memory_bytes"]
     if config.device.type == "cuda":
@@ -98,3 +106,30 @@ def _steps(
     ordered = order.training.max_steps if order else None
     all_of_them = f", {ordered} of them {spell_seconds(second * ordered)}" if ordered else ""
     return f"a step takes {second:.2f} s{all_of_them}, {peak / 1e9:.1f} GB at most; nothing was sent"
+
+
+def _describe(trainer: StreamingLoraTrainer, report: Callable[[str], None], show: int) -> None:
+    """Tell what became of the examples."""
+    lengths, data = trainer.example_lengths, trainer.train_dataset
+    report(
+        f"{trainer.labelled_examples} examples have a labelled token within {trainer.args.max_length} tokens; the "
+        f"median length is {median(lengths):.0f}, the longest {max(lengths)}"
+    )
+    for number in range(min(show, len(data))):
+        report(f"{number + 1} of {len(data)} as the model sees it, what counts behind >:")
+        for line in _parts(data[number], trainer.processing_class):
+            report(line)
+
+
+def _parts(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """A line for each part of which all or nothing counts, as Python writes text: nothing in it moves a terminal."""
+    room = _MOST_LETTERS
+    for counts, part in groupby(zip(row["input_ids"], row["labels"], strict=True), lambda pair: pair[1] != IGNORED):
+        text = repr(tokenizer.decode([token for token, _ in part]))
+        if len(text) > _LETTERS:
+            text = f"{text[: _LETTERS // 2]} … {text[-_LETTERS // 2 :]}"
+        room -= len(text)
+        if room < 0:
+            yield "  …"
+            return
+        yield f"{'>' if counts else ' '} {text}"

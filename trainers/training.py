@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -100,7 +101,12 @@ class _Trained:
     evaluation_seconds: float
 
 
-def train(client: ClientArguments, config: StreamingLoraConfig, worker: Worker | None) -> UpdateManifest:
+Look = Callable[[StreamingLoraTrainer], None]
+
+
+def train(
+    client: ClientArguments, config: StreamingLoraConfig, worker: Worker | None, look: Look | None
+) -> UpdateManifest:
     """`client.train_client`, for one process at a time."""
     started = time.monotonic()
     package, output = Path(client.package), Path(client.output)
@@ -123,7 +129,7 @@ def train(client: ClientArguments, config: StreamingLoraConfig, worker: Worker |
             device=config.device,
             verify=client.verify,
         ) as opened:
-            trained = _train(client, config, opened, start, data, held_out, checkpoint)
+            trained = _train(client, config, opened, start, data, held_out, checkpoint, look)
         trainer, seconds = trained.trainer, time.monotonic() - started
         manifest = _described(task, trained, seconds)
         if trainer.is_world_process_zero():
@@ -250,6 +256,7 @@ def _train(
     data: Dataset,
     held_out: Dataset | None,
     checkpoint: str | None,
+    look: Look | None,
 ) -> _Trained:
     check_rendering(opened.tokenizer.chat_template, data, opened.tokenizer.special_tokens_map)
     layers = opened.package.kept_layers
@@ -276,6 +283,8 @@ def _train(
         raise DataError(f"{client.data} can't be trained on: {error}") from error
     if len(trainer.train_dataset) == 0:
         raise DataError(f"{client.data} has no example with a labelled token within {config.max_length} tokens.")
+    if look:
+        look(trainer)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             output = Path(client.output)  # the work directory is removed at the end
