@@ -83,7 +83,7 @@ class Jobs:
         # The same for all clients of a tier, and reading two adapters or a package's config takes a while.
         self._changed_bytes = functools.cache(changed_bytes)
         self._write_changes = functools.cache(write_changes)
-        self._expected: dict[Path, Expected] = {}
+        self._expected: dict[tuple[int, str], Expected] = {}
 
     @cached_property
     def check_ins(self) -> dict[str, CheckIn]:
@@ -211,15 +211,18 @@ class Jobs:
         return read_allowed(self._key_list) if self.config.keys else None
 
     def _of_tier(self, tier: Tier, number: int) -> Expected:
-        directory = self.adapter(tier, number)
-        if directory not in self._expected:
+        expected = self._expected.get((number, tier.name))
+        if expected is None:
+            directory = self.adapter(tier, number)
             adapter = read_manifest(directory, AdapterManifest)
             codec = self.config.wire_codec
             expected = expected_from(directory, adapter, tier.package, number, codec)
             if self.config.secure:
                 expected = replace(expected, words=count_words(expected, adapter.trains))
-            self._expected[directory] = expected
-        return self._expected[directory]
+            # Late updates are for the round before; nothing older comes.
+            last = {key: known for key, known in self._expected.items() if key[0] >= number - 1}
+            self._expected = last | {(number, tier.name): expected}
+        return expected
 
     def asked(self, client: str, number: int) -> Asked:
         """What a client can have trained on at the most: its examples, as often as the training arguments say.

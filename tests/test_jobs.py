@@ -1,6 +1,7 @@
 """What clients may send back, whoever is gone by then."""
 
 import json
+import shutil
 import uuid
 
 import pytest
@@ -67,6 +68,19 @@ def test_who_was_asked_and_is_gone_is_late_or_refused_like_any_other(home, tmp_p
     assert late_updates(server.journal, 2, server.round.accepted) == [[1, "ben"]]
     causes = {entry["client"]: entry["reason"] for entry in server.round.earlier(1).refused}
     assert causes["cleo"].startswith("cleo refused: ")
+
+
+def test_what_updates_are_checked_by_is_kept_for_the_last_two_rounds(home, tmp_path):
+    server = Server(home, tmp_path / "run", Store(f"memory://{uuid.uuid4().hex}"))
+    server.open()
+    for number in range(1, 6):
+        if number > 1:
+            shutil.copytree(home / "start", server.adapter(number - 1))
+        expected = server.jobs.expected("ann", number)
+        assert expected.round == number
+        assert server.jobs.expected("ann", number).package is expected.package
+        assert server.jobs.expected("ben", max(number - 1, 1)).package is not None
+    assert {number for number, _ in server.jobs._expected} == {4, 5}
 
 
 def test_what_a_client_said_when_it_was_drawn_holds_for_the_round(home, tmp_path):
