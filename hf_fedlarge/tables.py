@@ -68,6 +68,8 @@ def print_transfer(report: dict[str, Any]) -> None:
     row("gain of the full model", report["gain"], "+.3f")
     if report["share_kept"]:
         row("share of the gain kept", report["share_kept"], ".1%")
+    elif "reference" in report["loss"]:
+        table.add_row("share of the gain kept", "none", "the reference gains nothing")
     console = Console()
     console.print(table)
     for layer, cosine in report.get("gradient_agreement", {}).items():

@@ -57,8 +57,9 @@ def transfer_report(
 
     Returns:
         `loss` of `base`, `package`, `package_trained`, `full_model` and, with a reference, `reference`; `gain`, by how
-        much the adapter lowers the full model's loss; `share_kept` of the reference's gain, None without one. Each is
-        `{"value", "low", "high"}`, the last two a 95 % interval, None of a single example. `examples` and `tokens`.
+        much the adapter lowers the full model's loss; `share_kept` of the reference's gain, None without one, or where
+        it gains nothing. Each is `{"value", "low", "high"}`, the last two a 95 % interval, None of a single example, or
+        where the reference gains nothing on a resample. `examples` and `tokens`.
 
     Raises:
         FedLargeError: as `evaluation.evaluate`.
@@ -85,10 +86,16 @@ def transfer_report(
     return {
         "loss": {name: _interval(lambda of, n: of / n, of, tokens) for name, of in sums.items()},
         "gain": _interval(lambda a, b, n: (a - b) / n, base, plugged_in, tokens),
-        "share_kept": _interval(lambda a, b, c: (a - b) / (a - c), base, plugged_in, full) if reference else None,
+        "share_kept": _interval(_share, base, plugged_in, full) if base.sum() > full.sum() else None,
         "examples": len(tokens),
         "tokens": int(tokens.sum()),
     }
+
+
+def _share(base: np.ndarray, plugged_in: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Of the reference's gain; NaN where there is none."""
+    gain = base - reference
+    return np.divide(base - plugged_in, gain, out=np.full_like(gain, np.nan), where=gain > 0)
 
 
 def _interval(statistic: Callable[..., Any], *samples: np.ndarray) -> dict[str, float | None]:
@@ -99,7 +106,8 @@ def _interval(statistic: Callable[..., Any], *samples: np.ndarray) -> dict[str, 
         drawn = generator.integers(count, size=(min(together, _RESAMPLES - start), count))
         found.append(statistic(*(sample[drawn].sum(axis=1) for sample in samples)))
     low, high = np.quantile(np.concatenate(found), [0.025, 0.975])
-    interval = {"low": float(low), "high": float(high)} if count > 1 else {"low": None, "high": None}
+    known = count > 1 and not np.isnan(low)
+    interval = {"low": float(low), "high": float(high)} if known else {"low": None, "high": None}
     return {"value": float(statistic(*(sample.sum() for sample in samples)))} | interval
 
 

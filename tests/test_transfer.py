@@ -15,7 +15,7 @@ from hf_fedlarge.data import load_examples
 from hf_fedlarge.evaluation import evaluate, example_losses, load_model
 from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.package import load_tokenizer
-from hf_fedlarge.transfer import _interval, gradient_agreement, transfer_report
+from hf_fedlarge.transfer import _interval, _share, gradient_agreement, transfer_report
 
 HOW = {"max_length": 64, "batch_size": 5}
 
@@ -98,6 +98,22 @@ def test_the_reference_itself_keeps_all_of_its_gain(home):
     assert entry["value"] == pytest.approx(evaluate(home / "checkpoint", data, adapter=home / "adapter", **HOW).loss)
     assert report["gain"]["value"] == pytest.approx(report["loss"]["base"]["value"] - entry["value"])
     assert report["examples"] == 12
+
+
+def test_of_a_reference_that_gains_nothing_there_is_no_share(home, tmp_path, capsys):
+    words = [str(home / name) for name in ("checkpoint", "package", "adapter")]
+    words += ["--data", str(home / "data.jsonl"), "--max-length", "64", "--reference", str(home / "start")]
+    assert main(["transfer", *words, "--json", str(tmp_path / "out.json")]) == 0
+    assert "the reference gains nothing" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out.json").read_text(), parse_constant=pytest.fail)
+    assert report["share_kept"] is None
+    assert report["loss"]["reference"] == report["loss"]["base"]
+
+
+def test_a_share_has_no_interval_where_some_resample_has_no_gain():
+    base, plugged_in, reference = np.array([2.0, 1.0]), np.array([1.5, 1.0]), np.array([1.0, 1.0])
+    assert _interval(_share, base, plugged_in, reference) == {"value": 0.5, "low": None, "high": None}
+    assert _interval(_share, base, plugged_in, base - 1)["low"] == 0.0
 
 
 def test_gradients_of_the_same_model_agree_and_a_dropped_layer_makes_them_differ(home):
