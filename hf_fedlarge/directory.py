@@ -93,6 +93,8 @@ class Directory(LocalFileSystem):
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             with open(os.open(name, flags, 0o666, dir_fd=folder), "wb") as file:
                 yield file
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut may leave a name without its bytes
 
     @contextmanager
     def _entered(self, path: str, make: bool = False) -> Iterator[tuple[int, str]]:

@@ -60,8 +60,8 @@ class RemoteFiles:
             StoreError: the store can't be read.
         """
         size = self._size(path)
-        if size is None:
-            return None
+        if not size:  # S3 has no range of an empty file
+            return None if size is None else b""
         if size <= most_bytes:
             try:
                 # It may be replaced just now by a longer one, of which no more is read either.

@@ -73,8 +73,8 @@ class Store(RemoteFiles):
         for name, entry in manifest.files.items():
             if name not in leave_out:
                 self.put_file(directory / name, entry)
-        path = artifact_path(manifest.digest)
-        if self._size(path) is None:
+        path, raw = artifact_path(manifest.digest), (directory / MANIFEST_NAME).read_bytes()
+        if self._size(path) != len(raw) or self.read(path, len(raw)) != raw:
             self._upload(directory / MANIFEST_NAME, path)
         return manifest.digest
 
@@ -258,6 +258,7 @@ class Store(RemoteFiles):
             )
         if target.exists() and target.stat().st_size > entry.size:
             target.unlink()
+        resumed = target.exists()
         with target.open("ab") as file:
             while (have := file.tell()) < entry.size:
                 end = min(have + CHUNK_BYTES, entry.size)
@@ -271,6 +272,9 @@ class Store(RemoteFiles):
         found = sha256_of(target)
         if found != entry.sha256:
             target.unlink()
+            if resumed:  # what was here already may be what is damaged
+                self._download(path, entry, target)
+                return
             raise ArtifactError(
                 f"{self.url}/{path} has the SHA-256 {found[:12]}…; its manifest says {entry.sha256[:12]}…: it was "
                 "discarded and has to be put there again."

@@ -187,6 +187,36 @@ def test_a_file_that_was_cut_short_in_the_store_is_put_again(store, package, tmp
     store.get(digest, tmp_path / "here", PackageManifest)
 
 
+@pytest.mark.parametrize("change", [lambda raw: b"", lambda raw: raw[:40], lambda raw: bytes(len(raw))])
+def test_a_manifest_that_is_damaged_in_the_store_is_put_again(store, package, tmp_path, change):
+    digest = store.put(package)
+    path = f"artifacts/{digest}.json"
+    store.write(path, change(store.read(path, 10**6)))
+    with pytest.raises(ArtifactError, match="is refused"):
+        store.get(digest, tmp_path / "here", PackageManifest)
+    store.put(package)
+    store.get(digest, tmp_path / "here", PackageManifest)
+
+
+def test_what_a_directory_names_is_on_the_disk(package, tmp_path, monkeypatch):
+    store, synced = Store(str(tmp_path / "store")), []
+    mv, fsync = store.fs.mv, os.fsync
+
+    def syncing(descriptor):
+        fsync(descriptor)
+        synced.append(os.fstat(descriptor).st_ino)
+
+    def renamed(source, target):
+        assert Path(source).stat().st_ino == synced[-1]
+        mv(source, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(store.fs, "mv", renamed)
+    store.put(package)
+    store.write("order.json", b"{}")
+    assert len(synced) == 4
+
+
 def test_a_file_is_seen_in_a_directory_when_it_is_whole(package, tmp_path, monkeypatch):
     store = Store(str(tmp_path / "store"))
 
@@ -311,17 +341,28 @@ def test_a_download_that_broke_off_goes_on_with_what_is_missing(store, package, 
     assert contents(tmp_path / "cache" / digest) == contents(package)
 
 
-def test_a_partial_download_that_was_tampered_with_is_discarded(store, package, tmp_path):
+def test_a_partial_download_that_is_damaged_is_fetched_from_the_start(store, package, tmp_path):
     digest = store.put(package)
     staging = tmp_path / "cache" / f".{digest}.partial"
     entry = read_manifest(package, PackageManifest).files["model"]
     staging.mkdir(parents=True)
     (staging / f".{entry.sha256}").write_bytes(b"evil")
     (staging / "extra.py").write_bytes(b"evil")
-    with pytest.raises(ArtifactError, match="was discarded"):
-        store.get(digest, tmp_path / "cache" / digest, PackageManifest)
     store.get(digest, tmp_path / "cache" / digest, PackageManifest)
     assert contents(tmp_path / "cache" / digest) == contents(package)
+
+
+def test_a_damaged_file_that_a_download_goes_on_with_is_fetched_once_again_and_refused(store, package, tmp_path, calls):
+    store.put(package)
+    [model, _] = objects(store)
+    store.fs.pipe_file(model, b"M" * 1000)
+    entry = read_manifest(package, PackageManifest).files["model"]
+    (tmp_path / "partial").write_bytes(b"m" * 400)
+    calls.clear()
+    with pytest.raises(ArtifactError, match="was discarded"):
+        store.get_file(entry, tmp_path / "partial")
+    assert [read for operation, read in calls if operation == "cat_file"] == [600, 1000]
+    assert not (tmp_path / "partial").exists()
 
 
 def test_what_only_the_server_needs_stays_there(store, tmp_path):
@@ -557,6 +598,8 @@ def test_documents_are_replaced_whole(store):
     with pytest.raises(ArtifactError, match="has 2 bytes; expected at most 1"):
         store.read("order.json", 1)
     assert store.read("missing.json", 10) is None
+    store.write("order.json", b"")
+    assert store.read("order.json", 10) == b""
     assert store.names("") == ["order.json"]
 
 
