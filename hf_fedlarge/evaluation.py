@@ -309,5 +309,7 @@ def as_record(evaluation: Evaluation) -> dict[str, float]:
         DataError: the loss is not finite.
     """
     if not math.isfinite(evaluation.loss):
-        raise DataError(f"The loss over {evaluation.tokens} tokens is {evaluation.loss}; the model is broken.")
+        raise DataError(
+            f"The loss over {evaluation.tokens} tokens is {evaluation.loss}; the model or its adapter is broken."
+        )
     return asdict(evaluation)

@@ -15,7 +15,9 @@ from hf_fedlarge.plan import CheckIn
 def seen(check_ins: Sequence[CheckIn], journal: Journal) -> list[CheckIn]:
     """The check-ins with what the server saw of each client in earlier rounds: its answers and its speed."""
     asked = Counter(entry["client"] for entry in journal.find("asked"))
-    answered = Counter(entry["client"] for entry in journal.find("validated", accepted=True))
+    # Once a round: what broke an attempt counts no more, and its client may be asked again.
+    valid = {(entry["round"], entry["client"]) for entry in journal.find("validated", accepted=True)}
+    answered = Counter(client for _, client in valid)
     speed = {
         entry["client"]: entry["tokens"] / entry["seconds"]
         for entry in journal.find("received")

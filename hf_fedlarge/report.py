@@ -1,7 +1,8 @@
-"""What a round cost: bytes on a real network, and memory."""
+"""What a round cost: bytes on a real network, and memory. And whether what came of it is of any use."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,18 @@ def traffic(journal: Journal, number: int) -> dict[str, Any]:
         "bytes_down_per_client": down // len(by_client),
         "bytes_up_per_client": up // len(by_client),
     }
+
+
+def broken_by(losses: dict[str, float], updates: list[Path]) -> str | None:
+    """Why the adapter that was made of these updates is broken, and whose they are; None: its losses are finite."""
+    if all(map(math.isfinite, losses.values())):
+        return None
+    names = ", ".join(sorted({update.name for update in updates}))
+    found = ", ".join(f"{name} is {loss:g}" for name, loss in losses.items())
+    return (
+        f"{found} with the adapter made of the updates of {names}, which count no more; leave those out of clients "
+        "whose update breaks it."
+    )
 
 
 def peaks(updates: list[Path]) -> dict[str, int]:

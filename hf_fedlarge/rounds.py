@@ -47,7 +47,7 @@ from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import FederationConfig
 from hf_fedlarge.data import load_examples, public_name
 from hf_fedlarge.encoding import check_examples
-from hf_fedlarge.errors import FedLargeError, OutputError, UpdateRefusedError
+from hf_fedlarge.errors import ConfigError, FedLargeError, OutputError, UpdateRefusedError
 from hf_fedlarge.evaluation import as_record, evaluate, generate_texts, load_model
 from hf_fedlarge.hub import resolve_checkpoint
 from hf_fedlarge.jobs import Jobs, Train
@@ -202,7 +202,10 @@ class _Federation:
 
     def _validate(self, number: int, client: str, update: Path) -> UpdateManifest:
         manifest = validate_update(update, self.jobs.expected(client, number))
-        self._weigh(manifest)  # while the client can still be told that this can't be done
+        try:
+            self._weigh(manifest)  # while the client can still be told that this can't be done
+        except ConfigError as error:
+            raise UpdateRefusedError(f"{client} refused: {error}") from error
         return manifest
 
     def _run_round(self, server: RoundServer) -> None:
@@ -338,7 +341,9 @@ class _Federation:
 
     def _loss(self, model: Path, adapter: Path | None = None) -> float:
         # Both were made or checked by this run.
-        return as_record(evaluate(model, self._held_out(), adapter=adapter, verify=False, **self._how()))["loss"]
+        found = evaluate(model, self._held_out(), adapter=adapter, verify=False, **self._how())
+        # A broken adapter has its round drawn anew; not with privacy, where chance would count twice.
+        return found.loss if adapter and not self.config.privacy else as_record(found)["loss"]
 
     def _how(self) -> dict[str, Any]:
         """Evaluation as training does it."""

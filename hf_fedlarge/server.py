@@ -10,7 +10,8 @@ stays refused, a client that did not answer is not asked twice. What a step woul
     rounds/.late/0001/CLIENT/     an update that came too late for its round, and is kept for a later one
 
 A round whose valid updates are fewer than `min_updates` is abandoned: the state stays what it was. The next attempt
-draws other clients; the updates that were accepted count there.
+draws other clients; the updates that were accepted count there. So is one whose adapter is broken, as its loss shows;
+of the updates that it was made of none counts any more.
 
 Nothing here knows how clients are reached. Whoever does asks `open` for the order, hands over with `receive` what
 comes and with `fail` what doesn't, and then calls `close`.
@@ -43,6 +44,7 @@ from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import SIGNATURE_NAME, read_signature
 from hf_fedlarge.ledger import Draw
 from hf_fedlarge.plan import CheckIn, sample_cohort, who_can
+from hf_fedlarge.report import broken_by
 from hf_fedlarge.update import read_update
 
 _STAGING = ".round"  # no client can be called so
@@ -88,10 +90,9 @@ class RoundServer:
         validate: Callable[[int, str, Path], UpdateManifest],
     ) -> None:
         self.number, self.journal, self.config, self._validate = number, journal, config, validate
-        self._rounds = rounds
+        self._rounds, self._late = rounds, rounds / ".late"
         self.committed = rounds / f"{number:04d}"
         self.work = rounds / f".{number:04d}.work"
-        self._late = rounds / ".late"
         self.begin_wait(self.settings.deadline_seconds)
         # Whoever reaches the clients may have a thread for each: what is looked up and then written is one step.
         self._lock = threading.Lock()
@@ -112,8 +113,8 @@ class RoundServer:
                 + f", but {self.work / missing[0] if missing else self.committed} is missing; restore it from a copy, "
                 "or begin again with another --output."
             )
-        if self.config.secure and not self.is_open:
-            shutil.rmtree(self.work, ignore_errors=True)  # masked for an attempt that was abandoned
+        if not self.is_open and not self.accepted:
+            shutil.rmtree(self.work, ignore_errors=True)  # masked for an attempt that was abandoned, or broke it
         self.work.mkdir(parents=True, exist_ok=True)
         if not self.is_open:
             attempt, config = len(self._of("selected")) + 1, self.config
@@ -215,9 +216,9 @@ class RoundServer:
     def accepted(self) -> dict[str, str]:
         """Client → digest of its update, of those that count in this round."""
         entries = self._of("validated", accepted=True)
-        if self.config.secure:  # masked for one attempt
-            entries = [entry for entry in entries if self.is_open and entry["attempt"] == self.last_order.attempt]
-        return {entry["client"]: entry["digest"] for entry in entries}
+        # Masked updates are for one attempt, and those of a broken adapter would break the next one.
+        over = [entry["attempt"] for entry in self._of("abandoned") if self.config.secure or entry.get("broken")]
+        return {entry["client"]: entry["digest"] for entry in entries if entry["attempt"] > max(over, default=0)}
 
     def receive(self, order: Order, client: str, directory: Path, in_time: bool = False) -> Receipt:
         """Take a client's update and check it; what `directory` holds may be removed when this returns.
@@ -238,7 +239,7 @@ class RoundServer:
         # The digest leaves the signature out, and an update that was refused for want of one may come again with it.
         signature = signed.signature if signed else None
         for entry in self._of("validated", client=client, digest=digest, signature=signature):
-            if entry["accepted"] or entry["attempt"] == order.attempt:
+            if entry["attempt"] == order.attempt or (entry["accepted"] and self.accepted.get(client) == digest):
                 return Receipt(client, digest, entry["accepted"], entry["reason"])
         reason, late = self._refusal(order, client), self._is_closed(order) or (self.is_late and not in_time)
         if reason is None and late and self.settings.late == "refuse":
@@ -300,11 +301,9 @@ class RoundServer:
 
     def _refusal(self, order: Order, client: str) -> str | None:
         """Why an update isn't even looked at."""
-        if client not in order.clients and client not in self.accepted:
-            return f"{client} refused: it was not asked in round {self.number}."
         if client in self.accepted:
             return f"{client} refused: it sent more than one update; the first counts."
-        return None
+        return None if client in order.clients else f"{client} refused: it was not asked in round {self.number}."
 
     def _is_closed(self, order: Order) -> bool:
         return bool(self._of("closed", attempt=order.attempt))
@@ -324,20 +323,20 @@ class RoundServer:
             order: the open round.
             aggregate: makes an adapter directory of update directories, which come in the order of clients' names, and
                 of late ones with the round they were for.
-            evaluate: the losses of an adapter directory.
+            evaluate: the losses of an adapter directory; one that isn't finite says that it is broken.
             describe: what the record says besides, of the adapter and the updates.
 
         Raises:
-            UpdateRefusedError: too few updates count; the round is abandoned and the run's state is what it was.
+            UpdateRefusedError: too few updates count, or what they make is broken; the round is abandoned.
         """
-        if not self._of("closed"):
+        if not self._of("closed", attempt=order.attempt):
             needed = max(self.settings.min_updates, self.config.fewest_updates)
             if len(self.accepted) < needed:
                 found = f"{len(self.accepted)} valid updates of {len(order.clients)} clients"
                 self.abandon(order, f"{found}; at least {needed} are needed.")
             late = late_updates(self.journal, self.number, self.accepted)
             self._write("closed", attempt=order.attempt, clients=self.accepted, late=late)
-        [closed] = self._of("closed")
+        [closed] = self._of("closed", attempt=order.attempt)
         updates = [self.work / client for client in sorted(closed["clients"])]
         late = {self._late / f"{number:04d}" / client: number for number, client in closed["late"]}
         staging = self.work / _STAGING
@@ -346,10 +345,13 @@ class RoundServer:
         if not adapter.exists():
             aggregate(updates, late, adapter)
         manifest = read_manifest(adapter, AdapterManifest)
-        if not self._of("aggregated"):
+        if not self._of("aggregated", adapter=manifest.digest):
             self._write("aggregated", adapter=manifest.digest)
         if not self._of("evaluated"):
-            self._write("evaluated", losses=evaluate(adapter))
+            losses = evaluate(adapter)
+            if why := broken_by(losses, [*updates, *late]):
+                self.abandon(order, why, broken=True)
+            self._write("evaluated", losses=losses)
         losses = self._of("evaluated")[0]["losses"]
         record = {"round": self.number, **losses, **describe(manifest, updates), "refused": self.refused}
         write_json(staging / "round.json", record)
@@ -357,13 +359,13 @@ class RoundServer:
         self.finish()
         return record
 
-    def abandon(self, order: Order, why: str) -> NoReturn:
-        """End the attempt without a result; the run's state is what it was.
+    def abandon(self, order: Order, why: str, *, broken: bool = False) -> NoReturn:
+        """End the attempt without a result, or a `broken` one; the run's state is what it was.
 
         Raises:
             UpdateRefusedError: always, with the reasons.
         """
-        self._write("abandoned", attempt=order.attempt, accepted=self.accepted)
+        self._write("abandoned", attempt=order.attempt, accepted=self.accepted, broken=broken)
         raise UpdateRefusedError(
             f"Round {self.number} is abandoned: {why} " + " ".join(entry["reason"] for entry in self.refused)
         )
@@ -389,7 +391,7 @@ class RoundServer:
         if not self._of("committed"):
             self._write("committed", adapter=read_manifest(self.committed / "adapter", AdapterManifest).digest)
         shutil.rmtree(self.work, ignore_errors=True)
-        for number, client in self._of("closed")[0]["late"]:
+        for number, client in (late for closed in self._of("closed") for late in closed["late"]):
             shutil.rmtree(self._late / f"{number:04d}" / client, ignore_errors=True)
 
     def _of(self, *events: str, **fields: Any) -> list[dict[str, Any]]:

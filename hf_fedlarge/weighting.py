@@ -16,7 +16,7 @@ def weighing(weighting: str) -> Weigh:
     """The function that says how much an update counts; `config.AggregationSettings` has the names.
 
     Raises:
-        ConfigError: `module:function` can't be imported.
+        ConfigError: `module:function` can't be imported; or, where it weighs, it fails or gives no weight.
     """
     if ":" not in weighting:
         return {"loss": _improvement, "equal": lambda _: 1.0}.get(weighting, lambda update: getattr(update, weighting))
@@ -30,7 +30,12 @@ def weighing(weighting: str) -> Weigh:
         ) from error
 
     def weigh(update: UpdateManifest) -> float:  # of what its digest covers, nothing else
-        weight = function(update.model_copy(update={"measured": {}}))
+        try:
+            weight = function(update.model_copy(update={"measured": {}}))
+        except Exception as error:
+            raise ConfigError(
+                f"The weighting {weighting} failed for {update.client} with {type(error).__name__}: {error}."
+            ) from error
         if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
             raise ConfigError(f"The weighting {weighting} gave {weight!r} for {update.client}; expected 0 or more.")
         return weight

@@ -1,5 +1,6 @@
 """One round driven with updates that were made beforehand, killed where a test says; for tests of `server.py`."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hf_fedlarge.architectures import describe
 from hf_fedlarge.artifacts import AdapterManifest, PackageManifest, read_manifest, staged_directory
 from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import FederationConfig
+from hf_fedlarge.errors import UpdateRefusedError
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.package import package_config
 from hf_fedlarge.plan import CheckIn
@@ -53,8 +55,8 @@ def close(round_server: RoundServer, order, home: Path, evaluate=lambda adapter:
     )
 
 
-def drive(home: Path, run: Path, sent: list[str] | None = None, **changes):
-    """The whole round; `sent` is told which clients had to send their update."""
+def drive(home: Path, run: Path, sent: list[str] | None = None, broken: int = 0, **changes):
+    """The whole round; `sent` is told which clients had to send their update, and `broken` attempts come to nothing."""
     round_server = make_server(home, run, **changes)
     if round_server.committed.exists():
         return round_server.finish()
@@ -69,7 +71,13 @@ def drive(home: Path, run: Path, sent: list[str] | None = None, **changes):
             with staged_directory(update) as staging:
                 shutil.copytree(home / "updates" / client, staging, dirs_exist_ok=True)
         round_server.receive(order, client, update)
-    return close(round_server, order, home)
+    loss = math.nan if order.attempt <= broken else 2.0
+    try:
+        return close(round_server, order, home, lambda _: {"loss_small": loss})
+    except UpdateRefusedError:
+        if order.attempt > broken:
+            raise
+        return drive(home, run, sent, broken, **changes)
 
 
 def drive_until(home: Path, run: Path, step: int) -> None:

@@ -841,6 +841,10 @@ def not_a_weight(manifest):
     return None
 
 
+def failing(manifest):
+    raise KeyError(manifest.client)
+
+
 def test_weights_can_be_alike_or_a_function_s_or_what_the_client_gained(federation, updates, tmp_path):
     def weights(name, **choices):
         collected = aggregate_updates(updates, federation[1], tmp_path / name, **choices)
@@ -855,6 +859,8 @@ def test_weights_can_be_alike_or_a_function_s_or_what_the_client_gained(federati
     assert "cyd refused: it has no held-out loss, which the weighting loss needs" in refused[0][1]
     with pytest.raises(ConfigError, match="test_collect:not_a_weight gave None for ann; expected 0 or more"):
         weights("none", weighting="test_collect:not_a_weight")
+    with pytest.raises(ConfigError, match="test_collect:failing failed for ann with KeyError: 'ann'"):
+        weights("none", weighting="test_collect:failing")
     with pytest.raises(ConfigError, match=r"nowhere:weigh can't be imported: .*; PYTHONPATH has to have the directory"):
         weights("none", weighting="nowhere:weigh")
     edit_manifest(updates[0], loss_before=3.0, loss_after=3.5)

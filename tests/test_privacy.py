@@ -27,7 +27,8 @@ from hf_fedlarge.artifacts import AdapterManifest, UpdateManifest, read_manifest
 from hf_fedlarge.cards import PRIVACY, render_card
 from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.config import AggregationSettings, DataConfig, FederationConfig, PrivacySettings, load_federation
-from hf_fedlarge.errors import ArtifactError, ConfigError, UpdateRefusedError
+from hf_fedlarge.errors import ArtifactError, ConfigError, DataError, UpdateRefusedError
+from hf_fedlarge.evaluation import Evaluation
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.ledger import Draw, PrivacyEntry, drawn_again
 from hf_fedlarge.lineage import start_adapter
@@ -423,7 +424,7 @@ def test_a_card_says_epsilon_or_none_and_names_no_client(tmp_path):
         assert "mallory" not in card
 
 
-def test_a_run_reports_epsilon_and_clients_clip_what_they_send(tmp_path):
+def test_a_run_reports_epsilon_and_clients_clip_what_they_send(tmp_path, monkeypatch):
     make_checkpoint(tmp_path / "checkpoint", layers=2, tokenizer=True)
     make_examples(tmp_path / "data.jsonl", count=12)
     federation = {
@@ -449,7 +450,13 @@ def test_a_run_reports_epsilon_and_clients_clip_what_they_send(tmp_path):
         lengths.append(math.sqrt(sum(squared_change(update.read(name), before.read(name)) for name in before.modules)))
         return manifest
 
-    summary = run_federation(load_federation(tmp_path / "federation.yaml"), tmp_path / "run", watched, lines.append)
+    config = load_federation(tmp_path / "federation.yaml")
+    with monkeypatch.context() as patched:  # a broken adapter is no reason to draw again
+        broken = lambda *_, **how: Evaluation(math.nan if how["adapter"] else 2.0, tokens=1, examples=1)  # noqa: E731
+        patched.setattr("hf_fedlarge.rounds.evaluate", broken)
+        with pytest.raises(DataError, match="the model or its adapter is broken"):
+            run_federation(config, tmp_path / "run", watched)
+    summary = run_federation(config, tmp_path / "run", watched, lines.append)
     assert lengths == pytest.approx([0.01] * 4, rel=1e-4)
     spents = [PrivacyEntry(**entry["privacy"]) for entry in summary["rounds"]]
     assert spents[1].draws == [Draw(cohort=2, of=3, rounds=2)]

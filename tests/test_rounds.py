@@ -1,6 +1,7 @@
 """A federation from file to merged checkpoint: what it makes, and that a kill anywhere changes nothing."""
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -38,6 +39,7 @@ from hf_fedlarge.errors import (
     OutputError,
     UpdateRefusedError,
 )
+from hf_fedlarge.evaluation import Evaluation
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import SIGNATURE_NAME
 from hf_fedlarge.package import load_package, load_tokenizer
@@ -569,6 +571,60 @@ def test_an_update_whose_weight_can_not_be_told_is_refused_when_it_comes_and_zer
     causes = {refused["client"]: refused["reason"] for refused in journal.find("validated", accepted=False)}
     assert "has no held-out loss" in causes["team-red"]
     assert "loss_before: Input should be less than" in causes["team-white"]
+
+
+def gained(update):
+    return update.loss_before - update.loss_after
+
+
+def test_an_update_that_a_weighting_of_ones_own_fails_on_or_gives_none_is_refused_when_it_comes(home, tmp_path):
+    said = {
+        "team-blue": {"loss_before": 2.0, "loss_after": 1.0},
+        "team-green": {"loss_before": 1.0, "loss_after": 2.0},
+        "team-red": {},
+        "team-white": {"loss_before": 2.0, "loss_after": 1.5},
+    }
+
+    def train(job):
+        lora = LoraSettings(rank=4, alpha=8)
+        make_update(job.output, job.package, job.client, lora=lora, adapter=job.adapter, examples=9)
+        path = job.output / MANIFEST_NAME
+        path.write_text(json.dumps(json.loads(path.read_text()) | said[job.client]))
+
+    summary = run(home, tmp_path / "run", train=train, rounds=1, cohort=None, weighting="test_rounds:gained")
+    [entry] = summary["rounds"]
+    assert [client["client"] for client in entry["clients"]] == ["team-blue", "team-white"]
+    causes = {refused["client"]: refused["reason"] for refused in entry["refused"]}
+    assert "team-green refused: The weighting test_rounds:gained gave -1.0 for team-green" in causes["team-green"]
+    assert "test_rounds:gained failed for team-red with TypeError: unsupported operand" in causes["team-red"]
+
+
+def test_a_round_whose_adapter_is_broken_names_whose_updates_it_has_and_is_asked_for_again(home, tmp_path, monkeypatch):
+    def train(job):
+        lora = LoraSettings(rank=4, alpha=8)
+        make_update(job.output, job.package, job.client, lora=lora, adapter=job.adapter, examples=9)
+
+    def ending(loss, adapter, error, match, **changes):
+        """A run that evaluates so ends with this error; others have a loss of 2."""
+
+        def evaluate(*_, **how):
+            return Evaluation(loss if bool(how["adapter"]) is adapter else 2.0, tokens=1, examples=1)
+
+        with monkeypatch.context() as patched:
+            patched.setattr("hf_fedlarge.rounds.evaluate", evaluate)
+            with pytest.raises(error, match=match):
+                run(home, tmp_path / "run", train, cohort=None, rounds=1, **changes)
+
+    ending(math.nan, False, DataError, "The loss over 1 tokens is nan; the model or its adapter is broken")
+    names = "team-blue, team-green, team-red, team-white"
+    for _ in range(2):
+        ending(math.inf, True, UpdateRefusedError, f"loss_full is inf with the adapter made of the updates of {names},")
+    assert not (tmp_path / "run" / "rounds" / "0001").exists()
+    [entry] = run(home, tmp_path / "run", train, cohort=None, rounds=1)["rounds"]
+    assert len(entry["clients"]) == 4
+    journal = Journal(tmp_path / "run" / "journal.jsonl")
+    assert [entry["broken"] for entry in journal.find("abandoned")] == [True, True]
+    assert len(journal.find("selected")) == 3
 
 
 def test_numbers_in_a_file_are_numbers(home, tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -364,6 +365,79 @@ def test_an_abandoned_round_keeps_what_was_accepted_for_the_next_attempt(home, t
     assert len(record["clients"]) >= 3
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_of_updates_that_make_a_broken_adapter_none_counts_and_the_next_attempt_draws_anew(home, tmp_path, loss):
+    server, order = opened(home, tmp_path)
+    for client in order.clients:
+        server.receive(order, client, home / "updates" / client)
+    names = ", ".join(sorted(order.clients))
+    said = f"loss_small is {loss}, loss_full is 2 with the adapter made of the updates of {names}, which count no more"
+    with pytest.raises(UpdateRefusedError, match=f"Round 1 is abandoned: {said}"):
+        close(server, order, home, lambda _: {"loss_small": loss, "loss_full": 2.0})
+    [abandoned] = events(tmp_path, "abandoned")
+    assert abandoned["accepted"].keys() == set(order.clients)
+    assert not server.committed.exists()
+    again = make_server(home, tmp_path)
+    second = again.open(check_ins())
+    assert second.attempt == 2
+    assert again.waiting(second) == list(second.clients)
+    assert list(again.work.iterdir()) == []
+    client = next(client for client in second.clients if client in order.clients)
+    for _ in range(2):  # the same may come again, and counts then, once
+        assert again.receive(second, client, home / "updates" / client).accepted
+    assert again.accepted.keys() == {client}
+    assert len(events(tmp_path, "validated")) == 4
+    for other in second.clients:
+        again.receive(second, other, home / "updates" / other)
+    assert close(again, second, home)["clients"] == sorted(second.clients)
+    assert [entry["losses"] for entry in events(tmp_path, "evaluated")] == [{"loss_small": 2.0}]
+
+
+def test_killed_while_a_broken_attempt_is_given_up_a_rerun_ends_with_the_same_bytes(home, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def count():
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Killed
+
+    def dying(function):
+        def wrapper(*arguments, **options):
+            count()
+            result = function(*arguments, **options)
+            count()
+            return result
+
+        return wrapper
+
+    (tmp_path / "whole").mkdir()
+    drive(home, tmp_path / "whole", broken=1)
+    server, order = opened(home, tmp_path / "0")
+    for client in order.clients:
+        server.receive(order, client, home / "updates" / client)
+    step = 0
+    while True:
+        step += 1
+        left, run = step, tmp_path / str(step)
+        shutil.copytree(tmp_path / "0", run)
+        with monkeypatch.context() as patched:
+            patched.setattr(Journal, "write", dying(Journal.write))
+            patched.setattr(shutil, "rmtree", dying(shutil.rmtree))
+            with pytest.raises(Killed):
+                drive(home, run, broken=1)
+        is_over = len(events(run, "selected")) == 2
+        drive(home, run, broken=1)
+        assert digest(run) == digest(tmp_path / "whole"), step
+        assert len(events(run, "abandoned")) == len(events(run, "committed")) == 1
+        assert len(events(run, "selected")) == 2
+        assert not list((run / "rounds").glob(".*"))
+        if is_over:
+            break
+    assert step >= 10  # closed, aggregated, abandoned, removed, selected, each before and after
+
+
 def test_what_the_journal_says_was_committed_must_be_there(home, whole, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "rounds" / "0001")
@@ -391,6 +465,12 @@ def test_evaluation_is_not_repeated_after_a_kill(home, tmp_path, monkeypatch):
     record = close(make_server(home, tmp_path), order, home, evaluate)
     assert len(calls) == 1
     assert record["loss_small"] == 2.5
+
+
+def test_who_was_asked_again_after_a_broken_attempt_answered_once(home, tmp_path):
+    drive(home, tmp_path, broken=1)
+    for known in seen(check_ins(), Journal(tmp_path / "journal.jsonl")):
+        assert known.asked == known.answered <= 1
 
 
 def test_the_server_remembers_who_answered_and_how_fast(whole):
