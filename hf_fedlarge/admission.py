@@ -86,7 +86,7 @@ class Admission:
 
         Args:
             declared: client → most examples that it is believed to have; None: whoever comes, with any number.
-            least_bytes: of memory, that the smallest tier needs.
+            least_bytes: of memory, that the smallest tier needs; 0: anybody's will do.
 
         Raises:
             StoreError: the store can't be read; one file in it that can't be keeps its client out alone.

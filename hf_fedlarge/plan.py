@@ -94,9 +94,9 @@ def sample_cohort(
     """
     able = who_can(check_ins, needed_bytes)
     if not able or (size is not None and size > len(able)):
+        memory = f" and {needed_bytes / 1e6:.0f} MB of memory" if needed_bytes else ""
         raise ConfigError(
-            f"{len(able)} of {len(check_ins)} clients have data and {needed_bytes / 1e6:.0f} MB of memory; "
-            f"a cohort of {size or 1} is wanted."
+            f"{len(able)} of {len(check_ins)} clients have data{memory}; a cohort of {size or 1} is wanted."
         )
     if size is None:
         return [check_in.client for check_in in able]

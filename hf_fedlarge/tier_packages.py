@@ -31,8 +31,8 @@ class Tier:
     """What clients of at least `memory_bytes` that are too small, or too slow, for the tier before work with.
 
     Of several the first one's `memory_bytes` is the estimate of what its clients need, and that of the others what the
-    file says. Where there is one for everybody it is the size of its package alone: with less nobody can take part, and
-    with how little more is a client's own to try (`--memory-budget`).
+    file says. Where there is one for everybody it is 0: a package is memory-mapped, and with how little memory it can
+    be trained on is a client's own to try (`--memory-budget`), which gives no update and a reason where it can't.
     """
 
     name: str
@@ -137,7 +137,7 @@ def make_tiers(
     package = run / "package"
     first = read_manifest(package, PackageManifest)
     if not config.tiers:
-        return [Tier("", package, config.lora, first.total_bytes)]
+        return [Tier("", package, config.lora, memory_bytes=0)]
     needed = _first_bytes(checkpoint, config, len(first.kept_layers), first.total_bytes)
     tiers = [Tier("", package, config.lora, needed)]
     for name, own, lora, memory, line in _wanted(checkpoint, config, needed):

@@ -5,7 +5,6 @@ import shutil
 from federation import LORA, make_examples, make_federation, make_update
 from round_driver import CLIENTS, config
 
-from hf_fedlarge.artifacts import PackageManifest, read_manifest
 from hf_fedlarge.clients import write_check_ins
 from hf_fedlarge.collect import aggregate_updates
 from hf_fedlarge.jobs import Jobs, Tier
@@ -38,8 +37,7 @@ class Server:
         self.clients = StoreClients(store, self.said.append, poll=0.02, packages=packages, key=key)
         self.clients.check(self.config, run)
         self.clients.prepare(self.config, run, lambda *examples: None)
-        size = read_manifest(home / "package", PackageManifest).total_bytes
-        self.jobs = Jobs(self.config, run, self.adapter, [Tier("", home / "package", LORA, size)], self.journal)
+        self.jobs = Jobs(self.config, run, self.adapter, [Tier("", home / "package", LORA, 0)], self.journal)
 
     def adapter(self, number):
         return self.run / "rounds" / f"{number:04d}" / "adapter"

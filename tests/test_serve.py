@@ -69,6 +69,7 @@ from hf_fedlarge.serve import StoreClients, serve_federation
 from hf_fedlarge.server import RoundServer
 from hf_fedlarge.store import Store
 from hf_fedlarge.trainers.join import join
+from hf_fedlarge.trainers.launch import LAUNCHERS
 from hf_fedlarge.voice import signed
 
 # A whole federation, in processes
@@ -266,6 +267,22 @@ def test_who_never_answers_is_waited_for_until_the_deadline(home, store, tmp_pat
     assert record["refused"] == []
     contributions = read_manifest(server.adapter(1), AdapterManifest).contributions
     assert [entry.client for entry in contributions] == ["ann", "cleo"]
+
+
+def test_a_client_without_the_memory_to_train_says_so_and_nobody_waits_for_it(home, store, member, tmp_path):
+    """It is taken, for a package may be trained on with less memory than it has bytes."""
+    server = Server(home, tmp_path / "run", store, clients={"ann": 12})
+    client = threading.Thread(target=member, args=(LAUNCHERS["inprocess"](),), kwargs={"memory_budget": "1MB"})
+    client.start()
+    round_server = RoundServer(server.run / "rounds", 1, server.journal, server.config, server.validate)
+    server.clients.check_in(server.jobs, round_server)
+    assert server.jobs.check_ins == {"ann": CheckIn("ann", 12, 10**6)}
+    server.open()
+    server.ask()
+    client.join(60)
+    assert not client.is_alive()
+    [refused] = server.round.refused
+    assert re.match(r"The memory budget of 1 MB is too small: .* give at least \d+ MB", refused["reason"])
 
 
 def test_a_round_ends_with_as_many_as_it_wants(home, store, tmp_path):

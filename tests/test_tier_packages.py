@@ -2,11 +2,12 @@
 
 import pytest
 from families import make_checkpoint
+from federation import make_federation
 
 from hf_fedlarge.artifacts import PackageManifest, read_manifest
-from hf_fedlarge.config import FederationConfig
+from hf_fedlarge.config import FederationConfig, TierSettings
 from hf_fedlarge.progress import by_tenths
-from hf_fedlarge.tier_packages import make_tier_package
+from hf_fedlarge.tier_packages import make_tier_package, make_tiers
 
 
 @pytest.mark.parametrize(("layers", "expected"), [(3, [1, 2, 3]), (10, [*range(1, 11)]), (32, 10)])
@@ -39,6 +40,18 @@ def test_the_time_left_is_told_by_the_layers_that_were_done_since_it_began(monke
     assert lines[-1] == "fitting: 10 of 10 layers are done"
     told(1)  # of another pass
     assert lines[-1] == "fitting: 1 of 10 layers are done"
+
+
+def test_where_there_is_one_package_for_everybody_no_memory_is_too_small_to_be_asked(tmp_path, monkeypatch):
+    checkpoint, _ = make_federation(tmp_path)
+    config = FederationConfig(checkpoint=str(checkpoint), data={"source": "stdlib"})
+    [tier] = make_tiers(checkpoint, config, tmp_path, None, print)
+    assert tier.memory_bytes == 0
+    monkeypatch.setattr("hf_fedlarge.tier_packages.make_tier_package", lambda *_: None)
+    phones = config.model_copy(update={"tiers": {"phone": TierSettings(memory="400MB", keep_layers=2)}})
+    sizes = [tier.memory_bytes for tier in make_tiers(checkpoint, phones, tmp_path, None, print)]
+    assert sizes[0] > tier.manifest.total_bytes + 600 * 10**6
+    assert sizes[1] == 400 * 10**6
 
 
 def test_who_waits_for_a_package_is_told_what_is_done(tmp_path):
