@@ -34,10 +34,23 @@ def seen(check_ins: Sequence[CheckIn], journal: Journal) -> list[CheckIn]:
     ]
 
 
-def as_begun(config: FederationConfig, selected: Sequence[dict[str, Any]]) -> FederationConfig:
-    """The settings with those that the last of a round's attempts was begun with, as far as the journal kept them."""
-    last = selected[-1] if selected else {}
-    return config.model_copy(update={name: last[name] for name in ATTEMPT_SETTINGS & last.keys()})
+def said_by(cohort: Sequence[str], check_ins: Sequence[CheckIn]) -> dict[str, dict[str, Any]]:
+    """What each client of a cohort says of itself, as the journal keeps it (`Terms` reads it there)."""
+    there = {check_in.client: check_in for check_in in check_ins}
+    return {
+        client: {"examples": there[client].examples, "memory_bytes": there[client].memory_bytes} for client in cohort
+    }
+
+
+def as_begun(config: FederationConfig, entries: Sequence[dict[str, Any]]) -> FederationConfig:
+    """The settings with those of the last of a round's attempts, as far as the journal kept them.
+
+    Args:
+        config: the settings as they are now.
+        entries: what attempts were begun with (`selected`), and what was changed while they were open (`changed`).
+    """
+    kept = {name: entry[name] for entry in entries for name in ATTEMPT_SETTINGS & entry.keys()}
+    return config.model_copy(update=kept)
 
 
 def late_updates(journal: Journal, number: int, accepted: Collection[str]) -> list[list[Any]]:
@@ -92,7 +105,7 @@ class Terms:
         for entry in self._journal.entries[self._read :]:
             if entry["event"] == "asked":
                 self._tiers[entry["client"], entry["round"]] = entry.get("tier")
-            elif entry["event"] == "selected":
+            elif entry["event"] in ("selected", "changed"):
                 if "deadline_seconds" in entry:
                     self._deadlines[entry["round"]] = entry["deadline_seconds"]
                 for client, said in entry.get("said", {}).items():
@@ -130,6 +143,8 @@ def last_paces(journal: Journal, number: int, deadline: float) -> dict[str, Past
             asked = asked if entry["attempt"] > 1 else set()  # who is asked again has no entry of that
             selected, goal = set(entry["clients"]), entry["goal"]
             waiting = asked & selected
+        elif event == "changed":
+            deadlines[at] = entry["deadline_seconds"] or deadline
         elif event == "asked":
             asked.add(client)
             waiting |= {client} & selected

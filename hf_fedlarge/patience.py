@@ -90,7 +90,8 @@ class Patience:
             left: seconds until the deadline; None: there is none, and patience counts.
         """
         if left is None:
-            self.check(since, f"{', '.join(missing[:5])}, and there is no deadline_seconds")
+            how = "and there is no deadline_seconds (give one, or take who is gone out of clients)"
+            self.check(since, f"{', '.join(missing[:5])}, {how}")
         self.sleep(left)
 
     def sleep(self, left: float | None = None) -> None:

@@ -211,6 +211,9 @@ class StoreClients:
             self.patience.look(clear, self.store, home, order.round - bool(server.keeping))
         self.patience.look(self._forget, order.round)
         self.patience.look(self.store.share, inbox(order.round))
+        for client in server.waiting(order):
+            if client not in (self._config.clients or order.clients):  # it was, when the attempt was begun
+                yield client, f"{client} is no longer among the federation's clients"
         waiting = server.waiting(order, overtime=True)
         for client in waiting:
             asked(client)

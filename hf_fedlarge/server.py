@@ -39,7 +39,7 @@ from hf_fedlarge.artifacts import (
 )
 from hf_fedlarge.config import ATTEMPT_SETTINGS, FederationConfig
 from hf_fedlarge.errors import ArtifactError, UpdateRefusedError
-from hf_fedlarge.experience import as_begun, late_updates, seen
+from hf_fedlarge.experience import as_begun, late_updates, said_by, seen
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.keys import SIGNATURE_NAME, read_signature
 from hf_fedlarge.ledger import Draw
@@ -100,7 +100,7 @@ class RoundServer:
     # Selected
 
     def open(self, check_ins: Sequence[CheckIn], needed_bytes: int = 0) -> Order:
-        """Draw the clients, or take up the order of a server that was killed.
+        """Draw the clients, or take up the order of a server that was killed; it goes on with this one's deadline.
 
         Raises:
             ConfigError: too few clients can take part.
@@ -131,14 +131,13 @@ class RoundServer:
             )
             goal = config.cohort or len(cohort)
             of = {"of": len(who_can(check_ins, needed_bytes))} if config.privacy else {}
-            there = {check_in.client: check_in for check_in in check_ins}
-            said = {
-                client: {"examples": there[client].examples, "memory_bytes": there[client].memory_bytes}
-                for client in cohort
-            }
             begun = config.model_dump(include=ATTEMPT_SETTINGS)
+            said = said_by(cohort, check_ins)
             self._write("selected", attempt=attempt, clients=cohort, said=said, goal=goal, **of, **begun)
             self.begin_wait(config.deadline_seconds)
+        elif (seconds := self.config.deadline_seconds) != self.settings.deadline_seconds and not self._of("closed"):
+            self._write("changed", attempt=self.last_order.attempt, deadline_seconds=seconds)
+            self.begin_wait(seconds)
         return self.last_order
 
     @property
@@ -150,7 +149,7 @@ class RoundServer:
     @property
     def settings(self) -> FederationConfig:
         """What the last attempt goes by: a server that is started again may be given others for the next."""
-        return as_begun(self.config, self._of("selected"))
+        return as_begun(self.config, self._of("selected", "changed"))
 
     @property
     def draw(self) -> Draw | None:

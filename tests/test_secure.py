@@ -267,6 +267,18 @@ def test_masked_updates_that_were_there_at_the_deadline_count(federation, store,
     assert server.round.refused == []
 
 
+def test_who_is_taken_out_of_the_file_is_no_longer_waited_for(home, federation, store, tmp_path):
+    stay = [client for client in CLIENTS if client != "ben"]
+    begun, members = federation(clients=stay, deadline_seconds=None)
+    begun.open()
+    server = SecureServer(home, tmp_path / "run", store, deadline_seconds=None, clients=dict.fromkeys(stay, 10))
+    with together(server, members):
+        server.whole()
+    [found] = [entry["found"] for entry in server.journal.find("staged", stage="reveal")]
+    assert (found["clients"], found["lost"]) == (3, [])
+    assert [entry["client"] for entry in server.round.refused] == ["ben"]
+
+
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_with_too_few_a_round_is_abandoned_and_the_next_attempt_has_new_keys(home, federation, store, tmp_path, stage):
     server, members = federation(secure={"stage_seconds": 3.0})

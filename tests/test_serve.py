@@ -39,7 +39,7 @@ from hf_fedlarge.artifacts import (
 from hf_fedlarge.cli import main
 from hf_fedlarge.clients import HELD_OUT, write_check_ins
 from hf_fedlarge.config import LoraSettings, load_federation
-from hf_fedlarge.errors import ArtifactError, ConfigError, DataError, OutputError, StoreError
+from hf_fedlarge.errors import ArtifactError, ConfigError, DataError, OutputError, StoreError, UpdateRefusedError
 from hf_fedlarge.experience import late_updates
 from hf_fedlarge.keys import allow, new_key, read_key, revoke
 from hf_fedlarge.lineage import start_adapter
@@ -267,6 +267,59 @@ def test_who_never_answers_is_waited_for_until_the_deadline(home, store, tmp_pat
     assert record["refused"] == []
     contributions = read_manifest(server.adapter(1), AdapterManifest).contributions
     assert [entry.client for entry in contributions] == ["ann", "cleo"]
+
+
+def test_without_a_deadline_who_never_answers_is_waited_for_until_a_server_is_started_with_one(home, store, tmp_path):
+    server = Server(home, tmp_path / "run", store, min_updates=2)
+    server.open()
+    for client in ("ann", "cleo"):
+        send(home, store, client)
+    server.clients.patience.seconds = 0.05
+    for _ in range(2):
+        with pytest.raises(StoreError, match=r"for ben, dan, and there is no deadline_seconds \(give one, or take who"):
+            server.ask()
+    server = Server(home, tmp_path / "run", store, min_updates=2, deadline_seconds=1.0)
+    server.open()
+    server.ask()
+    assert server.close()["refused"] == []
+    contributions = read_manifest(server.adapter(1), AdapterManifest).contributions
+    assert [entry.client for entry in contributions] == ["ann", "cleo"]
+
+
+@pytest.mark.parametrize("least", [2, 3])
+def test_who_is_taken_out_of_the_file_is_no_longer_waited_for(home, store, tmp_path, least):
+    server = Server(home, tmp_path / "run", store, min_updates=least)
+    order = server.open()
+    server.clients.patience.seconds = 0.05
+    with pytest.raises(StoreError, match="Waited"):
+        server.ask()
+    for client in ("ann", "cleo"):
+        send(home, store, client)
+    left = {"ann": 10, "ben": 10, "cleo": 10}
+    for _ in range(2):  # killed, and started again with the same
+        server = Server(home, tmp_path / "run", store, clients=left, min_updates=least)
+        assert server.open() == order
+        server.clients.patience.seconds = 0.05
+        with pytest.raises(StoreError, match="for ben, and there is no"):
+            server.ask()
+        assert read_document(store, ORDER, OrderDocument).work_of("dan") is None
+    send(home, store, "dan")
+    server = Server(home, tmp_path / "run", store, clients={"ann": 10, "cleo": 10, "dan": 10}, min_updates=least)
+    server.open()
+    server.ask()
+    gone = [f"{client} is no longer among the federation's clients" for client in ("dan", "ben")]
+    assert [entry["reason"] for entry in server.journal.find("failed")] == gone
+    assert read_document(store, verdict(1, "ben", 1), VerdictDocument).cause == gone[1]
+    assert set(server.round.accepted) == {"ann", "cleo"}
+    if least == 2:
+        assert [entry["reason"] for entry in server.close()["refused"]] == gone
+        return
+    with pytest.raises(UpdateRefusedError, match=r"at least 3 are needed\. dan is no longer among"):
+        server.close()
+    write_check_ins(server.run, [CheckIn(client, 10) for client in ("ann", "cleo", "dan")])
+    server.jobs.read_check_ins()
+    again = server.open()
+    assert (again.attempt, server.round.waiting(again)) == (2, ["dan"])
 
 
 def test_a_client_without_the_memory_to_train_says_so_and_nobody_waits_for_it(home, store, member, tmp_path):
@@ -895,14 +948,15 @@ def test_a_server_waits_for_clients_as_long_as_its_patience(home, store, tmp_pat
     waited = r"Waited 0\.2 s \(patience\) for "
     with pytest.raises(StoreError, match=waited + "2 clients to check in, of whom 1 have; the same command goes on"):
         server.clients.check_in(server.jobs, round_server)
+    write_check_ins(server.run, [CheckIn("ann", 10), CheckIn("ben", 10)])
     server.open()
     send(home, store, "ann")
-    with pytest.raises(StoreError, match=waited + "ben, cleo, dan, and there is no deadline_seconds"):
+    with pytest.raises(StoreError, match=waited + "ben, and there is no deadline_seconds"):
         server.ask()
     assert set(server.round.accepted) == {"ann"}
     [first, *_, last] = [line for line in server.said if "; missing: " in line]
     assert first == f"waiting at {store.url}: 1 of 2 clients checked in; missing: ben"
-    assert last == "round 1: 1 of 4 clients answered; missing: ben, cleo, dan"
+    assert last == "round 1: 1 of 2 clients answered; missing: ben"
     assert server.said.count(first) == server.said.count(last) == 1
 
 

@@ -244,10 +244,10 @@ def test_another_attempt_at_a_round_has_its_own_deadline(home, tmp_path):
 
 def test_an_attempt_goes_on_as_it_was_begun_and_the_next_by_what_a_new_server_is_given(home, tmp_path):
     _, order = opened(home, tmp_path, deadline_seconds=60, late="buffer")
-    server = make_server(home, tmp_path, deadline_seconds=0.01, min_updates=3)
+    server = make_server(home, tmp_path, deadline_seconds=60, min_updates=3)
     assert server.open(check_ins()) == order
+    assert not events(tmp_path, "changed")
     first, second, third = order.clients
-    time.sleep(0.02)
     assert server.receive(order, first, home / "updates" / first).accepted
     server.fail(order, second, f"{second} has no power")
     server.begin_wait(-1)
@@ -255,12 +255,45 @@ def test_an_attempt_goes_on_as_it_was_begun_and_the_next_by_what_a_new_server_is
     with pytest.raises(UpdateRefusedError, match="at least 2 are needed"):
         close(server, order, home)
     again = server.open(check_ins())
-    time.sleep(0.02)
-    assert server.is_late
+    server.begin_wait(-1)
     late = next(client for client in again.clients if client != first)
     assert "after round 1 was closed" in server.receive(again, late, home / "updates" / late).reason
     with pytest.raises(UpdateRefusedError, match="at least 3 are needed"):
         close(server, again, home)
+
+
+@pytest.mark.parametrize(("begun", "answers"), [(None, 2), (60.0, 2), (None, 1)])
+def test_an_attempt_goes_by_the_deadline_of_the_server_that_took_it_up_last(home, tmp_path, begun, answers):
+    server, order = opened(home, tmp_path, deadline_seconds=begun)
+    for client in order.clients[:answers]:
+        assert server.receive(order, client, home / "updates" / client).accepted
+    for _ in range(2):  # killed, and started again with the same
+        server = make_server(home, tmp_path, deadline_seconds=30.0)
+        assert server.open(check_ins()) == order
+        assert 20 < server.seconds_left <= 30
+    [changed] = events(tmp_path, "changed")
+    assert (changed["round"], changed["attempt"], changed["deadline_seconds"]) == (1, 1, 30.0)
+    assert server.waiting(order) == [*order.clients[answers:]]
+    server.begin_wait(-1)
+    assert server.waiting(order) == []
+    if answers == 2:
+        assert close(server, order, home)["clients"] == sorted(order.clients[:2])
+        return
+    with pytest.raises(UpdateRefusedError, match="abandoned: 1 valid updates of 3 clients; at least 2 are needed"):
+        close(server, order, home)
+    again = make_server(home, tmp_path, deadline_seconds=60).open(check_ins())
+    assert again.attempt == 2
+    assert not events(tmp_path, "changed")[1:]  # it is begun with that
+
+
+def test_a_round_that_was_closed_has_no_other_deadline(home, tmp_path):
+    server, order = opened(home, tmp_path)
+    for client in order.clients:
+        server.receive(order, client, home / "updates" / client)
+    with pytest.raises(ZeroDivisionError):
+        close(server, order, home, lambda _: 1 / 0)
+    make_server(home, tmp_path, deadline_seconds=0.1).open(check_ins())
+    assert not events(tmp_path, "changed")
 
 
 def test_a_journal_that_does_not_say_what_a_round_was_begun_with_goes_on_by_what_is_given(home, tmp_path):

@@ -278,6 +278,20 @@ def test_another_deadline_holds_for_rounds_that_begin_later(make_paced):
     assert paced.tier("ben", 3) == 0  # for it missed one of 40 s
 
 
+def test_another_deadline_holds_for_an_open_round_whose_server_is_started_again_with_it(make_paced):
+    paced = make_paced(memory=3 * 10**9)
+    paced.round(1, ann=30.0)
+    paced.begin(2)
+    assert paced.tier("ben", 2) == 1
+    paced.config = paced.config.model_copy(update={"deadline_seconds": 25.0})
+    paced.start()
+    paced.round(2, ann=20.0)
+    assert [paced.tier(client, 2) for client in ("ann", "ben")] == [0, 1]  # as they were asked
+    assert paced.journal.find("changed")[0]["deadline_seconds"] == 25.0
+    # It missed one of 25 s, not of 40 s, with a package of 80 MB.
+    assert "at least 12 s a round, where the tier above would take 25 s" in paced.jobs.describe_pace("ben", 3)
+
+
 def test_a_reason_is_no_missed_deadline(make_paced):
     paced = make_paced()
     paced.round(1, failed=["ben"], ann=30.0)
