@@ -19,7 +19,6 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "max_steps": -1,
     "num_train_epochs": 3.0,
     "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 8,
     "gradient_accumulation_steps": 1,
     "max_length": 1024,
     "packing": False,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 IGNORED = -100
+_TOKENS = 2**14  # in a pass over a streamed model's blocks, which reads all of them; a block computes some at a time
 
 
 @functools.cache
@@ -159,20 +159,30 @@ def _some(data: Dataset) -> Dataset:
     return data.select(range(0, len(data), max(1, len(data) // 500)))
 
 
-def padded_batches(
-    examples: Dataset, size: int, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[dict[str, torch.Tensor]]:
-    """`encode_example`'s examples, by `data.from_tokens`, in padded batches, those of like length together."""
+def like_length(examples: Dataset, size: int | None) -> list[list[int]]:
+    """The numbers of examples by `data.from_tokens` in batches, those of like length together, the longest last.
+
+    Args:
+        examples: `encode_example`'s.
+        size: of a batch; None: as many as have `_TOKENS` with their padding, at least one.
+    """
     lengths = list_lengths(examples, "input_ids")
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    pad = pad_id(tokenizer)
-    for start in range(0, len(order), size):
-        part = examples[order[start : start + size]]
-        width = len(part["input_ids"][-1])  # the longest
-        yield {
-            key: torch.tensor([row + [filler] * (width - len(row)) for row in part[key]])
-            for key, filler in (("input_ids", pad), ("labels", IGNORED))
-        } | {"attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part["input_ids"]])}
+    batches: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
+        most = max(1, _TOKENS // lengths[number]) if size is None else size
+        if not batches or len(batches[-1]) >= most:
+            batches.append([])
+        batches[-1].append(number)
+    return batches
+
+
+def padded(part: dict[str, list[list[int]]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+    """`input_ids`, `labels` and `attention_mask` (B, S) of B examples, of which the last is the longest."""
+    width = len(part["input_ids"][-1])
+    return {
+        key: torch.tensor([row + [filler] * (width - len(row)) for row in part[key]])
+        for key, filler in (("input_ids", pad_id(tokenizer)), ("labels", IGNORED))
+    } | {"attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part["input_ids"]])}
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

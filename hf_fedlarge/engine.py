@@ -213,14 +213,16 @@ class StreamingEngine:
         if self._token_bytes is None and not torch.is_inference_mode_enabled():
             self._token_bytes = self._measure(call, hidden, spans[0])
             if self._largest:  # now, and not in the middle of training
-                plan(self._largest, len(self.blocks))
+                plan(self._largest, differentiable=True)
         self._held = 0
-        blocks = len(self.blocks) if call.differentiable else 1  # else no block's input is kept
-        self._plan = plan([len(span) for span in spans], blocks)
+        self._plan = plan([len(span) for span in spans], differentiable=call.differentiable)
 
-    def _planned(self, number: int, boundary_bytes: int, lengths: list[int], blocks: int) -> Plan:
+    def _planned(self, number: int, boundary_bytes: int, lengths: list[int], differentiable: bool) -> Plan:
         """The plan for a batch, within the visit of a block. Where a whole block leaves no room, rows are held."""
-        plan = partial(plan_activations, lengths, blocks, micro_batch_size=self.micro_batch_size)
+        blocks, at_once = len(self.blocks), self.micro_batch_size
+        if not differentiable:  # no block's input is kept, and more at once than products need only takes memory
+            blocks, at_once = 1, at_once or 1
+        plan = partial(plan_activations, lengths, blocks, micro_batch_size=at_once)
         if self._token_bytes is None:
             return plan()
         plan = partial(plan, token_bytes=self._token_bytes, boundary_bytes=boundary_bytes)

@@ -32,9 +32,10 @@ from hf_fedlarge.encoding import (
     IGNORED,
     encode_example,
     has_counted,
+    like_length,
     nothing_counts,
     pad_id,
-    padded_batches,
+    padded,
     render_chat,
     warn_of_cut,
 )
@@ -42,8 +43,12 @@ from hf_fedlarge.errors import ArtifactError, ConfigError, DataError
 from hf_fedlarge.package import load_package, load_tokenizer, stream_checkpoint
 from hf_fedlarge.positions import check_length
 from hf_fedlarge.processor import computing_device
+from hf_fedlarge.progress import by_tenths
 from hf_fedlarge.templates import tools_of
 from hf_fedlarge.tensors import checkpoint_digest
+
+_EXAMPLES = 8  # in a pass, where a model computes a batch as it is
+_LONG = 10  # passes, from which on it is told how far an evaluation is
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,10 @@ def evaluate(
     *,
     adapter: Path | None = None,
     max_length: int = 1024,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     assistant_only: bool = False,
     verify: bool = True,
+    report: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Evaluate a package or a checkpoint directory on `data`.
 
@@ -72,9 +78,11 @@ def evaluate(
         data: examples as `data.load_examples` gives them.
         adapter: an adapter of ours to plug in; it must belong to the model.
         max_length: tokens an example is cut at.
-        batch_size: examples computed together.
+        batch_size: examples in a pass over the model; None: as many as have 16,384 tokens, or 8 where a block can't
+            compute some of them at a time (`engine.takes_apart`).
         assistant_only: count only what the assistant says in `messages`.
         verify: check digests first, the adapter's against its base's among them; the base is read whole for it.
+        report: told of each tenth of a long evaluation in a line.
 
     Raises:
         ArtifactError: not a model, or an adapter of another one.
@@ -90,6 +98,7 @@ def evaluate(
         max_length=max_length,
         batch_size=batch_size,
         assistant_only=assistant_only,
+        report=report,
     )
     del model
     gc.collect()  # models are cycles, and hold an arena each
@@ -146,7 +155,7 @@ def evaluate_model(
         model: any causal language model, streamed or not.
         tokenizer: its own.
         data: examples as `data.load_examples` gives them.
-        how: `max_length`, `batch_size` and `assistant_only`, see `evaluate`.
+        how: `max_length`, `batch_size`, `assistant_only` and `report`, see `evaluate`.
 
     Raises:
         DataError: no example has a labelled token within `max_length`.
@@ -188,8 +197,9 @@ def _batch_losses(
     data: Sequence[dict[str, Any]],
     *,
     max_length: int = 1024,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     assistant_only: bool = False,
+    report: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[float, list[int]]]:
     """For every batch the sum of its losses, and how many labelled tokens each of its examples has."""
     cut = 0
@@ -211,11 +221,17 @@ def _batch_losses(
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    for batch in padded_batches(examples, batch_size, tokenizer):
+    divides = hasattr(model, "streamed_head") and model.engine.takes_apart
+    batches = like_length(examples, batch_size or (None if divides else _EXAMPLES))
+    told = by_tenths(report, "evaluating", len(batches), "passes") if report and len(batches) >= _LONG else None
+    for done, numbers in enumerate(batches, 1):
+        batch = padded(examples[numbers], tokenizer)
         outputs = model(
             **{key: value.to(device) for key, value in batch.items()}, num_items_in_batch=1, use_cache=False
         )
         yield float(outputs.loss), (batch["labels"][:, 1:] != IGNORED).sum(dim=1).tolist()
+        if told:
+            told(done)
     model.train(training)
 
 

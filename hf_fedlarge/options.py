@@ -226,7 +226,7 @@ def add_transfer(parser: argparse.ArgumentParser) -> None:
 def add_evaluation(parser: argparse.ArgumentParser) -> None:
     """How examples are evaluated."""
     parser.add_argument("--max-length", type=int, default=1024, help="tokens an example is cut at (1024)")
-    parser.add_argument("--batch-size", type=int, default=8, help="examples computed together (8)")
+    parser.add_argument("--batch-size", type=int, help="examples in a pass (as many as have 16,384 tokens)")
     parser.add_argument("--examples", type=int, help="evaluate the first so many (all)")
     parser.add_argument("--assistant-only", action="store_true", help="count only what the assistant says")
 

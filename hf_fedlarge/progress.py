@@ -33,22 +33,22 @@ def spell_seconds(seconds: float) -> str:
     return " ".join(parts)
 
 
-def by_tenths(report: Callable[[str], None], what: str, layers: int) -> Callable[[int], None]:
-    """A function that is told of every layer that is done, and reports a line for each tenth of them.
+def by_tenths(report: Callable[[str], None], what: str, total: int, unit: str = "layers") -> Callable[[int], None]:
+    """A function that is told of every layer, or other unit, that is done, and reports a line for each tenth of them.
 
     How long the others take is told by those since the first that it was told of: what was interrupted goes on there.
     """
-    first, since = layers, 0.0
+    first, since = total, 0.0
 
     def advance(done: int) -> None:
         nonlocal first, since
         now = time.monotonic()
         if done <= first:
             first, since = done, now
-        if done * 10 // layers > (done - 1) * 10 // layers:
-            known = first < done < layers
-            left = f", about {spell_seconds((now - since) / (done - first) * (layers - done))} left" if known else ""
-            report(f"{what}: {done} of {layers} layers are done{left}")
+        if done * 10 // total > (done - 1) * 10 // total:
+            known = first < done < total
+            left = f", about {spell_seconds((now - since) / (done - first) * (total - done))} left" if known else ""
+            report(f"{what}: {done} of {total} {unit} are done{left}")
 
     return advance
 

@@ -350,8 +350,9 @@ class _Federation:
         training = TRAINING_DEFAULTS | self.config.training
         return {
             "max_length": training["max_length"],
-            "batch_size": training["per_device_eval_batch_size"],
+            "batch_size": training.get("per_device_eval_batch_size"),
             "assistant_only": training["assistant_only_loss"],
+            "report": self.report,
         }
 
     def _sample(self, model: Path) -> str | None:

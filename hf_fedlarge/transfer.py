@@ -20,7 +20,7 @@ import torch
 from hf_fedlarge.adapters import attach_lora, get_factors, read_factors, set_factors
 from hf_fedlarge.artifacts import AdapterManifest, read_manifest
 from hf_fedlarge.data import from_tokens
-from hf_fedlarge.encoding import encode_example, padded_batches
+from hf_fedlarge.encoding import encode_example, like_length, padded
 from hf_fedlarge.evaluation import example_losses, load_model
 from hf_fedlarge.gradients import adapter_gradients, agreement
 from hf_fedlarge.package import load_package, load_tokenizer, stream_checkpoint
@@ -41,9 +41,10 @@ def transfer_report(
     *,
     reference: Path | None = None,
     max_length: int = 1024,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     assistant_only: bool = False,
     verify: bool = True,
+    report: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """What an adapter that was trained on a package is worth on the full model.
 
@@ -53,7 +54,7 @@ def transfer_report(
         adapter: in global layer numbers.
         data: held-out examples.
         reference: an adapter trained on the full model.
-        max_length, batch_size, assistant_only, verify: see `evaluation.evaluate`.
+        max_length, batch_size, assistant_only, verify, report: see `evaluation.evaluate`.
 
     Returns:
         `loss` of `base`, `package`, `package_trained`, `full_model` and, with a reference, `reference`; `gain`, by how
@@ -77,7 +78,13 @@ def transfer_report(
         loaded = load_model(model, plugged, verify=verify)
         check_length(loaded.architecture.model_type, loaded.architecture.positions, max_length)
         sums[name], tokens = example_losses(
-            loaded, tokenizer, data, max_length=max_length, batch_size=batch_size, assistant_only=assistant_only
+            loaded,
+            tokenizer,
+            data,
+            max_length=max_length,
+            batch_size=batch_size,
+            assistant_only=assistant_only,
+            report=report,
         )
         del loaded
         gc.collect()  # models are cycles, and hold an arena each
@@ -118,7 +125,7 @@ def gradient_agreement(
     data: Sequence[dict[str, Any]],
     *,
     max_length: int = 1024,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     assistant_only: bool = False,
 ) -> dict[int, float]:
     """Kept layer → cosine of the adapter's gradients in the small and in the full model, on the first few examples.
@@ -126,13 +133,14 @@ def gradient_agreement(
     Neurons that the package lacks are left out of both.
 
     Args:
-        checkpoint, package, adapter, data, max_length, batch_size, assistant_only: see `transfer_report`.
+        checkpoint, package, adapter, data, max_length, assistant_only: see `transfer_report`.
+        batch_size: examples in a step; None: 8.
     """
     lora, factors = read_manifest(adapter, AdapterManifest).lora, read_factors(adapter)
     tokenizer = load_tokenizer(package)
     rows = islice(data, _GRADIENT_EXAMPLES)
     examples = from_tokens(encode_example(row, tokenizer, max_length, assistant_only) for row in rows)
-    batches = list(padded_batches(examples, batch_size, tokenizer))
+    batches = [padded(examples[numbers], tokenizer) for numbers in like_length(examples, batch_size or 8)]
     device = computing_device()
     small = load_package(package, device=device, verify=False)
     check_length(small.architecture.model_type, small.architecture.positions, max_length)

@@ -13,7 +13,7 @@ from hf_fedlarge.calibrate import calibration_sequences, calibration_text, make_
 from hf_fedlarge.choice import choose
 from hf_fedlarge.config import PackageSettings
 from hf_fedlarge.data import from_tokens, load_examples
-from hf_fedlarge.encoding import encode_example, padded_batches
+from hf_fedlarge.encoding import encode_example, padded
 from hf_fedlarge.errors import ArtifactError, ConfigError, DataError
 from hf_fedlarge.package import load_package, load_tokenizer
 from hf_fedlarge.stdlib_corpus import standard_library_prose
@@ -73,7 +73,7 @@ def test_a_tokenizer_may_lack_an_end_of_text_token():
     [ids] = calibration_sequences(tokenizer, [{"text": "abcd"}, {"prompt": "ef", "completion": "gh"}], length=8)
     assert tokenizer.decode(ids[0]) == "abcdefgh"
     examples = from_tokens(encode_example({"text": text}, tokenizer, 8) for text in ("a", "bc"))
-    [batch] = padded_batches(examples, 2, tokenizer)
+    batch = padded(examples[:], tokenizer)
     assert batch["input_ids"][0, 1] == 0
     assert batch["attention_mask"].tolist() == [[1, 0], [1, 1]]
 
