@@ -148,7 +148,7 @@ class SelectionSettings(Record):
 
 # What an attempt at a round was begun with holds to its end, so that the next one may go by other values: but for the
 # deadline, which is that of the server that took the attempt up last.
-ATTEMPT_SETTINGS = {"deadline_seconds", "late", "min_updates"}
+ATTEMPT_SETTINGS = {"deadline_seconds", "late", "min_updates", "training"}
 ADAPTIVE = ("adam", "yogi", "adagrad")
 WEIGHTINGS = ("tokens", "examples", "equal", "loss")
 

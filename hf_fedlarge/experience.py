@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -82,6 +82,7 @@ class Terms:
         self._said: dict[tuple[str, int], CheckIn] = {}
         self._tiers: dict[tuple[str, int], int | None] = {}
         self._deadlines: dict[int, float | None] = {}
+        self._trainings: dict[int, list[dict[str, Any]]] = defaultdict(list)
 
     def check_in(self, client: str, number: int) -> CheckIn | None:
         """What a client said when it was drawn for a round, in whichever attempt it said most examples.
@@ -101,6 +102,11 @@ class Terms:
         self._read_on()
         return self._deadlines.get(number, otherwise)
 
+    def trainings(self, number: int) -> list[dict[str, Any]]:
+        """The training arguments of a round's attempts, the last one's last, as far as the journal kept them."""
+        self._read_on()
+        return self._trainings.get(number, [])
+
     def _read_on(self) -> None:
         for entry in self._journal.entries[self._read :]:
             if entry["event"] == "asked":
@@ -108,6 +114,8 @@ class Terms:
             elif entry["event"] in ("selected", "changed"):
                 if "deadline_seconds" in entry:
                     self._deadlines[entry["round"]] = entry["deadline_seconds"]
+                if "training" in entry:
+                    self._trainings[entry["round"]].append(entry["training"])
                 for client, said in entry.get("said", {}).items():
                     before = self._said.get((client, entry["round"]))
                     examples = max(said["examples"], before.examples if before else 0)

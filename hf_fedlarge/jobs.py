@@ -155,7 +155,8 @@ class Jobs:
         above = self.tiers[self.tiers.index(tier) - 1]
         pace = Pace(*(self._seconds(client, one, number) for one in (tier, above)), past.missed)
         memory = self._said(client, number).memory_bytes or able[0].memory_bytes
-        tokens = batch(self.config.training) * max_length(self.config.training)
+        training = self._trainings(number)[-1]
+        tokens = batch(training) * max_length(training)
         said = describe_pace(pace, memory, tokens, self._deadline(number), tier.manifest, tier.lora)
         return f"{client}: {said}"
 
@@ -185,7 +186,7 @@ class Jobs:
             data=home / "train.jsonl",
             eval_data=held_out if held_out.exists() else None,
             output=output,
-            training=training_of(client, number, self.config.seed, self.config.training),
+            training=training_of(client, number, self.config.seed, self._trainings(number)[-1]),
             proximal=self.config.proximal,
             eval_examples=self.config.client_eval_examples,
             codec=self.config.wire_codec,
@@ -228,11 +229,21 @@ class Jobs:
         """What a client can have trained on at the most: its examples, as often as the training arguments say.
 
         No example makes more than one sequence, unless packing splits it; then `max_steps` is given (`coherence.py`).
+        Of a round's attempts, whose updates all count, it is the one that asks for most.
         """
-        training, examples = TRAINING_DEFAULTS | self.config.training, self._said(client, number).examples
-        steps, passes = training["max_steps"], math.ceil(training["num_train_epochs"])
-        sequences = steps * batch(training) if steps > 0 else passes * examples
-        return Asked(client=client, examples=examples, tokens=sequences * training["max_length"])
+        examples = self._said(client, number).examples
+
+        def tokens(training: dict[str, Any]) -> int:
+            steps, passes = training["max_steps"], math.ceil(training["num_train_epochs"])
+            sequences = steps * batch(training) if steps > 0 else passes * examples
+            return sequences * training["max_length"]
+
+        most = max(tokens(TRAINING_DEFAULTS | training) for training in self._trainings(number))
+        return Asked(client=client, examples=examples, tokens=most)
+
+    def _trainings(self, number: int) -> list[dict[str, Any]]:
+        """The training arguments of a round's attempts, the last one's last; before there is one, those to come."""
+        return (self._terms and self._terms.trainings(number)) or [self.config.training]
 
     def download_bytes(self, client: str, number: int, has: int | None, whole: bool = False) -> int:
         """What a client downloads for a round: what changed in its adapter, and the package if it lacks it.

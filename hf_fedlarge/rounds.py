@@ -4,7 +4,7 @@ The run directory is the state, and each step makes one directory in it by a ren
 any point goes on from what is whole and ends with the same bytes:
 
     run/
-      federation.json    the settings; a rerun must have the same (`rerun.py`)
+      federation.json    the settings that it was begun with; a rerun must have the same but for a few (`rerun.py`)
       check_ins.json     who is there, with how many examples
       clients/NAME/      train.jsonl and held_out.jsonl of a simulated client; state/, what it keeps; its key.pem
       allowed_keys.json  the keys that clients sign with, where `keys` is `auto`
@@ -197,7 +197,7 @@ class _Federation:
             raise FedLargeError(
                 f"Stopped before round {number}: with the adapters of the last {_BAD_ROUNDS} rounds the full model's "
                 f"held-out loss is {', '.join(f'{loss:.3f}' for loss in last)}, worse than the base's {base:.3f}. "
-                "Lower the learning rate or keep more of the model, or go on with --no-stop."
+                "Lower the learning rate and go on with --no-stop, or keep more of the model with another --output."
             )
 
     def _validate(self, number: int, client: str, update: Path) -> UpdateManifest:

@@ -136,7 +136,7 @@ class StoreClients:
         if config.secure:
             check_that_secrets_can_be_shared()
         self._config, self._run = config, run
-        self._training = training_order(config.training)
+        training_order(config.training)
         if not (run / SERVED).exists():
             if (run / HELD_OUT).exists():
                 raise ConfigError(f"{run} was begun with simulated clients; choose another --output.")
@@ -303,7 +303,7 @@ class StoreClients:
             round=order.round,
             attempt=order.attempt,
             work=work,
-            training=self._training,
+            training=training_order(server.settings.training),
             seed=self._config.seed,
             proximal=self._config.proximal,
             eval_examples=self._config.client_eval_examples,

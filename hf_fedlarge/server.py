@@ -131,7 +131,7 @@ class RoundServer:
             )
             goal = config.cohort or len(cohort)
             of = {"of": len(who_can(check_ins, needed_bytes))} if config.privacy else {}
-            begun = config.model_dump(include=ATTEMPT_SETTINGS)
+            begun = config.model_dump(mode="json", include=ATTEMPT_SETTINGS)
             said = said_by(cohort, check_ins)
             self._write("selected", attempt=attempt, clients=cohort, said=said, goal=goal, **of, **begun)
             self.begin_wait(config.deadline_seconds)

@@ -10,7 +10,7 @@ from served import CLIENTS, Server, make_home
 
 from hf_fedlarge.artifacts import MANIFEST_NAME
 from hf_fedlarge.clients import SimulatedClients, write_check_ins
-from hf_fedlarge.errors import FedLargeError
+from hf_fedlarge.errors import FedLargeError, UpdateRefusedError
 from hf_fedlarge.experience import late_updates
 from hf_fedlarge.orders import inbox
 from hf_fedlarge.plan import CheckIn
@@ -97,3 +97,35 @@ def test_what_a_client_said_when_it_was_drawn_holds_for_the_round(home, tmp_path
     assert server.jobs.asked("ann", 2).examples == 10
     open_with(5)
     assert [server.jobs.asked("ann", number).examples for number in (1, 2)] == [10, 5]
+
+
+def test_training_is_what_an_attempt_was_begun_with_and_an_update_of_any_attempt_counts(home, tmp_path):
+    store = Store(f"memory://{uuid.uuid4().hex}")
+
+    def start(steps):
+        server = Server(home, tmp_path / "run", store, training={"max_steps": steps})
+        server.open()
+        return server
+
+    def asks_for(server):
+        ordered = server.clients.publish(server.jobs, server.round, server.order, ["ann"]).training.max_steps
+        assert server.jobs.job("ann", 1, tmp_path / "ann").training["max_steps"] == ordered
+        return ordered, server.jobs.asked("ann", 1).tokens // (8 * 1024)
+
+    def abandon(server):
+        for client in server.round.unheard(server.order):
+            server.round.fail(server.order, client, "no power")
+        with pytest.raises(UpdateRefusedError, match="abandoned"):
+            server.close()
+
+    server = start(5)
+    assert asks_for(server) == (5, 5)
+    server = start(9)  # killed, and started again with another file
+    assert asks_for(server) == (5, 5)
+    abandon(server)
+    server = start(9)
+    assert asks_for(server) == (9, 9)
+    abandon(server)
+    server = start(2)
+    assert asks_for(server) == (2, 9)  # what came of an earlier attempt still counts
+    assert server.jobs.asked("ann", 2).tokens == 2 * 8 * 1024

@@ -359,6 +359,35 @@ def test_other_settings_do_not_go_on_with_a_run(home, whole, tmp_path):
         run(home, tmp_path / "run", seed=1, aggregator="fedavg")
 
 
+def test_rounds_that_begin_later_train_by_other_arguments_and_what_was_begun_goes_on_as_it_was(home, whole, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    output, rates = tmp_path / "run", {}
+    shutil.copytree(whole[0], output)
+    settings = config_of(home).training
+
+    def go_on(rate, survivors):
+        def train(job):
+            if len(rates) == survivors:
+                raise Killed
+            rates[job.round, job.client] = job.training["learning_rate"]
+            lora = LoraSettings(rank=4, alpha=8)
+            make_update(
+                job.output, job.package, job.client, lora=lora, adapter=job.adapter, round_number=job.round, examples=9
+            )
+
+        config = config_of(home, rounds=4, training=settings | {"learning_rate": rate})
+        run_federation(config, output, train, stop=False)
+
+    with pytest.raises(Killed):
+        go_on(5e-3, 1)
+    go_on(1e-3, None)
+    assert [rates[key] for key in sorted(rates)] == [5e-3] * 3 + [1e-3] * 3
+    begun = [entry["training"]["learning_rate"] for entry in Journal(output / "journal.jsonl").find("selected")]
+    assert begun == [1e-2, 1e-2, 5e-3, 1e-3]
+
+
 def test_a_round_that_was_closed_is_aggregated_as_it_was_begun(home, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
