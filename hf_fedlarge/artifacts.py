@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import ValidationError
 
@@ -119,6 +119,13 @@ class UpdateManifest(Manifest):
     loss_before: Loss | None = None
     loss_after: Loss | None = None
     roster: Digest | None = None
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What the journal keeps of its client's word."""
+        losses = {"loss_before": self.loss_before, "loss_after": self.loss_after}
+        known = {name: loss for name, loss in losses.items() if loss is not None}
+        return {"tokens": self.tokens, "seconds": self.measured.get("seconds")} | known
 
 
 class AdapterManifest(Manifest):

@@ -1,4 +1,4 @@
-"""What a round cost: bytes on a real network, and memory. And whether what came of it is of any use."""
+"""What a round cost, what its clients say of what it began with, and whether what came of it is of any use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_fedlarge.journal import Journal
 from hf_fedlarge.memory import peak_memory_bytes
-from hf_fedlarge.update import measured
+from hf_fedlarge.update import measured, read_update
 
 
 def traffic(journal: Journal, number: int) -> dict[str, Any]:
@@ -43,3 +43,16 @@ def peaks(updates: list[Path]) -> dict[str, int]:
     """The largest resident size so far of this process, and of a client's, which in-process is the same one."""
     clients = max(int(measured(update).get("peak_memory_bytes", 0)) for update in updates)
     return {"peak_memory_bytes": max(peak_memory_bytes(), clients), "client_peak_memory_bytes": clients}
+
+
+def client_loss(updates: list[Path]) -> dict[str, Any] | None:
+    """The mean of the clients' held-out losses `before` they trained, weighted by their examples, and of how many.
+
+    So it is a federated evaluation of the adapter that the round began with, in the package, by the clients' word.
+    None: nobody said any.
+    """
+    said = [manifest for manifest in map(read_update, updates) if manifest.loss_before is not None]
+    if not said:
+        return None
+    total = sum(manifest.loss_before * manifest.examples for manifest in said)
+    return {"before": total / sum(manifest.examples for manifest in said), "clients": len(said)}

@@ -58,7 +58,7 @@ from hf_fedlarge.lineage import start_adapter
 from hf_fedlarge.merge import merge
 from hf_fedlarge.package import load_tokenizer
 from hf_fedlarge.privacy import spent
-from hf_fedlarge.report import peaks, traffic
+from hf_fedlarge.report import client_loss, peaks, traffic
 from hf_fedlarge.rerun import SETTINGS, begun_with
 from hf_fedlarge.secure_sum import aggregate_sum
 from hf_fedlarge.server import Order, RoundServer
@@ -245,6 +245,7 @@ class _Federation:
                 "energy_carried": adapter.energy_carried,
                 "seconds": round(time.monotonic() - started, 1),
                 **peaks(updates),
+                "client_loss": client_loss(updates),
                 "clients": [entry.model_dump() for entry in adapter.contributions],
                 "privacy": adapter.privacy and adapter.privacy.model_dump(),
                 "secure": server.stage(order, "reveal"),
@@ -266,10 +267,14 @@ class _Federation:
                 if attempt == _ATTEMPTS or (self.config.cohort is None and not self.config.secure):
                     raise
                 self.report(f"{error}")
+        own, before = record["client_loss"], ""
+        if own:
+            clients = "1 client" if own["clients"] == 1 else f"{own['clients']} clients"
+            before = f", {own['before']:.3f} on held-out examples of {clients} before it"
         epsilon = f"; {PrivacyEntry(**record['privacy']).sentence}" if record["privacy"] else ""
         self.report(
             f"round {number} committed: loss {record['loss_small']:.3f} (package), "
-            f"{record['loss_full']:.3f} (full model){epsilon}"
+            f"{record['loss_full']:.3f} (full model){before}{epsilon}"
         )
 
     def _ask(self, server: RoundServer, order: Order) -> None:

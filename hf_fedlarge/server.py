@@ -259,11 +259,11 @@ class RoundServer:
             except ArtifactError as error:
                 reason = f"{client} refused: {error}"
         size = sum(path.stat().st_size for path in directory.glob("*") if path.is_file())
-        measured = {} if reason else {"tokens": manifest.tokens, "seconds": manifest.measured.get("seconds")}
+        said = {} if reason else manifest.said
         if late and self.is_late:
-            measured["overdue"] = True
+            said["overdue"] = True
         if not self._of("received", client=client, digest=digest):
-            self._write("received", client=client, digest=digest, bytes=size, **measured)
+            self._write("received", client=client, digest=digest, bytes=size, **said)
         if reason is None and late:
             self._write("late", client=client, digest=digest)
             reason = f"{client} came after round {self.number} was closed; its update is kept for a later one."

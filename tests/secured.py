@@ -61,6 +61,7 @@ def train(output, package, adapter, client, number, deviation=0.01, key=None):
         lora=parent.lora,
         examples=10,
         tokens=TOKENS[client],
+        loss_before=2.0,
     )
     write_update(output, factors, manifest, architecture, small.base, key=key)
 

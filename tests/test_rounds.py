@@ -123,6 +123,8 @@ def test_a_run_ends_with_a_better_full_model_and_honest_figures(home, whole):
     first, second = summary["rounds"]
     assert second["loss_full"] == pytest.approx(loss["merged"], abs=0.02)
     assert second["loss_small"] < loss["package"]
+    assert first["client_loss"]["clients"] == second["client_loss"]["clients"] == 3
+    assert second["client_loss"]["before"] < first["client_loss"]["before"]
 
     package = read_manifest(output / "package", PackageManifest).total_bytes
     adapters = [output / "rounds" / number / "adapter" for number in ("0000", "0001")]
@@ -654,6 +656,38 @@ def test_a_round_whose_adapter_is_broken_names_whose_updates_it_has_and_is_asked
     journal = Journal(tmp_path / "run" / "journal.jsonl")
     assert [entry["broken"] for entry in journal.find("abandoned")] == [True, True]
     assert len(journal.find("selected")) == 3
+
+
+def test_what_clients_say_of_their_held_out_losses_is_kept_and_averaged(home, tmp_path):
+    said = {
+        "team-blue": {"loss_before": 2.0, "loss_after": 1.0},
+        "team-green": {"loss_before": 3.0, "examples": 3},
+        "team-red": {},
+        "team-white": {"loss_before": 2e6},
+    }
+    lines = []
+
+    def train(job):
+        lora = LoraSettings(rank=4, alpha=8)
+        make_update(job.output, job.package, job.client, lora=lora, adapter=job.adapter, examples=9)
+        path = job.output / MANIFEST_NAME
+        path.write_text(json.dumps(json.loads(path.read_text()) | said[job.client]))
+
+    config = config_of(home, rounds=1, cohort=None)
+    [entry] = run_federation(config, tmp_path / "run", train, lines.append)["rounds"]
+    assert entry["client_loss"] == {"before": (2.0 * 9 + 3.0 * 3) / 12, "clients": 2}
+    assert entry == json.loads((tmp_path / "run" / "rounds" / "0001" / "round.json").read_text())
+    [line] = [line for line in lines if line.startswith("round 1 committed")]
+    assert line.endswith("(full model), 2.250 on held-out examples of 2 clients before it")
+    received = Journal(tmp_path / "run" / "journal.jsonl").find("received")
+    kept = {each["client"]: (each.get("loss_before"), each.get("loss_after")) for each in received}
+    assert kept == {
+        "team-blue": (2.0, 1.0),
+        "team-green": (3.0, None),
+        "team-red": (None, None),
+        "team-white": (None, None),
+    }
+    assert [refusal["client"] for refusal in entry["refused"]] == ["team-white"]
 
 
 def test_numbers_in_a_file_are_numbers(home, tmp_path):

@@ -200,6 +200,9 @@ def test_the_adapter_is_that_of_a_round_without_secure_aggregation(home, federat
     manifest = read_manifest(server.adapter(1), AdapterManifest)
     assert (manifest.contributions, manifest.aggregator, manifest.weighting) == ([], aggregator, weighting)
     assert [entry["found"]["lost"] for entry in server.journal.find("staged", stage="reveal")] == [[]]
+    received = server.journal.find("received")
+    assert len(received) == 4
+    assert not any({"loss_before", "loss_after"} & entry.keys() for entry in received)
 
 
 def test_two_rounds_go_on_from_each_other(home, federation, tmp_path):
