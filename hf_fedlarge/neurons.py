@@ -81,6 +81,7 @@ class NeuronFit:
         """
         size_F1 = self._in_own_size()
         gram_FF, wanted_FD, W_FD = self._aa_FF, self._ae_FD.div_(size_F1), self._W_FD
+        del self._aa_FF
         kept_K = torch.arange(len(W_FD), device=W_FD.device)
         if count < len(W_FD):
             elimination = _Elimination(gram_FF.clone(), W_FD.clone(), ridge)
@@ -91,6 +92,7 @@ class NeuronFit:
         # What the others gave is the first part of what those that stay should give besides.
         wanted_KD = (gram_FF @ W_FD)[kept_K] + wanted_FD[kept_K]
         gram_KK = gram_FF[kept_K[:, None], kept_K]
+        del gram_FF  # solving takes two more matrices of its size
         wanted_KD -= gram_KK @ W_FD[kept_K]
         gram_KK.diagonal().add_(ridge)
         gain_KD = torch.cholesky_solve(wanted_KD, torch.linalg.cholesky(gram_KK))

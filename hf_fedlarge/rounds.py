@@ -173,8 +173,7 @@ class _Federation:
 
     def _begin(self, evaluated: Dataset, trained: Dataset | None) -> None:
         """The settings become the run's, now that all is looked at that can be refused without computing layers."""
-        how = self._how()
-        del how["batch_size"]
+        how = {name: self._how()[name] for name in ("max_length", "assistant_only")}
         check_examples(self.checkpoint, evaluated, trained, **how)
         write_json(self.run / SETTINGS, {"settings": self.config.model_dump(mode="json"), "revision": self.revision})
 

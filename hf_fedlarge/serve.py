@@ -136,7 +136,7 @@ class StoreClients:
         if config.secure:
             check_that_secrets_can_be_shared()
         self._config, self._run = config, run
-        training_order(config.training)
+        training_order(config.training)  # what orders can't carry is refused now
         if not (run / SERVED).exists():
             if (run / HELD_OUT).exists():
                 raise ConfigError(f"{run} was begun with simulated clients; choose another --output.")

@@ -862,7 +862,7 @@ def test_a_client_that_is_asked_again_with_something_else_reveals_nothing(
         if what == "limit" and secure.stage == "masked":
             secure = secure.model_copy(update={"limit": 0.1})
         if what == "training" and secure.stage == "shares":
-            server.clients._training = TrainingOrder(max_steps=2)
+            monkeypatch.setattr("hf_fedlarge.serve.training_order", lambda _: TrainingOrder(max_steps=2))
         if what in ("roster", "shown") and secure.stage == "masked":
             roster = read_document(store, "secure/0001/1/roster.json", secagg.Roster, 10**6)
             forged = [*roster.clients[:3], secagg.advertised("dan", secagg.new_secrets(), roster.context)]
