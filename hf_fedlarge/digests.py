@@ -14,7 +14,6 @@ import re
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
 from hf_fedlarge.artifacts import sha256_of
 from hf_fedlarge.cache import cache_directory, is_own
@@ -30,30 +29,42 @@ def remembered_sha256(path: Path) -> str:
         OSError: it can't be read.
     """
     with path.open("rb") as opened:  # which makes a network's file system ask for what it says next
-        seen = _seen(path, opened)
-        if os.fstat(opened.fileno()).st_size < _REMEMBERED_BYTES:
+        before = os.fstat(opened.fileno())
+        if before.st_size < _REMEMBERED_BYTES:
             return sha256_of(path)
-        kept = None
-        with suppress(RuntimeError):  # there is no home
-            kept = cache_directory() / "digests" / hashlib.sha256(seen.encode()).hexdigest()[:32]
-        if kept is not None:
-            with suppress(OSError, UnicodeDecodeError):
-                known = kept.read_text("ascii")
-                if is_own(kept) and re.fullmatch("[0-9a-f]{64}", known):
-                    return known
+        kept = _kept(path, before)
+        if known := _recalled(kept):
+            return known
         found = sha256_of(path)
-        state = os.fstat(opened.fileno())
-        settled = time.time_ns() - max(state.st_mtime_ns, state.st_ctime_ns) > _SETTLED_NS
-        if kept is not None and settled and _seen(path, opened) == seen:
-            with suppress(OSError):  # it is a cache
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                partial = kept.with_name(f".{kept.name}.{os.getpid()}")
-                partial.write_text(found, "ascii")
-                partial.replace(kept)
+        after = os.fstat(opened.fileno())
+        settled = time.time_ns() - max(after.st_mtime_ns, after.st_ctime_ns) > _SETTLED_NS
+        if settled and _kept(path, after) == kept:
+            _remember(kept, found)
     return found
 
 
-def _seen(path: Path, opened: BinaryIO) -> str:
-    """All that tells one state of a file from another without reading it."""
-    found = os.fstat(opened.fileno())
-    return repr((str(path.resolve()), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+def _kept(path: Path, found: os.stat_result) -> Path | None:
+    """Where the digest of a file in this state is, by all that tells one state from another; None: there is no home."""
+    state = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    name = hashlib.sha256(repr((str(path.resolve()), *state)).encode()).hexdigest()[:32]
+    with suppress(RuntimeError):
+        return cache_directory() / "digests" / name
+    return None
+
+
+def _recalled(kept: Path | None) -> str | None:
+    if kept is not None:
+        with suppress(OSError, UnicodeDecodeError):
+            known = kept.read_text("ascii")
+            if is_own(kept) and re.fullmatch("[0-9a-f]{64}", known):
+                return known
+    return None
+
+
+def _remember(kept: Path | None, digest: str) -> None:
+    if kept is not None:
+        with suppress(OSError):  # it is a cache
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            partial = kept.with_name(f".{kept.name}.{os.getpid()}")
+            partial.write_text(digest, "ascii")
+            partial.replace(kept)

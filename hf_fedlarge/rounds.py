@@ -173,8 +173,9 @@ class _Federation:
 
     def _begin(self, evaluated: Dataset, trained: Dataset | None) -> None:
         """The settings become the run's, now that all is looked at that can be refused without computing layers."""
-        how = {name: self._how()[name] for name in ("max_length", "assistant_only")}
-        check_examples(self.checkpoint, evaluated, trained, **how)
+        how = self._how()
+        limits = {"max_length": how["max_length"], "assistant_only": how["assistant_only"]}
+        check_examples(self.checkpoint, evaluated, trained, **limits)
         write_json(self.run / SETTINGS, {"settings": self.config.model_dump(mode="json"), "revision": self.revision})
 
     def _baseline(self) -> None:

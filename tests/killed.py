@@ -21,13 +21,18 @@ STEPS = {
 def dying(step: int):
     """A wrapper of functions; the process dies by SIGKILL at the `step`-th beginning or end of a call of one."""
     torch.set_num_threads(1)
+    return stopping(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def stopping(step: int, stop):
+    """A wrapper of functions; `stop` is called at the `step`-th beginning or end of a call of one."""
     left = step
 
     def count():
         nonlocal left
         left -= 1
         if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            stop()
 
     def counted(function):
         def wrapper(*arguments, **options):

@@ -580,6 +580,18 @@ def test_an_update_that_cannot_be_read_or_is_signed_by_another_does_not_stop_the
     assert set(entry["bytes_by_client"]) == {"team-blue", "team-green", "team-red", "team-white"}
 
 
+def saying(said):
+    """Clients that make an update each, whose manifest says besides what `said` has for them."""
+
+    def train(job):
+        lora = LoraSettings(rank=4, alpha=8)
+        make_update(job.output, job.package, job.client, lora=lora, adapter=job.adapter, examples=9)
+        path = job.output / MANIFEST_NAME
+        path.write_text(json.dumps(json.loads(path.read_text()) | said[job.client]))
+
+    return train
+
+
 def test_an_update_whose_weight_can_not_be_told_is_refused_when_it_comes_and_zeros_count_alike(home, tmp_path):
     """Before the round is closed, after which an aggregation that can't be made could never be."""
     said = {
@@ -589,13 +601,7 @@ def test_an_update_whose_weight_can_not_be_told_is_refused_when_it_comes_and_zer
         "team-white": {"loss_before": 1.7e308, "loss_after": -1.7e308},
     }
 
-    def train(job):
-        lora = LoraSettings(rank=4, alpha=8)
-        make_update(job.output, job.package, job.client, lora=lora, adapter=job.adapter, examples=9)
-        path = job.output / MANIFEST_NAME
-        path.write_text(json.dumps(json.loads(path.read_text()) | said[job.client]))
-
-    summary = run(home, tmp_path / "run", train=train, rounds=1, cohort=None, weighting="loss")
+    summary = run(home, tmp_path / "run", train=saying(said), rounds=1, cohort=None, weighting="loss")
     [entry] = summary["rounds"]
     assert {client["client"]: client["weight"] for client in entry["clients"]} == {"team-blue": 0.5, "team-green": 0.5}
     journal = Journal(tmp_path / "run" / "journal.jsonl")
@@ -616,13 +622,7 @@ def test_an_update_that_a_weighting_of_ones_own_fails_on_or_gives_none_is_refuse
         "team-white": {"loss_before": 2.0, "loss_after": 1.5},
     }
 
-    def train(job):
-        lora = LoraSettings(rank=4, alpha=8)
-        make_update(job.output, job.package, job.client, lora=lora, adapter=job.adapter, examples=9)
-        path = job.output / MANIFEST_NAME
-        path.write_text(json.dumps(json.loads(path.read_text()) | said[job.client]))
-
-    summary = run(home, tmp_path / "run", train=train, rounds=1, cohort=None, weighting="test_rounds:gained")
+    summary = run(home, tmp_path / "run", train=saying(said), rounds=1, cohort=None, weighting="test_rounds:gained")
     [entry] = summary["rounds"]
     assert [client["client"] for client in entry["clients"]] == ["team-blue", "team-white"]
     causes = {refused["client"]: refused["reason"] for refused in entry["refused"]}
@@ -667,14 +667,8 @@ def test_what_clients_say_of_their_held_out_losses_is_kept_and_averaged(home, tm
     }
     lines = []
 
-    def train(job):
-        lora = LoraSettings(rank=4, alpha=8)
-        make_update(job.output, job.package, job.client, lora=lora, adapter=job.adapter, examples=9)
-        path = job.output / MANIFEST_NAME
-        path.write_text(json.dumps(json.loads(path.read_text()) | said[job.client]))
-
     config = config_of(home, rounds=1, cohort=None)
-    [entry] = run_federation(config, tmp_path / "run", train, lines.append)["rounds"]
+    [entry] = run_federation(config, tmp_path / "run", saying(said), lines.append)["rounds"]
     assert entry["client_loss"] == {"before": (2.0 * 9 + 3.0 * 3) / 12, "clients": 2}
     assert entry == json.loads((tmp_path / "run" / "rounds" / "0001" / "round.json").read_text())
     [line] = [line for line in lines if line.startswith("round 1 committed")]

@@ -13,6 +13,7 @@ import time
 import pytest
 import round_driver
 from federation import LORA, make_federation, make_update
+from killed import stopping
 from round_driver import CLIENTS, check_ins, close, config, drive, make_server
 
 from hf_fedlarge.architectures import describe
@@ -430,20 +431,8 @@ def test_killed_while_a_broken_attempt_is_given_up_a_rerun_ends_with_the_same_by
     class Killed(BaseException):
         pass
 
-    def count():
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise Killed
-
-    def dying(function):
-        def wrapper(*arguments, **options):
-            count()
-            result = function(*arguments, **options)
-            count()
-            return result
-
-        return wrapper
+    def die():
+        raise Killed
 
     (tmp_path / "whole").mkdir()
     drive(home, tmp_path / "whole", broken=1)
@@ -453,11 +442,11 @@ def test_killed_while_a_broken_attempt_is_given_up_a_rerun_ends_with_the_same_by
     step = 0
     while True:
         step += 1
-        left, run = step, tmp_path / str(step)
+        counted, run = stopping(step, die), tmp_path / str(step)
         shutil.copytree(tmp_path / "0", run)
         with monkeypatch.context() as patched:
-            patched.setattr(Journal, "write", dying(Journal.write))
-            patched.setattr(shutil, "rmtree", dying(shutil.rmtree))
+            patched.setattr(Journal, "write", counted(Journal.write))
+            patched.setattr(shutil, "rmtree", counted(shutil.rmtree))
             with pytest.raises(Killed):
                 drive(home, run, broken=1)
         is_over = len(events(run, "selected")) == 2
