@@ -57,14 +57,14 @@ def in_order(
 
 
 def add_product(rows: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> tuple[torch.Tensor, bool]:
-    """rows + scale · left right, every value computed in fp64 and rounded once to the dtype of `rows`.
+    """rows + scale · left right, every value as computed in fp64 and rounded once to the dtype of `rows`.
 
     For bf16 a compiled kernel does it, where there is one, in one pass over memory.
 
     Args:
         rows: (n, m) in float32, float16 or bfloat16.
-        left: (n, r) in fp64.
-        right: (r, m) in fp64.
+        left: (n, r) in fp32.
+        right: (r, m) in fp32.
         scale: the factor before the product.
 
     Returns:
@@ -72,7 +72,7 @@ def add_product(rows: torch.Tensor, left: torch.Tensor, right: torch.Tensor, sca
     """
     if compiled := kernels_for(rows):
         return compiled.add_product(rows, left.contiguous(), right.contiguous(), scale)
-    merged = torch.empty_like(rows)
+    left, right, merged = left.double(), right.double(), torch.empty_like(rows)
     for piece in _slices(len(rows), _PIECE_ROWS):
         for columns in _slices(rows.shape[1], _PIECE_COLUMNS):
             total = rows[piece, columns].double().addmm_(left[piece], right[:, columns], alpha=scale)

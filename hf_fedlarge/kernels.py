@@ -53,7 +53,7 @@ _ARGUMENTS = {
     "attention_bytes": "ll",
     "nf4_linear": "pppppppppppllllfii",
     "nf4_linear_bytes": "llllii",
-    "add_product": "pppppllld",
+    "add_product": "pppppllldf",
 }
 _RESULTS = {  # of the others, nothing
     "attention_bytes": ctypes.c_int64,
@@ -215,18 +215,28 @@ class Kernels:
     def add_product(
         self, rows_NM: torch.Tensor, left_NR: torch.Tensor, right_RM: torch.Tensor, scale: float
     ) -> tuple[torch.Tensor, bool]:
-        """rows + scale · left right, summed in fp64 and rounded once, and whether that is finite. One thread's work.
+        """rows + scale · left right, as if summed in fp64 and rounded once, and whether that is finite. Of one thread.
 
         Args:
             rows_NM: what is added to.
-            left_NR: fp64.
-            right_RM: fp64.
+            left_NR: fp32.
+            right_RM: fp32.
             scale: the factor before the product.
         """
-        out_NM = torch.empty_like(rows_NM)
-        work = left_NR.new_empty(left_NR.shape[1], 32)
-        sizes = *rows_NM.shape, left_NR.shape[1]
-        return out_NM, bool(self._call("add_product", "", rows_NM, left_NR, right_RM, out_NM, work, *sizes, scale))
+        out_NM, R = torch.empty_like(rows_NM), left_NR.shape[1]
+        work = left_NR.new_empty(R, 64)
+        # A sum of R products is off by R roundings of the sum of their sizes, at most (Higham 2002, section 3.1), which
+        # is no larger than the product of two norms; and by others of the scale, of its product, and below 2⁻¹²⁶.
+        norms = [
+            torch.linalg.vector_norm(factor, dim=dim, dtype=torch.float64).max().item() if factor.numel() else 0.0
+            for factor, dim in ((left_NR, 1), (right_RM, 0))
+        ]
+        off = abs(scale) * math.prod(norms)
+        if off:
+            off = 1.01 * (R + 4) * (off * 2.0**-24 + max(1.0, abs(scale)) * 2.0**-149)
+        off = off if off < torch.finfo(torch.float32).max else math.inf  # also NaN
+        given = rows_NM, left_NR, right_RM, out_NM, work
+        return out_NM, bool(self._call("add_product", "", *given, *rows_NM.shape, R, scale, off))
 
     def attention_gradient(
         self,

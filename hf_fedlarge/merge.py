@@ -356,7 +356,7 @@ def _merged(target: MergeTarget, factors: Factors, scale: float, rows: torch.Ten
     """The rows of a target that begin at `start`, as stored, merged, in their dtype."""
     A_RI, B_OR = factors
     left, right = (A_RI.T, B_OR.T) if target.transposed else (B_OR, A_RI)
-    merged, finite = add_product(rows, left[start : start + len(rows)].double(), right.double(), scale)
+    merged, finite = add_product(rows, left[start : start + len(rows)], right, scale)
     if not finite:
         raise ArtifactError(
             f"Merging {target.module} gives a value in {target.name} that {target.dtype} can't hold; "

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from hf_fedlarge.errors import ArtifactError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _WRITTEN_BYTES = 2**18
+_BEHIND_BYTES = 2**24  # that hashing may be behind writing
+_CACHED_BYTES = 2**28  # the end of a file that stays in the page cache
 
 _DTYPES = {
     "F64": torch.float64,
@@ -176,7 +179,8 @@ def _plan_file(
 class SafetensorsWriter:
     """Writes one safetensors file tensor by tensor; what is written in the order of `infos` is hashed meanwhile.
 
-    It goes to the disk meanwhile, too (on Linux), so that whoever flushes the file at the end waits for little.
+    It goes to the disk meanwhile, too (on Linux), so that whoever flushes the file at the end waits for little. Of a
+    large file only the end stays in the page cache; all of it would push out what is read again, such as packages.
 
     Args:
         path: the file to make.
@@ -195,20 +199,23 @@ class SafetensorsWriter:
         self._hash: Any = hashlib.sha256(head)
         self._hashed = 0
         self._beside = ThreadPoolExecutor(1)
-        self._hashing: Future[None] | None = None
+        self._hashing: deque[tuple[int, Future[None]]] = deque()
         self._file = path.open("wb")
         self._file.write(head)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a tensor, or the next rows of one; the sizes must be those announced, the order may be any."""
+        """Write a tensor, or the next rows of one; the sizes must be those announced, the order may be any.
+
+        Its values must stay as they are until `close`: they may be hashed later.
+        """
         data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
         offset = self._next[name]
         assert offset + data.nbytes <= self._end[name], f"{name}: more bytes than announced"
         self._next[name] += data.nbytes
         if self._hash is not None and offset == self._hashed:
-            if self._hashing is not None:
-                self._hashing.result()
-            self._hashing = self._beside.submit(self._hash.update, data)
+            while self._hashing and data.nbytes + sum(size for size, _ in self._hashing) > _BEHIND_BYTES:
+                self._hashing.popleft()[1].result()
+            self._hashing.append((data.nbytes, self._beside.submit(self._hash.update, data)))
             self._hashed += data.nbytes
         elif data.nbytes:
             self._hash = None
@@ -218,7 +225,10 @@ class SafetensorsWriter:
             self._file.write(data[piece : piece + _WRITTEN_BYTES])
         if hasattr(os, "posix_fadvise"):
             # Linux begins to write what is called not needed. An fsync here would stop the writing until it is done.
-            os.posix_fadvise(self._file.fileno(), self._start + offset, data.nbytes, os.POSIX_FADV_DONTNEED)
+            # Called so again once it is written it leaves the page cache, where it would take the place of other files.
+            for begin in (self._start + offset, self._start + offset - _CACHED_BYTES):
+                if begin >= 0:
+                    os.posix_fadvise(self._file.fileno(), begin, data.nbytes, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> FileEntry:
         """End the file and give its size and SHA-256."""

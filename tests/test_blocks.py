@@ -102,12 +102,12 @@ def test_a_product_is_added_and_rounded_once(way, dtype, shape):
     rows = torch.randn(shape, generator=generator).to(dtype)
     half = torch.finfo(dtype).eps / 2  # of the distance between two neighbours in [1, 2)
     rows.view(-1)[::7] = 1.0
-    left = torch.randn(shape[0], 2, generator=generator, dtype=torch.float64).mul_(1e-12)
+    left = torch.randn(shape[0], 2, generator=generator).mul_(1e-12)
     left[:, 1] = half
-    right = torch.randn(2, shape[1], generator=generator, dtype=torch.float64)
+    right = torch.randn(2, shape[1], generator=generator)
     right[1] = 1.0
     found, finite = add_product(rows, left, right, 1.0)
-    exact = torch.addmm(rows.double(), left, right)
+    exact = torch.addmm(rows.double(), left.double(), right.double())
     assert found.dtype == dtype
     assert finite
     assert torch.equal(found, round_fp64(exact, dtype))
@@ -119,11 +119,38 @@ def test_a_product_is_added_and_rounded_once(way, dtype, shape):
 def test_a_product_of_any_rank(way, rank):
     generator = torch.Generator().manual_seed(rank)
     rows = torch.randn(19, 75, generator=generator).bfloat16()
-    left = torch.randn(rank, 19, generator=generator, dtype=torch.float64).T  # as a transposed matrix's factor comes
-    right = torch.randn(rank, 75, generator=generator, dtype=torch.float64)
+    left = torch.randn(rank, 19, generator=generator).T  # as a transposed matrix's factor comes
+    right = torch.randn(rank, 75, generator=generator)
     found, finite = add_product(rows, left, right, 0.3)
     assert finite
-    assert torch.equal(found, round_fp64(rows.double() + 0.3 * (left @ right), torch.bfloat16))
+    assert torch.equal(found, round_fp64(rows.double() + 0.3 * (left.double() @ right.double()), torch.bfloat16))
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-19, 1.0, 1e4, 1e8])
+@pytest.mark.parametrize("scale", [0.3, -1e-9, 1e9])
+def test_a_product_whose_terms_cancel_and_one_beyond_fp32(way, size, scale):
+    """What fp32 makes of such sums is far off: terms of size² that leave a thousandth of one."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(19, 75, generator=generator).bfloat16()
+    left = torch.randn(19, 4, generator=generator).mul_(size)
+    right = torch.randn(4, 75, generator=generator).mul_(size)
+    left[:, 2], right[2] = left[:, 1], -right[1]
+    left[:, 0] *= 1e-3
+    left[:, 3] = 0
+    found, finite = add_product(rows, left, right, scale)
+    exact = rows.double() + scale * (left[:, :1].double() @ right[:1].double())
+    assert finite
+    assert torch.equal(found, round_fp64(exact, torch.bfloat16))
+
+
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+def test_factors_that_are_not_finite_spoil_their_own_rows_alone(way, factor):
+    rows, left = torch.ones(9, 40, dtype=torch.bfloat16), torch.full((9, 2), 0.5)
+    left[3, 1] = factor
+    found, finite = add_product(rows, left, torch.ones(2, 40), 1.0)
+    assert not finite
+    assert not found[3].isfinite().any()
+    assert (found[torch.arange(9) != 3] == 2).all()
 
 
 @pytest.mark.parametrize("row", [0, 4, 8], ids="row {}".format)
@@ -132,8 +159,8 @@ def test_a_product_of_any_rank(way, rank):
 def test_a_sum_beyond_the_dtype_is_noticed_wherever_it_is(way, value, row, column):
     rows = torch.zeros(9, 40, dtype=torch.bfloat16)
     rows[row, column] = value  # 3.4e38 is nearer to infinity than to bf16's largest number
-    one = torch.zeros(9, 1, dtype=torch.float64)
-    found, finite = add_product(rows, one, torch.zeros(1, 40, dtype=torch.float64), 1.0)
+    one = torch.zeros(9, 1)
+    found, finite = add_product(rows, one, torch.zeros(1, 40), 1.0)
     assert not finite
     assert not found[row, column].isfinite()
     found[row, column] = 0
