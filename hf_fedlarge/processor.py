@@ -1,8 +1,9 @@
 """What computes, and what it computes fastest.
 
-Not every processor multiplies matrices in bf16 well. Without AMX it takes twice as long as in fp32 where there is
-AVX512-BF16, and many times where there is neither (docs/log.md; ARM was not measured). fp16 takes ten times as long
-without AVX512-FP16. So there matrices are dense in fp32 and products are of fp32, whatever the dtype of all else.
+Not every processor multiplies matrices in bf16 well. Without AMX Intel's take twice as long as in fp32 where there is
+AVX512-BF16, and any many times where there is neither (docs/log.md; ARM was not measured). AMD's AVX512-BF16 multiplies
+twice as many values at a time as in fp32, by its makers' word: the two were not compared here. fp16 takes ten times as
+long without AVX512-FP16. So there matrices are dense in fp32 and products are of fp32, whatever the dtype of all else.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ import torch
 
 # What a CPU must have one of, that products of a dtype are worth it.
 _NEEDS = {torch.bfloat16: ("amx_bf16",), torch.float16: ("amx_fp16", "avx512_fp16")}
+_NEEDS_OF_AMD = _NEEDS | {torch.bfloat16: ("avx512_bf16",)}
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """In what products are computed fastest: fp32 for bf16 and fp16 on a CPU that is slow with them, else `dtype`.
 
-    It rests on what the processor can, not on a measurement, so that a machine always computes the same.
+    It rests on what the processor is and can, not on a measurement, so that a machine always computes the same.
     """
     if device.type == "cpu" and dtype in _NEEDS:
         has = torch.cpu.get_capabilities()
-        return dtype if any(has.get(name, False) for name in _NEEDS[dtype]) else torch.float32
+        needs = _NEEDS_OF_AMD if "AMD" in str(has.get("cpu_name", "")) else _NEEDS
+        return dtype if any(has.get(name, False) for name in needs[dtype]) else torch.float32
     return dtype
 
 
