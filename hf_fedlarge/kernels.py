@@ -226,7 +226,8 @@ class Kernels:
         out_NM, R = torch.empty_like(rows_NM), left_NR.shape[1]
         work = left_NR.new_empty(R, 64)
         # A sum of R products is off by R roundings of the sum of their sizes, at most (Higham 2002, section 3.1), which
-        # is no larger than the product of two norms; and by others of the scale, of its product, and below 2⁻¹²⁶.
+        # is no larger than the product of two norms; and by others of the scale, of its product, and below 2⁻¹²⁶. Where
+        # fp32 can't say how far, each value is computed in fp64.
         norms = [
             torch.linalg.vector_norm(factor, dim=dim, dtype=torch.float64).max().item() if factor.numel() else 0.0
             for factor, dim in ((left_NR, 1), (right_RM, 0))
@@ -234,7 +235,9 @@ class Kernels:
         off = abs(scale) * math.prod(norms)
         if off:
             off = 1.01 * (R + 4) * (off * 2.0**-24 + max(1.0, abs(scale)) * 2.0**-149)
-        off = off if off < torch.finfo(torch.float32).max else math.inf  # also NaN
+        fp32 = torch.finfo(torch.float32)
+        if not off < fp32.max or 0 < abs(scale) < fp32.tiny:
+            off = math.inf
         given = rows_NM, left_NR, right_RM, out_NM, work
         return out_NM, bool(self._call("add_product", "", *given, *rows_NM.shape, R, scale, off))
 

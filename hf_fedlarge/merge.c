@@ -70,7 +70,7 @@ static inline __attribute__((always_inline)) int add_tile(const bf16 *rows, cons
             const bf16 low = (bits_of(value - around) + 0x7fff) >> 16, high = (bits_of(value + around) + 0x8000) >> 16;
             const bf16 size = low & 0x7fff;
             out[a * m + j] = low;
-            doubt[a][j] = low ^ high;
+            doubt[a][j] = (low ^ high) | (value != value);
             doubts |= doubt[a][j];
             largest = size > largest ? size : largest;
         }
