@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
 
 from hf_fedlarge.architectures import Architecture
 from hf_fedlarge.artifacts import sync
@@ -156,7 +155,7 @@ def _fit_block(
 
     `truth` and `after` are the full model's states before and after it, `states` the small one's before it.
     """
-    block, attention, feed_forward = student.block(layer), architecture.attention_output, architecture.feed_forward
+    attention, feed_forward = architecture.attention_output, architecture.feed_forward
     found: dict[str, FrozenWeight] = {}
     kept_K: torch.Tensor | None = None
 
@@ -203,8 +202,8 @@ def _fit_block(
             put(reround([path for path in architecture.linears if path not in others]))
             if attention:
                 # With a silent feed-forward layer a block gives the states between the two.
-                silent = feed_forward.output
-                with hooked(teacher.block(layer), silent, _silence), hooked(block, silent, _silence):
+                silent = [*feed_forward.inputs, feed_forward.output]
+                with teacher.silent(layer, silent), student.silent(layer, silent):
                     between = (teacher.step(layer, hidden) for hidden in truth)
                     given = refit(attention, student.dense(layer, attention).shape[0], between)
                 put(given)
@@ -260,10 +259,6 @@ def _share_added(student: Walk, layer: int, path: str, hidden: torch.Tensor) -> 
     share = float((moved @ push).mean() / (push @ push))
     lost = (moved - share * push).square().sum() / moved.square().sum()
     return share if lost < _PROBE**2 else 0.0
-
-
-def _silence(_: nn.Module, args: Any, value: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(value)
 
 
 class _Journal:

@@ -156,6 +156,18 @@ class Walk:
                 linear.weight = own[path]
             self._hold()
 
+    @contextmanager
+    def silent(self, number: int, paths: Iterable[str]) -> Iterator[None]:
+        """Within it, the matrices at `paths` inside block `number` give zeros, and nothing is computed for them."""
+        linears = [self._model.engine.linear_of[self._blocks[number].get_submodule(path)] for path in paths]
+        for linear in linears:
+            linear.value_unused = True
+        try:
+            yield
+        finally:
+            for linear in linears:
+                linear.value_unused = False
+
     @torch.no_grad()
     def loss(self, hidden: torch.Tensor, ids: torch.Tensor) -> float:
         """Mean next-token loss of `ids` (1, S) for the last block's output (1, S, D), in nats."""
