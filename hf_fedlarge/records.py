@@ -11,12 +11,17 @@ from hf_fedlarge.errors import ConfigError
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first of pydantic's complaints as `where: what`; a key may be hostile, so it is shown short and printable."""
+    """The first of pydantic's complaints as `where: what`; what it is of may be hostile, so it is shown short."""
     problem = error.errors()[0]
     where = ascii(".".join(str(part) for part in problem["loc"]))[1:-1][:120]
     if problem["type"] == "extra_forbidden":
         return f"{where} is not known"
-    what = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else problem["msg"]
+    if problem["type"] == "value_error":
+        what = str(problem["ctx"]["error"])
+    else:
+        what = problem["msg"]
+        if isinstance(problem["input"], str | int | float):
+            what += f", found {ascii(problem['input'])[:80]}"
     return f"{where}: {what}" if where else what
 
 

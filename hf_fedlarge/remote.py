@@ -174,6 +174,11 @@ class RemoteFiles:
         except FSTimeoutError as error:
             raise StoreError(f"{self.url} did not answer within {seconds:g} s ({operation}).") from error
         except Exception as error:
+            if isinstance(self.fs, Directory) and isinstance(error, OSError) and error.strerror:
+                where = f" ({error.filename})" if error.filename else ""
+                raise StoreError(
+                    f"{self.url} failed: {error.strerror}{where}; check who may read and write there."
+                ) from error
             said = " ".join(str(error).split()).rstrip(".")
             raise StoreError(
                 f"{self.url} failed ({operation}: {type(error).__name__}{said and f': {said:.300}'}); check the "

@@ -159,6 +159,11 @@ class StoreClients:
             write_jsonl(self._examples, run / HELD_OUT)
         self._id = json.loads(identity.read_text())["run"]
         found = self._check_that_it_is_free(self._id)
+        if found is not None and found.run == self._id and found.signature is not None and self._key is None:
+            raise ConfigError(
+                f"{self.store.url}/{ORDER} is signed, and clients that know the key take no other; give --key, or "
+                "remove that file there if they do."
+            )
         if found is None or found.state == "over":
             self._close(0, 0)
         self._admission = Admission(self.store, self._id, self._key, self.patience.say)

@@ -331,7 +331,7 @@ class RoundServer:
         if not self._of("closed", attempt=order.attempt):
             needed = max(self.settings.min_updates, self.config.fewest_updates)
             if len(self.accepted) < needed:
-                found = f"{len(self.accepted)} valid updates of {len(order.clients)} clients"
+                found = f"of {len(order.clients)} clients {len(self.accepted)} sent a valid update"
                 self.abandon(order, f"{found}; at least {needed} are needed.")
             late = late_updates(self.journal, self.number, self.accepted)
             self._write("closed", attempt=order.attempt, clients=self.accepted, late=late)
@@ -365,9 +365,9 @@ class RoundServer:
             UpdateRefusedError: always, with the reasons.
         """
         self._write("abandoned", attempt=order.attempt, accepted=self.accepted, broken=broken)
-        raise UpdateRefusedError(
-            f"Round {self.number} is abandoned: {why} " + " ".join(entry["reason"] for entry in self.refused)
-        )
+        refused = [(entry["client"], entry["reason"]) for entry in self.refused]
+        causes = [reason if client in reason else f"{client}: {reason}" for client, reason in refused]
+        raise UpdateRefusedError(f"Round {self.number} is abandoned: {' '.join([why, *causes])}")
 
     # Stages of secure aggregation
 

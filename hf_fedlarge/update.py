@@ -376,7 +376,7 @@ def outcome(update: Path) -> str:
     else:
         loss = f"its held-out loss {manifest.loss_before:.3f} → {manifest.loss_after:.3f}"
     seconds, peak = (manifest.measured.get(name, 0) for name in ("seconds", "peak_memory_bytes"))
-    return f"{loss}, {manifest.tokens} tokens, {seconds:.0f} s, peak memory {peak / 1e6:.0f} MB"
+    return f"{loss}, {manifest.tokens} tokens, {seconds:.0f} s, peak memory {peak / 1e6:.0f} MB with mapped files"
 
 
 def client_name(directory: Path) -> str:

@@ -68,9 +68,12 @@ def test_who_joins_is_told_what_it_computes_on(home, tmp_path, capsys):
     (tmp_path / "store").mkdir()
     words = ["--client", "ann", "--data", home / "data.jsonl", "--cache", tmp_path, "--patience", 0.01, "--poll", 0.01]
     assert run("join", tmp_path / "store", *words) == 2
-    device, checked_in = capsys.readouterr().out.splitlines()
+    device, checked_in, waiting = capsys.readouterr().out.splitlines()
     assert device.endswith(" computing on the CPU, 1 thread")
     assert " ann checked in at " in checked_in
+    assert waiting.endswith(
+        " has no order yet: waiting for a server to begin there; is it the URL that the server has?"
+    )
 
 
 def test_a_gpu_is_said_by_its_name(monkeypatch):

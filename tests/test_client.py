@@ -744,6 +744,7 @@ def test_a_federations_training_is_checked_before_anything_is_written(tmp_path, 
     check_training(TRAINING | {"learning_rate": "1e-4", "packing": True, "lr_scheduler_kwargs": {"power": 2}})
     wrong = {
         "no_such_thing": (1, "no_such_thing found, expected those of trl's SFTConfig"),
+        "max_step": (1, "max_step found, expected max_steps; correct or remove it."),
         "output_dir": ("x", "output_dir"),
         "resume_from_checkpoint": ("x", "resume_from_checkpoint"),
         "max_length": (None, "max_length is null"),

@@ -697,7 +697,7 @@ def test_a_round_below_its_quorum_commits_nothing(home, tmp_path):
         IN_PROCESS(job)
 
     with pytest.raises(
-        UpdateRefusedError, match="Round 1 is abandoned: 1 valid updates of 4 clients; at least 2 are needed"
+        UpdateRefusedError, match="Round 1 is abandoned: of 4 clients 1 sent a valid update; at least 2 are needed"
     ):
         run(home, tmp_path / "run", train=train, cohort=None, min_updates=2, rounds=1)
     assert not (tmp_path / "run" / "rounds" / "0001").exists()

@@ -802,6 +802,16 @@ def test_a_note_that_cannot_be_written_keeps_nobody_else_out(home, store, tmp_pa
     assert server.said[-1] == "'ann' can't be told that it can't take part: the line is dead"
 
 
+def test_a_run_whose_orders_are_signed_does_not_go_on_without_a_key(home, store, tmp_path):
+    new_key(tmp_path / "server.pem", "server")
+    Server(home, tmp_path / "run", store, key=read_key(tmp_path / "server.pem"))
+    order = store.read(ORDER, 2**20)
+    with pytest.raises(ConfigError, match=r"order.json is signed, and clients that know the key .*; give --key"):
+        Server(home, tmp_path / "run", store)
+    assert store.read(ORDER, 2**20) == order
+    Server(home, tmp_path / "run", store, key=read_key(tmp_path / "server.pem"))
+
+
 @pytest.mark.parametrize("signs", [True, False])
 def test_a_client_that_is_not_taken_learns_why_and_waits(home, store, member, tmp_path, signs):
     """Here the file says a row less than it has; the rows that it would hold out count, too."""
@@ -818,7 +828,9 @@ def test_a_client_that_is_not_taken_learns_why_and_waits(home, store, member, tm
     write_document(store, ORDER, signed(over, key if signs else None))
     client.join(60)
     assert not client.is_alive()
-    sentence = "the server says: ann can't take part: it says 12 examples; expected 11 at most"
+    sentence = (
+        "the server says: ann can't take part: it says 12 examples; expected 11 at most; waiting, as that may change"
+    )
     assert [line for line in member.said if "can't" in line] == [sentence]
 
 

@@ -569,7 +569,7 @@ def test_a_link_that_somebody_makes_while_a_file_is_written_is_not_followed(tmp_
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "unlink", unlinked)
-        with pytest.raises(StoreError, match=r"failed \(pipe_file: FileExistsError"):
+        with pytest.raises(StoreError, match=r"failed: File exists \(.order.json.partial\)"):
             store.write("order.json", b"[]")
     assert (mine.read_text(), store.read("order.json", 10)) == ("dear", b"{}")
     store.write("order.json", b"[]")
@@ -587,7 +587,7 @@ def test_a_store_that_cannot_be_opened_or_written_is_said(tmp_path, package):
     with pytest.raises(ConfigError, match="nonsense://x can't be opened as a store"):
         Store("nonsense://x")
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match=r"file/store failed \(\w+: \w+"):
+    with pytest.raises(StoreError, match=r"file/store failed: Not a directory \("):
         Store(str(tmp_path / "file" / "store")).put(package)
 
 

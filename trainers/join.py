@@ -183,6 +183,11 @@ class _Member:
                     write_document(self._store, f"{CHECK_INS}/{self._client}.json", self._check_in)
                     checked_in = run
                     self._report(f"{self._client} checked in at {self._store.url}")
+                if order is None:
+                    self._trouble(
+                        f"{self._store.url} has no order yet: waiting for a server to begin there; is it the URL that "
+                        "the server has?"
+                    )
                 if order is not None and order.state == "over" and self._leaves(order, last, once):
                     return
                 if order != last:
@@ -249,7 +254,7 @@ class _Member:
         )
         if said is not None and said.sentence != self._refused:
             self._refused = said.sentence
-            self._report(said.sentence)
+            self._report(f"{said.sentence}; waiting, as that may change")
 
     def _answer(self, order: OrderDocument, work: Work) -> None:
         """Train and send the update, or why there is none; what is done already is not done again."""

@@ -12,6 +12,7 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Callable
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -102,11 +103,12 @@ def training_config(training: dict[str, Any]) -> StreamingLoraConfig:
         ConfigError: as `check_training`.
     """
     clients_own = {"output_dir", "resume_from_checkpoint"}
-    unknown = training.keys() - ({field.name for field in fields(StreamingLoraConfig)} - clients_own)
-    if unknown:
+    known = {field.name for field in fields(StreamingLoraConfig)} - clients_own
+    for name in sorted(training.keys() - known):
+        near = get_close_matches(name, known, 1, cutoff=0.75)
+        expected = near[0] if near else "those of trl's SFTConfig other than output_dir and resume_from_checkpoint"
         raise ConfigError(
-            f"The federation's training arguments are wrong: {', '.join(sorted(unknown))} found, expected those of "
-            "trl's SFTConfig other than output_dir and resume_from_checkpoint; correct or remove it."
+            f"The federation's training arguments are wrong: {name} found, expected {expected}; correct or remove it."
         )
     for name, value in training.items():
         if value is None:

@@ -45,10 +45,9 @@ def rehearse(url: str, site: Site, report: Callable[[str], None], package: Path 
         FedLargeError: what would keep it from taking part.
     """
     check_in = site.check_in()
-    report(
-        f"{site.client} would check in with {check_in.examples} examples and {check_in.memory_bytes / 1e9:.1f} GB of "
-        "memory"
-    )
+    memory = check_in.memory_bytes
+    size = f"{memory / 1e9:.1f} GB" if memory >= 1e9 else f"{memory / 1e6:.0f} MB"
+    report(f"{site.client} would check in with {check_in.examples} examples and {size} of memory")
     store = Store(url)
     with writing(site.directory):
         site.directory.mkdir(parents=True, exist_ok=True)
@@ -56,7 +55,7 @@ def rehearse(url: str, site: Site, report: Callable[[str], None], package: Path 
         scratch = TemporaryDirectory(prefix=".check-", dir=site.directory)
     with scratch as directory:
         order = Ear(store, site.client, Path(directory), site.server_key, report).order()
-        report(f"{store.url} {_found(order, site.client)}")
+        report(f"{store.url} {_found(order, site.client, store)}")
         home, look = Path(directory), partial(_describe, report=report, show=show)
         if order is not None and order.work:
             _rehearse_order(site, store, order, home, report, look)
@@ -66,7 +65,9 @@ def rehearse(url: str, site: Site, report: Callable[[str], None], package: Path 
             report("no package is named there yet, so no step was tried (--package DIR tries one); nothing was sent")
 
 
-def _found(order: OrderDocument | None, client: str) -> str:
+def _found(order: OrderDocument | None, client: str, store: Store) -> str:
+    if order is None and not store.names(""):
+        return "isn't there or holds nothing: no server has begun there yet, or the URL is another one"
     if order is None:
         return "can be read; it has no order yet"
     if order.state == "open":
@@ -105,7 +106,9 @@ def _steps(site: Site, order: OrderDocument | None, arguments: dict[str, Any], h
         peak = torch.cuda.max_memory_allocated(config.device)
     ordered = order.training.max_steps if order else None
     all_of_them = f", {ordered} of them {spell_seconds(second * ordered)}" if ordered else ""
-    return f"a step takes {second:.2f} s{all_of_them}, {peak / 1e9:.1f} GB at most; nothing was sent"
+    return (
+        f"a step takes {second:.2f} s{all_of_them}, {peak / 1e9:.1f} GB at most (mapped files in it); nothing was sent"
+    )
 
 
 def _describe(trainer: StreamingLoraTrainer, report: Callable[[str], None], show: int) -> None:
