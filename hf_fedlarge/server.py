@@ -331,7 +331,7 @@ class RoundServer:
         if not self._of("closed", attempt=order.attempt):
             needed = max(self.settings.min_updates, self.config.fewest_updates)
             if len(self.accepted) < needed:
-                found = f"of {len(order.clients)} clients {len(self.accepted)} sent a valid update"
+                found = f"{len(self.accepted)} of {len(order.clients)} clients sent a valid update"
                 self.abandon(order, f"{found}; at least {needed} are needed.")
             late = late_updates(self.journal, self.number, self.accepted)
             self._write("closed", attempt=order.attempt, clients=self.accepted, late=late)

@@ -115,7 +115,7 @@ def test_what_is_merged_into_a_mapping_may_be_said_otherwise(tmp_path):
             "federation.yaml: tiers.phone.package is not known; expected memory, keep_layers, keep_neurons, rank.",
         ),
         ({"secure": {}}, "federation.yaml: secure gives the server a sum of factors, but exact needs "),
-        ({"privacy": {"clip": -1.0}}, "federation.yaml: privacy.clip: Input should be greater than 0."),
+        ({"privacy": {"clip": -1.0}}, "federation.yaml: privacy.clip: Input should be greater than 0, found -1.0."),
     ],
 )
 def test_a_sentence_says_what_is_wrong_and_which_keys_there_are(values, sentence):

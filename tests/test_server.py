@@ -229,7 +229,7 @@ def test_after_the_deadline_nobody_is_waited_for_and_what_comes_is_late(home, tm
     late = server.receive(order, second, home / "updates" / second)
     assert "after round 1 was closed" in late.reason
     with pytest.raises(
-        UpdateRefusedError, match="abandoned: of 3 clients 1 sent a valid update; at least 2 are needed"
+        UpdateRefusedError, match="abandoned: 1 of 3 clients sent a valid update; at least 2 are needed"
     ):
         close(server, order, home)
     assert not server.committed.exists()
@@ -283,7 +283,7 @@ def test_an_attempt_goes_by_the_deadline_of_the_server_that_took_it_up_last(home
         assert close(server, order, home)["clients"] == sorted(order.clients[:2])
         return
     with pytest.raises(
-        UpdateRefusedError, match="abandoned: of 3 clients 1 sent a valid update; at least 2 are needed"
+        UpdateRefusedError, match="abandoned: 1 of 3 clients sent a valid update; at least 2 are needed"
     ):
         close(server, order, home)
     again = make_server(home, tmp_path, deadline_seconds=60).open(check_ins())
