@@ -30,7 +30,7 @@ from transformers import Cache
 from hf_fedlarge.arena import Arena, Counters, Held, least_held
 from hf_fedlarge.budget import Plan, plan_activations
 from hf_fedlarge.errors import ArchitectureError, ConfigError
-from hf_fedlarge.linear import FrozenLinear, output_products
+from hf_fedlarge.linear import FrozenLinear, output_products, unused
 from hf_fedlarge.memory import used_bytes
 from hf_fedlarge.passes import Pass, graph_bytes, random_state, restored_random_state
 from hf_fedlarge.processor import product_dtype
@@ -323,14 +323,8 @@ class _BlockCall:
 
     def make_again(self, part: _Part, hidden: torch.Tensor) -> torch.Tensor:
         """Likewise, for its graph alone: the values of the block's output projections are not computed."""
-        outputs = self.engine.outputs_of(self.number)
-        for linear in outputs:
-            linear.value_unused = True
-        try:
+        with unused(self.engine.outputs_of(self.number)):
             output = self.make(part, hidden)
-        finally:
-            for linear in outputs:
-                linear.value_unused = False
         self.engine.learn_outputs(self.number, output)
         return output
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,6 +236,18 @@ class FrozenLinear:
             x = x.value() if isinstance(x, Gated) else x
             dropped = adapter.dropout(x)
         return _Product.apply(*_parts(x), None if dropped is x else dropped, adapter.A, adapter.B, self)
+
+
+@contextmanager
+def unused(linears: Sequence[FrozenLinear]) -> Iterator[None]:
+    """Within it, nothing is computed for the values of these matrices' products, which are zeros."""
+    for linear in linears:
+        linear.value_unused = True
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.value_unused = False
 
 
 def _parts(x: torch.Tensor | Gated) -> tuple[torch.Tensor, torch.Tensor | None, Activation | None]:

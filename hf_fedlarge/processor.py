@@ -1,9 +1,9 @@
 """What computes, and what it computes fastest.
 
 Not every processor multiplies matrices in bf16 well. Without AMX Intel's take twice as long as in fp32 where there is
-AVX512-BF16, and any many times where there is neither (docs/log.md; ARM was not measured). AMD's AVX512-BF16 multiplies
-twice as many values at a time as in fp32, by its makers' word: the two were not compared here. fp16 takes ten times as
-long without AVX512-FP16. So there matrices are dense in fp32 and products are of fp32, whatever the dtype of all else.
+AVX512-BF16, and any many times where there is neither (docs/log.md; ARM was not measured). AMD's AVX512-BF16 is taken
+to be faster than fp32 is there, which is inferred: the two were not compared. fp16 takes ten times as long without
+AVX512-FP16. So there matrices are dense in fp32 and products are of fp32, whatever the dtype of all else.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any, ClassVar, TypeVar, get_args
 
@@ -72,8 +73,13 @@ def _expected(kind: type[Record] | None, location: tuple[str | int, ...]) -> str
             kind = _record_in(kind.model_fields[part].annotation)
     if kind is None:
         return ""
-    near = get_close_matches(str(key), kind.model_fields, 1, cutoff=0.75)
-    return f"; the nearest key is {near[0]}" if near else f"; expected {', '.join(kind.model_fields)}"
+    near = nearest(str(key), kind.model_fields)
+    return f"; the nearest key is {near}" if near else f"; expected {', '.join(kind.model_fields)}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Which of some known words a user may have meant; None if none is like it."""
+    return next(iter(get_close_matches(word, known, 1, cutoff=0.75)), None)
 
 
 def _record_in(annotation: Any) -> type[Record] | None:

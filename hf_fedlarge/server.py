@@ -366,7 +366,7 @@ class RoundServer:
         """
         self._write("abandoned", attempt=order.attempt, accepted=self.accepted, broken=broken)
         refused = [(entry["client"], entry["reason"]) for entry in self.refused]
-        causes = [reason if client in reason else f"{client}: {reason}" for client, reason in refused]
+        causes = [reason if reason.startswith(client) else f"{client}: {reason}" for client, reason in refused]
         raise UpdateRefusedError(f"Round {self.number} is abandoned: {' '.join([why, *causes])}")
 
     # Stages of secure aggregation

@@ -200,6 +200,7 @@ class SafetensorsWriter:
         self._hashed = 0
         self._beside = ThreadPoolExecutor(1)
         self._hashing: deque[tuple[int, Future[None]]] = deque()
+        self._behind = 0
         self._file = path.open("wb")
         self._file.write(head)
 
@@ -213,9 +214,13 @@ class SafetensorsWriter:
         assert offset + data.nbytes <= self._end[name], f"{name}: more bytes than announced"
         self._next[name] += data.nbytes
         if self._hash is not None and offset == self._hashed:
-            while self._hashing and data.nbytes + sum(size for size, _ in self._hashing) > _BEHIND_BYTES:
-                self._hashing.popleft()[1].result()
+            # What is done goes at once: a file of many small tensors would be in memory, and looked through, here.
+            while self._hashing and (self._hashing[0][1].done() or self._behind + data.nbytes > _BEHIND_BYTES):
+                size, hashed = self._hashing.popleft()
+                hashed.result()
+                self._behind -= size
             self._hashing.append((data.nbytes, self._beside.submit(self._hash.update, data)))
+            self._behind += data.nbytes
             self._hashed += data.nbytes
         elif data.nbytes:
             self._hash = None

@@ -10,7 +10,7 @@ Shapes: B sequences of S tokens, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from hf_fedlarge.architectures import Architecture
 from hf_fedlarge.errors import ArtifactError
+from hf_fedlarge.linear import unused
 from hf_fedlarge.loss import StreamedHead
 from hf_fedlarge.memory import give_back_freed_memory
 from hf_fedlarge.quantize import DenseWeight, FrozenWeight
@@ -156,17 +157,10 @@ class Walk:
                 linear.weight = own[path]
             self._hold()
 
-    @contextmanager
-    def silent(self, number: int, paths: Iterable[str]) -> Iterator[None]:
+    def silent(self, number: int, paths: Iterable[str]) -> AbstractContextManager[None]:
         """Within it, the matrices at `paths` inside block `number` give zeros, and nothing is computed for them."""
-        linears = [self._model.engine.linear_of[self._blocks[number].get_submodule(path)] for path in paths]
-        for linear in linears:
-            linear.value_unused = True
-        try:
-            yield
-        finally:
-            for linear in linears:
-                linear.value_unused = False
+        block, linear_of = self._blocks[number], self._model.engine.linear_of
+        return unused([linear_of[block.get_submodule(path)] for path in paths])
 
     @torch.no_grad()
     def loss(self, hidden: torch.Tensor, ids: torch.Tensor) -> float:

@@ -265,6 +265,16 @@ def test_an_attempt_goes_on_as_it_was_begun_and_the_next_by_what_a_new_server_is
         close(server, again, home)
 
 
+def test_an_abandoned_round_says_whose_each_reason_is(home, tmp_path):
+    """Also where a client's name, such as `a`, is in every sentence."""
+    server = make_server(home, tmp_path, cohort=None)
+    order = server.open([CheckIn("a", 10), CheckIn("ben", 10)])
+    server.fail(order, "a", "The budget is too small.")
+    server.fail(order, "ben", "ben refused: it is late.")
+    with pytest.raises(UpdateRefusedError, match=r"needed\. a: The budget is too small\. ben refused: it is late\."):
+        close(server, order, home)
+
+
 @pytest.mark.parametrize(("begun", "answers"), [(None, 2), (60.0, 2), (None, 1)])
 def test_an_attempt_goes_by_the_deadline_of_the_server_that_took_it_up_last(home, tmp_path, begun, answers):
     server, order = opened(home, tmp_path, deadline_seconds=begun)

@@ -188,7 +188,7 @@ class _Member:
                         f"{self._store.url} has no order yet: waiting for a server to begin there; is it the URL that "
                         "the server has?"
                     )
-                if order is not None and order.state == "over" and self._leaves(order, last, once):
+                elif order.state == "over" and self._leaves(order, last, once):
                     return
                 if order != last:
                     last, since = order, time.monotonic()

@@ -12,7 +12,6 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Callable
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from transformers import HfArgumentParser
 
 from hf_fedlarge.errors import ConfigError, FedLargeError
 from hf_fedlarge.jobs import ClientJob, Train
+from hf_fedlarge.records import nearest
 from hf_fedlarge.trainers.client import ClientArguments, train_client
 from hf_fedlarge.trainers.streaming_trainer import StreamingLoraConfig
 from hf_fedlarge.trainers.worker import Worker
@@ -105,8 +105,7 @@ def training_config(training: dict[str, Any]) -> StreamingLoraConfig:
     clients_own = {"output_dir", "resume_from_checkpoint"}
     known = {field.name for field in fields(StreamingLoraConfig)} - clients_own
     for name in sorted(training.keys() - known):
-        near = get_close_matches(name, known, 1, cutoff=0.75)
-        expected = near[0] if near else "those of trl's SFTConfig other than output_dir and resume_from_checkpoint"
+        expected = nearest(name, known) or "those of trl's SFTConfig other than output_dir and resume_from_checkpoint"
         raise ConfigError(
             f"The federation's training arguments are wrong: {name} found, expected {expected}; correct or remove it."
         )
